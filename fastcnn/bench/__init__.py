@@ -1,0 +1,1 @@
+"""Benchmarks: the cases, the clock, the report."""

@@ -1,0 +1,109 @@
+"""The public operators, as layers: drop-in replacements for those of torch.nn, with the same arguments and state_dict."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import functional as FF
+from .params import LRNParams, PoolParams
+
+
+class LocalResponseNorm(torch.nn.LocalResponseNorm):
+    """Local response normalization across channels, as :class:`torch.nn.LocalResponseNorm`, plus ``groups``.
+
+    Args:
+        size: window length in channels.
+        alpha: factor of the window's mean square.
+        beta: exponent.
+        k: additive constant.
+        groups: normalize within each of this many equal parts of the channels.
+
+    Shape: (N, C, *) -> the same. See :func:`fastcnn.functional.local_response_norm` for dtypes and errors.
+    """
+
+    def __init__(
+        self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, groups: int = 1
+    ) -> None:
+        LRNParams(size, alpha, beta, k, groups)  # raises for what forward would refuse
+        super().__init__(size, alpha, beta, k)
+        self.groups = groups
+
+    @classmethod
+    def from_caffe(
+        cls, local_size: int = 5, alpha: float = 1.0, beta: float = 0.75, k: float = 1.0, *, groups: int = 1
+    ) -> LocalResponseNorm:
+        """From the fields of Caffe's ``LRNParameter`` (ACROSS_CHANNELS), with Caffe's defaults.
+
+        Caffe too divides ``alpha`` by the window, so the values stay; it refuses an even ``local_size``.
+
+        Raises:
+            ValueError: ``local_size`` is even.
+        """
+        if local_size % 2 == 0:
+            raise ValueError(f"from_caffe(): local_size must be odd, as in Caffe, but got local_size={local_size}")
+        return cls(local_size, alpha, beta, k, groups=groups)
+
+    @classmethod
+    def from_tf(
+        cls, depth_radius: int = 5, bias: float = 1.0, alpha: float = 1.0, beta: float = 0.5, *, groups: int = 1
+    ) -> LocalResponseNorm:
+        """From the arguments of ``tf.nn.local_response_normalization``, with TensorFlow's defaults.
+
+        The window has ``2 * depth_radius + 1`` channels, and TensorFlow multiplies ``alpha`` by the plain sum.
+
+        Raises:
+            ValueError: ``depth_radius`` is negative.
+        """
+        if depth_radius < 0:
+            raise ValueError(f"from_tf(): depth_radius must not be negative, but got depth_radius={depth_radius}")
+        size = 2 * depth_radius + 1
+        return cls(size, alpha * size, beta, bias, groups=groups)
+
+    @classmethod
+    def from_onnx(
+        cls, size: int, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0, *, groups: int = 1
+    ) -> LocalResponseNorm:
+        """From the attributes of the ONNX operator ``LRN``, with its defaults.
+
+        Raises:
+            ValueError: ``size`` is even. ONNX then looks one channel further ahead, torch one further back, so no
+                torch layer equals it.
+        """
+        if size % 2 == 0:
+            raise ValueError(
+                f"from_onnx(): size must be odd, but got size={size}: an even ONNX window, c - (size-1)//2 ... c + size//2, "
+                "has no torch equivalent (torch's is c - size//2 ... c + (size-1)//2)"
+            )
+        return cls(size, alpha, beta, bias, groups=groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return FF.local_response_norm(input, self.size, self.alpha, self.beta, self.k, groups=self.groups)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", groups={self.groups}" if self.groups != 1 else "")
+
+
+class ReLULRNMaxPool2d(torch.nn.Module):
+    """The tail of an AlexNet stage, ``max_pool2d(lrn(relu(input + bias)))``, in one pass.
+
+    Args:
+        relu: whether to rectify.
+        lrn: the normalization, None for none.
+        pool: the pooling, None for none.
+
+    Shape: (N, C, H, W) and optionally a bias (C,) -> (N, C, OH, OW). The layer has no parameters of its own: the bias
+    is the convolution's. See :func:`fastcnn.functional.relu_lrn_max_pool2d` for dtypes and errors.
+    """
+
+    def __init__(
+        self, *, relu: bool = True, lrn: LRNParams | None = None, pool: PoolParams | None = None
+    ) -> None:
+        super().__init__()
+        self.relu, self.lrn, self.pool = relu, lrn, pool
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return FF.relu_lrn_max_pool2d(input, bias, relu=self.relu, lrn=self.lrn, pool=self.pool)
+
+    def extra_repr(self) -> str:
+        return f"relu={self.relu}, lrn={self.lrn}, pool={self.pool}"

@@ -1,0 +1,1 @@
+"""The registered operators ``torch.ops.fastcnn.*``, one file each."""

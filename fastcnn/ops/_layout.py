@@ -1,0 +1,33 @@
+"""Memory formats: one rule decides the strides of every output, for kernels and fakes alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def output_format(x: Tensor) -> torch.memory_format:
+    """channels_last if ``x`` is channels_last and not also contiguous, otherwise contiguous."""
+    channels_last = _CHANNELS_LAST.get(x.dim())
+    if channels_last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch.contiguous_format
+
+
+def dense(x: Tensor, format: torch.memory_format) -> Tensor:
+    """``x`` itself if it has that memory format, else a copy that has."""
+    return x.contiguous(memory_format=format)
+
+
+def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialized output of an op on ``x``: its device and format, and where not given its shape and dtype."""
+    return torch.empty(
+        x.shape if shape is None else shape,
+        dtype=x.dtype if dtype is None else dtype,
+        device=x.device,
+        memory_format=output_format(x),
+    )

@@ -1,0 +1,122 @@
+"""How an operator is registered: schema, fake, autograd and vmap from one set of functions, three ways to call it.
+
+``torch.library`` alone would do, if every caller compiled. Called eagerly, an ``autograd.Function`` around the op is
+cheaper than the op's own autograd kernel, and under ``torch.func`` only a Function with ``setup_context`` works; exported,
+a Function would lose its gradient. So the three are built here from the same ``setup_context`` and ``backward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+
+_library = torch.library.Library("fastcnn", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    implementations: dict[str, Callable[..., Any]],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    vmap: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register ``fastcnn::<name>`` and return the function that calls it.
+
+    Args:
+        schema: ``name(arguments) -> returns``; the first argument is the tensor whose device picks the backend.
+        implementations: backend name -> function of the op's arguments.
+        fake: shapes, dtypes and strides of the outputs.
+        setup_context: ``(ctx, inputs, output)``, saves what backward needs.
+        backward: ``(ctx, *grads)`` -> one gradient (or None) for each argument.
+        vmap: as for :func:`torch.library.register_vmap`.
+    """
+    name = schema[: schema.index("(")]
+    qualified = f"fastcnn::{name}"
+
+    def implementation(*args: Any) -> Any:
+        return implementations[backends.choose(name, implementations, args[0])](*args)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+    torch.library.register_vmap(qualified, vmap, lib=_library)
+    op = getattr(torch.ops.fastcnn, name).default
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = op(*args)
+            setup_context(ctx, args, output)
+            return output
+
+    class Transformable(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+    Eager.backward = Transformable.backward = staticmethod(backward)  # type: ignore[assignment,method-assign]
+    Transformable.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+    Eager.__name__ = Eager.__qualname__ = Transformable.__name__ = Transformable.__qualname__ = name
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return Transformable.apply(*args)
+        return Eager.apply(*args) if needs_grad(*args) else op(*args)
+
+    return call
+
+
+def needs_grad(*args: Any) -> bool:
+    """Whether autograd will ask for a gradient of an op called with these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def double_backward(
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, cotangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Differentiate the gradient of ``forward``, a function in plain PyTorch.
+
+    The first backward is ``d_inputs = J(inputs)^T dy``. Given the ``cotangents`` of its results, one for each input,
+    return the gradients of ``dy`` and of each input, themselves differentiable where grad mode is on.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+
+        def tracked(t: Tensor) -> Tensor:
+            return t if t.requires_grad else t.detach().requires_grad_()
+
+        dy = tracked(dy)
+        leaves = [None if t is None else tracked(t) for t in inputs]
+        present = [t for t in leaves if t is not None]
+        grads = torch.autograd.grad(forward(*leaves), present, dy, create_graph=True)
+        given = dict(zip((i for i, t in enumerate(leaves) if t is not None), grads, strict=True))
+        pairs = [(given[i], c) for i, c in enumerate(cotangents) if c is not None and i in given]
+        wanted = [dy, *present]
+        results = torch.autograd.grad(
+            [g for g, _ in pairs], wanted, [c for _, c in pairs], create_graph=create_graph, allow_unused=True
+        )
+    found = iter(results[1:])
+    return (results[0], *(None if t is None else next(found) for t in leaves))
+
+
+def fold_batch(x: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    """``x`` with the vmapped dimension ``dim`` (None: not mapped) merged into its first."""
+    x = x.unsqueeze(0).expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def unfold_batch(x: Tensor, batch_size: int) -> Tensor:
+    """Undo :func:`fold_batch` on an output: the vmapped dimension comes first."""
+    return x.unflatten(0, (batch_size, x.shape[0] // batch_size))

@@ -1,0 +1,133 @@
+"""Local response normalization across channels: ``s = k + alpha/size * sum(x**2)``, ``y = x * s**-beta``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..params import LRNParams, check_input
+from ._layout import dense, empty_output, output_format
+from ._operator import define, double_backward, fold_batch, unfold_batch
+
+
+def local_response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, groups: int = 1
+) -> Tensor:
+    r"""Local response normalization across channels, as :func:`torch.nn.functional.local_response_norm`.
+
+    .. math:: y_c = x_c \Big(k + \frac{\alpha}{size} \sum_{c'} x_{c'}^2\Big)^{-\beta}, \quad
+        c' = c - \lfloor size/2 \rfloor \dots c + \lfloor (size-1)/2 \rfloor
+
+    The window ends at the borders of the channels, and of each group; the divisor stays ``size``. AlexNet as its authors
+    ran it is ``size=5, alpha=1e-4, beta=0.75, k=2`` (the paper prints the plain sum: its formula needs ``alpha=5e-4``).
+    :class:`fastcnn.nn.LocalResponseNorm` converts other conventions.
+
+    Args:
+        input: shape (N, C, *) with at least one dimension after the channels; float16, bfloat16, float32 or float64.
+            Contiguous and channels_last tensors are read in place, others are copied first.
+        size: window length in channels, at least 1; may exceed C.
+        alpha: factor of the window's mean square.
+        beta: exponent; 0.5, 0.75 and 1 are fast, others cost a ``pow`` an element.
+        k: additive constant.
+        groups: normalize within each of this many equal parts of the channels (2: inside AlexNet's towers).
+
+    Returns:
+        Tensor of the input's shape, dtype and memory format. 16-bit input is computed in float32. Unlike torch's,
+        the result keeps the input's dtype under autocast.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        NotImplementedError: ``input`` is not of a supported dtype or layout.
+        RuntimeError: ``size`` is not positive.
+        ValueError: ``input`` has fewer than three dimensions, or ``groups`` is not positive or does not divide C.
+
+    Source: Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks" (2012), 3.3.
+    """
+    check_input("local_response_norm", input)
+    LRNParams(size, alpha, beta, k, groups).check_shape(input.shape)
+    return lrn(input, size, float(alpha), float(beta), float(k), groups)
+
+
+def _reference(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
+    y = reference.local_response_norm(x, size, alpha, beta, k, groups=groups)
+    return dense(y, output_format(x))
+
+
+def _cpu(x: Tensor, *lrn: Any) -> Tensor:
+    format = output_format(x)
+    y = empty_output(x)
+    torch.ops.fastcnn_cpu.lrn(dense(x, format), y, format != torch.contiguous_format, *lrn)
+    return y
+
+
+def _backward_reference(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dx = reference.lrn_backward(dy.to(wide), x.to(wide), LRNParams(*lrn))
+    return dense(dx.to(x.dtype), output_format(x))
+
+
+def _backward_cpu(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
+    format = output_format(x)
+    dx = empty_output(x)
+    torch.ops.fastcnn_cpu.lrn_backward(
+        dense(dy, format), dense(x, format), dx, format != torch.contiguous_format, *lrn
+    )
+    return dx
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.lrn = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (x,) = ctx.saved_tensors
+    return lrn_backward(dy, x, *ctx.lrn), None, None, None, None, None
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, x, *ctx.lrn = inputs
+    ctx.save_for_backward(dy, x)
+
+
+def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    dy, x = ctx.saved_tensors
+    size, alpha, beta, k, groups = ctx.lrn
+
+    def forward(x: Tensor | None) -> Tensor:
+        assert x is not None
+        return reference.local_response_norm(x, size, alpha, beta, k, groups=groups)
+
+    return (*double_backward(forward, (x,), dy, (ddx,)), None, None, None, None, None)
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *lrn_args: Any) -> tuple[Tensor, int]:
+    return unfold_batch(torch.ops.fastcnn.lrn(fold_batch(x, in_dims[0], info.batch_size), *lrn_args), info.batch_size), 0
+
+
+def _backward_vmap(
+    info: Any, in_dims: tuple[int | None, ...], dy: Tensor, x: Tensor, *lrn_args: Any
+) -> tuple[Tensor, int]:
+    dy, x = (fold_batch(t, dim, info.batch_size) for t, dim in zip((dy, x), in_dims, strict=False))
+    return unfold_batch(torch.ops.fastcnn.lrn_backward(dy, x, *lrn_args), info.batch_size), 0
+
+
+lrn_backward = define(
+    "lrn_backward(Tensor grad, Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor",
+    implementations={"reference": _backward_reference, "cpu": _backward_cpu},
+    fake=lambda dy, x, *lrn: empty_output(x),
+    setup_context=_backward_setup_context,
+    backward=_backward_backward,
+    vmap=_backward_vmap,
+)
+lrn = define(
+    "lrn(Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor",
+    implementations={"reference": _reference, "cpu": _cpu},
+    fake=lambda x, *lrn: empty_output(x),
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+)

@@ -1,0 +1,271 @@
+"""The tail of an AlexNet stage in one pass: ``max_pool2d(lrn(relu(x + bias)))``, any part of which may be absent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..params import LRNParams, PoolParams, check_bias, check_input, pooled_size
+from ._layout import dense, empty_output, output_format
+from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
+from .lrn import local_response_norm
+
+
+def relu_lrn_max_pool2d(
+    input: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    lrn: LRNParams | None = None,
+    pool: PoolParams | None = None,
+) -> Tensor:
+    """The tail of an AlexNet stage, ``max_pool2d(local_response_norm(relu(input + bias)))``, in one pass over memory.
+
+    Only the pooled map is written and, where a gradient will be asked for, one byte an output for the place of its
+    maximum; backward recomputes the rest from the input.
+
+    Args:
+        input: the convolution's output, shape (N, C, H, W); float16, bfloat16, float32 or float64, contiguous or
+            channels_last (others are copied first). Of any other rank the single operators run one after the other.
+        bias: one value a channel, shape (C,); the input's dtype, or float32 beside 16-bit input. None: no bias.
+        relu: whether to rectify.
+        lrn: the normalization, None for none.
+        pool: the pooling, None for none.
+
+    Returns:
+        Tensor of shape (N, C, OH, OW), or the input's shape without ``pool``; dtype and memory format as the input.
+        16-bit input is computed in float32 and rounded once, at the end. With every part absent, a copy.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        NotImplementedError: ``input`` is not of a supported dtype or layout.
+        RuntimeError: ``bias`` does not match ``input``, or nothing is left of the map after pooling.
+        ValueError: ``lrn.groups`` does not divide C.
+
+    Source: Krizhevsky et al. (2012), 3.1, 3.3 and 3.4; the order is Caffe's ``bvlc_alexnet``.
+    """
+    op = "relu_lrn_max_pool2d"
+    check_input(op, input)
+    for name, value, kind in (("lrn", lrn, LRNParams), ("pool", pool, PoolParams)):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{op}(): argument '{name}' must be {kind.__name__} or None, not {type(value).__name__}")
+    if input.dim() != 4:
+        return _composition(input, bias, relu, lrn, pool)
+    check_bias(op, bias, input)
+    if lrn is not None:
+        lrn.check_shape(input.shape)
+    if pool is not None:
+        if 0 in input.shape[1:]:
+            raise RuntimeError(
+                f"{op}(): expected an input with non-zero channels, height and width, but got size {list(input.shape)}"
+            )
+        pool.output_size(input.shape[2], input.shape[3])
+    lrn_args = (0, 0.0, 0.0, 0.0, 1)
+    if lrn is not None:
+        lrn_args = (lrn.size, float(lrn.alpha), float(lrn.beta), float(lrn.k), lrn.groups)
+    pool_args = ([], [], [], [], False) if pool is None else pool.op_args()
+    with_argmax = pool is not None and needs_grad(input, bias)
+    return tail(input, bias, relu, *lrn_args, *pool_args, with_argmax)[0]
+
+
+def _composition(
+    x: Tensor, bias: Tensor | None, relu: bool, lrn: LRNParams | None, pool: PoolParams | None
+) -> Tensor:
+    if x.dim() < 2 and (bias is not None or lrn is not None):
+        raise ValueError(f"relu_lrn_max_pool2d(): expected an input with channels (got {x.dim()} dimensions)")
+    check_bias("relu_lrn_max_pool2d", bias, x)
+    y = reference.rectified(x, bias, relu)
+    if lrn is not None:
+        y = local_response_norm(y, lrn.size, lrn.alpha, lrn.beta, lrn.k, groups=lrn.groups)
+    if pool is not None:
+        y = F.max_pool2d(y, *pool.op_args())
+    return y.to(x.dtype, copy=y is x)
+
+
+# Below, an absent part is size=0 (LRN) or an empty kernel_size (pool), and `tail` stands for the arguments
+# relu, size, alpha, beta, k, groups, kernel_size, stride, padding, dilation, ceil_mode of both ops.
+
+
+def _params(tail: tuple[Any, ...]) -> tuple[bool, LRNParams | None, PoolParams | None]:
+    relu, lrn, pool = tail[0], tail[1:6], tail[6:11]
+    return relu, LRNParams(*lrn) if lrn[0] else None, PoolParams(*pool) if pool[0] else None
+
+
+def _empty_argmax(x: Tensor, shape: list[int], kernel_size: list[int]) -> Tensor:
+    wide = kernel_size[0] * kernel_size[1] > 256
+    return empty_output(x, shape, torch.int32 if wide else torch.uint8)
+
+
+def _empty_outputs(x: Tensor, *tail: Any, with_argmax: bool) -> tuple[Tensor, Tensor]:
+    kernel_size = tail[6]
+    shape = list(x.shape)
+    if kernel_size:
+        shape[2:] = pooled_size(shape[2:], *tail[6:11])
+    argmax = _empty_argmax(x, shape, kernel_size) if with_argmax else x.new_empty(0, dtype=torch.uint8)
+    return empty_output(x, shape), argmax
+
+
+def _fake(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(x, *args[:-1], with_argmax=args[-1])
+
+
+def _reference(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    *tail, with_argmax = args
+    relu, lrn, pool = _params(tuple(tail))
+    format = output_format(x)
+    if pool is None or not with_argmax:
+        y = reference.relu_lrn_max_pool2d(x, bias, relu=relu, lrn=lrn, pool=pool)
+        return dense(y, format), x.new_empty(0, dtype=torch.uint8)
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    y, argmax = reference.window_offsets(
+        reference.relu_lrn_max_pool2d(wide, None if bias is None else bias.to(wide.dtype), relu=relu, lrn=lrn), pool
+    )
+    dtype = _empty_argmax(x, [0] * 4, tail[6]).dtype
+    return dense(y.to(x.dtype), format), dense(argmax.to(dtype), format)
+
+
+def _cpu(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    *tail, with_argmax = args
+    format = output_format(x)
+    y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
+    torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(
+        dense(x, format),
+        None if bias is None else bias.contiguous(),
+        y,
+        argmax if with_argmax else None,
+        format != torch.contiguous_format,
+        *tail,
+    )
+    return y, argmax
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
+) -> tuple[Tensor, Tensor]:
+    return empty_output(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _backward_reference(
+    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
+) -> tuple[Tensor, Tensor]:
+    relu, lrn, pool = _params(tail)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    z = reference.rectified(x.to(wide), bias, relu)
+    dz = dy.to(wide)
+    if pool is not None:
+        dz = reference.max_pool2d_backward(dz, argmax, (x.shape[2], x.shape[3]), pool)
+    if lrn is not None:
+        dz = reference.lrn_backward(dz, z, lrn)
+    if relu:
+        dz = dz * ~(z <= 0)
+    dbias = x.new_empty(0) if bias is None else dz.sum((0, 2, 3)).to(bias.dtype)
+    return dense(dz.to(x.dtype, copy=dz is dy), output_format(x)), dbias
+
+
+def _backward_cpu(
+    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
+) -> tuple[Tensor, Tensor]:
+    format = output_format(x)
+    dx, dbias = _backward_fake(dy, x, bias, argmax, *tail)
+    torch.ops.fastcnn_cpu.relu_lrn_max_pool2d_backward(
+        dense(dy, format),
+        dense(x, format),
+        None if bias is None else bias.contiguous(),
+        dense(argmax, format) if tail[6] else None,
+        dx,
+        None if bias is None else dbias,
+        format != torch.contiguous_format,
+        *tail,
+    )
+    return dx, dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, bias, *ctx.tail, ctx.has_argmax = inputs
+    ctx.save_for_backward(x, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 12
+    if dy is None:
+        return None, None, *rest
+    x, bias, argmax = ctx.saved_tensors
+    if ctx.tail[6] and not ctx.has_argmax:  # exported where no gradient was asked for, and asked for now
+        argmax = tail(x.detach(), None if bias is None else bias.detach(), *ctx.tail, True)[1]
+    dx, dbias = tail_backward(dy, x, bias, argmax, *ctx.tail)
+    return dx, None if bias is None else dbias, *rest
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    dy, x, bias, _, *ctx.tail = inputs
+    ctx.save_for_backward(dy, x, bias)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_backward(ctx: Any, ddx: Tensor | None, ddbias: Tensor | None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 12
+    if ddx is None and ddbias is None:
+        return None, None, None, *rest
+    dy, x, bias = ctx.saved_tensors
+    relu, lrn, pool = _params(tuple(ctx.tail))
+
+    def forward(x: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert x is not None
+        return reference.relu_lrn_max_pool2d(x, bias, relu=relu, lrn=lrn, pool=pool)
+
+    return *double_backward(forward, (x, bias), dy, (ddx, ddbias)), *rest
+
+
+def _vmap(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, bias: Tensor | None, *args: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
+    *tail_args, with_argmax = args
+    if in_dims[1] is not None:  # a bias for each element of the batch
+        assert bias is not None
+        x = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x
+        bias = bias.movedim(in_dims[1], 0)
+        x, bias, in_dims = x + bias[:, None, :, None, None].to(x.dtype), None, (0, None)
+    y, argmax = torch.ops.fastcnn.relu_lrn_max_pool2d(fold_batch(x, in_dims[0], info.batch_size), bias, *args)
+    y = unfold_batch(y, info.batch_size)
+    return (y, unfold_batch(argmax, info.batch_size) if with_argmax else argmax), (0, 0 if with_argmax else None)
+
+
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    # The bias gradient is summed over the folded batch inside the op, so each element gets a call of its own.
+    def element(i: int) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastcnn.relu_lrn_max_pool2d_backward(
+            *(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
+        )
+
+    in_dims = (*in_dims, *(None,) * (len(args) - len(in_dims)))
+    results = [element(i) for i in range(info.batch_size)]
+    dx, dbias = (torch.stack(column) for column in zip(*results, strict=True))
+    return (dx, dbias), (0, 0)
+
+
+_TAIL = (
+    "bool relu, int size, float alpha, float beta, float k, int groups, "
+    "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
+)
+tail_backward = define(
+    f"relu_lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor argmax, {_TAIL}) -> (Tensor, Tensor)",
+    implementations={"reference": _backward_reference, "cpu": _backward_cpu},
+    fake=_backward_fake,
+    setup_context=_backward_setup_context,
+    backward=_backward_backward,
+    vmap=_backward_vmap,
+)
+tail = define(
+    f"relu_lrn_max_pool2d(Tensor input, Tensor? bias, {_TAIL}, bool with_argmax) -> (Tensor, Tensor)",
+    implementations={"reference": _reference, "cpu": _cpu},
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+)

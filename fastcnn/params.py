@@ -1,0 +1,188 @@
+"""Checked parameters of the operators, and the shape rules that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IntOrPair = int | Sequence[int]
+
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_input(op: str, input: Tensor) -> None:
+    """Raise what torch would raise if ``input`` is not a strided tensor of a floating dtype we have kernels for."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{op}(): argument 'input' must be Tensor, not {type(input).__name__}")
+    if input.dtype not in FLOATING_DTYPES:
+        raise NotImplementedError(
+            f"{op}(): not implemented for input of dtype {input.dtype}; "
+            "allowed are float16, bfloat16, float32 and float64"
+        )
+    if input.layout != torch.strided:
+        raise NotImplementedError(f"{op}(): input must have layout torch.strided, got {input.layout}")
+
+
+def check_bias(op: str, bias: Tensor | None, input: Tensor) -> None:
+    """``bias`` is None, or one value a channel of ``input``, in its dtype or (beside 16-bit input) in float32."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{op}(): argument 'bias' must be Tensor or None, not {type(bias).__name__}")
+    if bias.dim() != 1 or bias.shape[0] != input.shape[1]:
+        raise RuntimeError(
+            f"{op}(): expected bias to be 1-dimensional with {input.shape[1]} elements (one a channel), "
+            f"but got bias of size {list(bias.shape)}"
+        )
+    wide = bias.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
+    if bias.dtype != input.dtype and not wide:
+        raise RuntimeError(
+            f"{op}(): input type ({input.dtype}) and bias type ({bias.dtype}) should be the same, "
+            "or the bias float32 beside 16-bit input"
+        )
+    if bias.device != input.device:
+        raise RuntimeError(
+            f"{op}(): expected input and bias on the same device, but got input on {input.device} and bias on {bias.device}"
+        )
+
+
+def _check_int(op: str, name: str, value: object) -> None:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{op}(): argument '{name}' must be int, not {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class LRNParams:
+    """Parameters of local response normalization, as in :class:`torch.nn.LocalResponseNorm`, plus ``groups``.
+
+    Args:
+        size: number of channels in the window, at least 1. Channel ``c`` sees ``c - size//2 ... c + (size-1)//2``.
+        alpha: factor of the window's *mean* square (the divisor is ``size``, also at the borders).
+        beta: exponent.
+        k: additive constant.
+        groups: the channels are cut into this many equal parts and no window crosses a cut.
+
+    Raises:
+        TypeError: an argument is not a number of the right kind.
+        RuntimeError: ``size`` is not positive.
+        ValueError: ``groups`` is not positive.
+    """
+
+    size: int
+    alpha: float = 1e-4
+    beta: float = 0.75
+    k: float = 1.0
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        op = "local_response_norm"
+        _check_int(op, "size", self.size)
+        _check_int(op, "groups", self.groups)
+        for name, value in (("alpha", self.alpha), ("beta", self.beta), ("k", self.k)):
+            if not isinstance(value, float | int):
+                raise TypeError(f"{op}(): argument '{name}' must be a number, not {type(value).__name__}")
+        if self.size <= 0:
+            raise RuntimeError(f"{op}(): size must be greater than zero, but got size={self.size}")
+        if self.groups <= 0:
+            raise ValueError(f"{op}(): groups must be greater than zero, but got groups={self.groups}")
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError if an input of this shape cannot be normalized."""
+        if len(shape) < 3:
+            raise ValueError(
+                f"local_response_norm(): expected 3D or higher dimensionality input (got {len(shape)} dimensions)"
+            )
+        if shape[1] % self.groups:
+            raise ValueError(
+                f"local_response_norm(): groups must divide the channels, but got groups={self.groups} "
+                f"for an input of {shape[1]} channels"
+            )
+
+
+@dataclass(frozen=True)
+class PoolParams:
+    """Parameters of max pooling, as in :func:`torch.nn.functional.max_pool2d`.
+
+    Args:
+        kernel_size: height and width of the window, one int or two, each at least 1.
+        stride: default ``kernel_size``.
+        padding: implicit ``-inf`` on both sides, at most half the (dilated) window.
+        dilation: distance between the window's elements.
+        ceil_mode: let the last window start inside the input and end outside.
+
+    Raises:
+        TypeError: an argument is not an int or ints.
+        RuntimeError: a value torch refuses.
+    """
+
+    kernel_size: IntOrPair
+    stride: IntOrPair | None = None
+    padding: IntOrPair = 0
+    dilation: IntOrPair = 1
+    ceil_mode: bool = False
+
+    def __post_init__(self) -> None:
+        kernel, stride, padding, dilation, _ = self.op_args()
+        for name, pair in (("kernel_size", kernel), ("stride", stride), ("dilation", dilation)):
+            if min(pair) <= 0:
+                raise RuntimeError(f"max_pool2d(): {name} should be greater than zero, but got {name}={pair}")
+        if min(padding) < 0:
+            raise RuntimeError(f"max_pool2d(): padding must be non-negative, but got padding={padding}")
+        for p, size, d in zip(padding, kernel, dilation, strict=True):
+            if p > size // 2 or p > ((size - 1) * d + 1) // 2:
+                raise RuntimeError(
+                    "max_pool2d(): padding should be at most half of the kernel size, "
+                    f"but got padding={padding}, kernel_size={kernel} and dilation={dilation}"
+                )
+
+    def op_args(self) -> tuple[list[int], list[int], list[int], list[int], bool]:
+        """``kernel_size, stride, padding, dilation, ceil_mode`` as the registered ops take them."""
+        kernel = _pair("kernel_size", self.kernel_size)
+        # torch takes an empty stride, like None, for "the kernel size"
+        stride = kernel if self.stride is None or self.stride in ((), []) else _pair("stride", self.stride)
+        return kernel, stride, _pair("padding", self.padding), _pair("dilation", self.dilation), bool(self.ceil_mode)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the pooled map; RuntimeError if nothing is left of it."""
+        kernel, stride, padding, dilation, ceil_mode = self.op_args()
+        oh, ow = pooled_size((height, width), kernel, stride, padding, dilation, ceil_mode)
+        if oh < 1 or ow < 1:
+            raise RuntimeError(
+                f"max_pool2d(): an input of size {height}x{width} gives an output of size {oh}x{ow} with "
+                f"kernel_size={kernel}, stride={stride}, padding={padding}, dilation={dilation}: it must be at least 1x1"
+            )
+        return oh, ow
+
+
+def pooled_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> list[int]:
+    """Output height and width of a pool, by torch's rule: with ``ceil_mode`` no window starts in the padding behind."""
+    out = []
+    for i in range(2):
+        span = size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1
+        o = (span + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
+        if ceil_mode and (o - 1) * stride[i] >= size[i] + padding[i]:
+            o -= 1
+        out.append(o)
+    return out
+
+
+def _pair(name: str, value: object) -> list[int]:
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return [value, value]  # type: ignore[list-item]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"max_pool2d(): argument '{name}' must be int or a tuple of two ints, not {type(value).__name__}")
+    if len(value) not in (1, 2):
+        raise RuntimeError(f"max_pool2d(): {name} must either be a single int, or a tuple of two ints, but got {value}")
+    for v in value:
+        _check_int("max_pool2d", name, v)
+    return [value[0], value[-1]]

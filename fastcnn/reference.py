@@ -1,0 +1,118 @@
+"""The operators in plain PyTorch: their definition, the numerical truth of the tests, differentiable in any order.
+
+16-bit inputs are computed in float32 and rounded once, at the end; float32 and float64 in themselves.
+The names and arguments are those of :mod:`fastcnn.functional`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .params import LRNParams, PoolParams, check_bias, check_input
+
+
+def local_response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, groups: int = 1
+) -> Tensor:
+    """``x / s**beta`` with ``s = k + alpha/size * sum(x**2)``; see :func:`fastcnn.functional.local_response_norm`."""
+    lrn = LRNParams(size, alpha, beta, k, groups)
+    check_input("local_response_norm", input)
+    lrn.check_shape(input.shape)
+    return _normalized(_wide(input), lrn).to(input.dtype)
+
+
+def relu_lrn_max_pool2d(
+    input: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    lrn: LRNParams | None = None,
+    pool: PoolParams | None = None,
+) -> Tensor:
+    """``max_pool(lrn(relu(x + bias)))``; see :func:`fastcnn.functional.relu_lrn_max_pool2d`."""
+    check_input("relu_lrn_max_pool2d", input)
+    check_bias("relu_lrn_max_pool2d", bias, input)
+    if lrn is not None:
+        lrn.check_shape(input.shape)
+    y = rectified(_wide(input), bias, relu)
+    if lrn is not None:
+        y = _normalized(y, lrn)
+    if pool is not None:
+        pool.output_size(*input.shape[-2:])
+        y = F.max_pool2d(y, *pool.op_args())
+    return y.to(input.dtype, copy=y is input)
+
+
+def rectified(x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """``relu(x + bias)``, either of them optional, in the dtype of ``x``."""
+    if bias is not None:
+        x = x + bias.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+    return x.relu() if relu else x
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _window_sum(x: Tensor, before: int, after: int, groups: int) -> Tensor:
+    """Sum over channels ``c - before ... c + after`` of the same group, re-added for every window."""
+    x = x.unflatten(1, (groups, -1))
+    channels = x.shape[2]
+    before, after = min(before, channels), min(after, channels)
+    padded = F.pad(x, [0, 0] * (x.dim() - 3) + [before, after])
+    window = torch.zeros_like(x)
+    for i in range(before + after + 1):
+        window = window + padded.narrow(2, i, channels)
+    return window.flatten(1, 2)
+
+
+def _scale(x: Tensor, lrn: LRNParams) -> Tensor:
+    before, after = lrn.size // 2, (lrn.size - 1) // 2
+    return lrn.k + lrn.alpha / lrn.size * _window_sum(x * x, before, after, lrn.groups)
+
+
+def _normalized(x: Tensor, lrn: LRNParams) -> Tensor:
+    return x / _scale(x, lrn) ** lrn.beta if x.numel() else x.clone()
+
+
+def lrn_backward(dy: Tensor, x: Tensor, lrn: LRNParams) -> Tensor:
+    """Gradient of :func:`local_response_norm`, for wide dtypes, as a formula.
+
+    ``dx = dy * s**-beta - 2 * alpha * beta / size * x * sum(dy * x * s**(-beta-1))``, the sum over the windows that
+    hold the channel: those of ``c - (size-1)//2 ... c + size//2``.
+    """
+    if not x.numel():
+        return dy.clone()
+    s = _scale(x, lrn)
+    before, after = (lrn.size - 1) // 2, lrn.size // 2
+    q = _window_sum(dy * x * s ** (-lrn.beta - 1), before, after, lrn.groups)
+    return dy * s**-lrn.beta - 2 * lrn.alpha * lrn.beta / lrn.size * x * q
+
+
+def window_offsets(x: Tensor, pool: PoolParams) -> tuple[Tensor, Tensor]:
+    """Max-pool ``x``; also each maximum's place in its unclipped window, ``kh*KW + kw``, as int64."""
+    (_, kw), (sh, sw), (ph, pw), (dh, dw), _ = pool.op_args()
+    y, flat = F.max_pool2d(x, *pool.op_args(), return_indices=True)
+    oh = torch.arange(y.shape[-2], device=x.device).view(-1, 1)
+    ow = torch.arange(y.shape[-1], device=x.device)
+    row, column = flat // x.shape[-1], flat % x.shape[-1]
+    return y, (row - oh * sh + ph) // dh * kw + (column - ow * sw + pw) // dw
+
+
+def max_pool2d_backward(dy: Tensor, argmax: Tensor, size: tuple[int, int], pool: PoolParams) -> Tensor:
+    """Each input element gathers the gradients of the windows whose maximum it was: no atomics, one fixed order."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw), _ = pool.op_args()
+    oh, ow = dy.shape[-2:]
+    padded = dy.new_zeros(
+        *dy.shape[:-2],
+        max(size[0] + ph, (oh - 1) * sh + (kh - 1) * dh + 1) + ph,
+        max(size[1] + pw, (ow - 1) * sw + (kw - 1) * dw + 1) + pw,
+    )
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * dh, i * dh + (oh - 1) * sh + 1, sh)
+            columns = slice(j * dw, j * dw + (ow - 1) * sw + 1, sw)
+            padded[..., rows, columns] += dy * (argmax == i * kw + j)
+    return padded[..., ph : ph + size[0], pw : pw + size[1]]
