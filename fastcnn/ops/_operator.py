@@ -84,31 +84,19 @@ def needs_grad(*args: Any) -> bool:
 
 
 def double_backward(
-    forward: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor, cotangents: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, cotangents: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
     """Differentiate the gradient of ``forward``, a function in plain PyTorch.
 
-    The first backward is ``d_inputs = J(inputs)^T dy``. Given the ``cotangents`` of its results, one for each input,
-    return the gradients of ``dy`` and of each input, themselves differentiable where grad mode is on.
+    The first backward is ``d_inputs = J(inputs)^T dy``. Given the ``cotangents`` of its results (None: zero), return the
+    gradients of ``dy`` and of each input, themselves differentiable.
     """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
 
-        def tracked(t: Tensor) -> Tensor:
-            return t if t.requires_grad else t.detach().requires_grad_()
+    def gradient(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.vjp(forward, *inputs)[1](dy)
 
-        dy = tracked(dy)
-        leaves = [None if t is None else tracked(t) for t in inputs]
-        present = [t for t in leaves if t is not None]
-        grads = torch.autograd.grad(forward(*leaves), present, dy, create_graph=True)
-        given = dict(zip((i for i, t in enumerate(leaves) if t is not None), grads, strict=True))
-        pairs = [(given[i], c) for i, c in enumerate(cotangents) if c is not None and i in given]
-        wanted = [dy, *present]
-        results = torch.autograd.grad(
-            [g for g, _ in pairs], wanted, [c for _, c in pairs], create_graph=create_graph, allow_unused=True
-        )
-    found = iter(results[1:])
-    return (results[0], *(None if t is None else next(found) for t in leaves))
+    filled = tuple(torch.zeros_like(t) if c is None else c for t, c in zip(inputs, cotangents, strict=True))
+    return torch.func.vjp(gradient, dy, *inputs)[1](filled)
 
 
 def fold_batch(x: Tensor, dim: int | None, batch_size: int) -> Tensor:

@@ -97,8 +97,7 @@ def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     dy, x = ctx.saved_tensors
     size, alpha, beta, k, groups = ctx.lrn
 
-    def forward(x: Tensor | None) -> Tensor:
-        assert x is not None
+    def forward(x: Tensor) -> Tensor:
         return reference.local_response_norm(x, size, alpha, beta, k, groups=groups)
 
     return (*double_backward(forward, (x,), dy, (ddx,)), None, None, None, None, None)

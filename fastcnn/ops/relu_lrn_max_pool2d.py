@@ -215,10 +215,11 @@ def _backward_backward(ctx: Any, ddx: Tensor | None, ddbias: Tensor | None) -> t
     dy, x, bias = ctx.saved_tensors
     relu, lrn, pool = _params(tuple(ctx.tail))
 
-    def forward(x: Tensor | None, bias: Tensor | None) -> Tensor:
-        assert x is not None
+    def forward(x: Tensor, bias: Tensor | None = None) -> Tensor:
         return reference.relu_lrn_max_pool2d(x, bias, relu=relu, lrn=lrn, pool=pool)
 
+    if bias is None:
+        return *double_backward(forward, (x,), dy, (ddx,)), None, *rest
     return *double_backward(forward, (x, bias), dy, (ddx, ddbias)), *rest
 
 
