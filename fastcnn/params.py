@@ -13,6 +13,11 @@ IntOrPair = int | Sequence[int]
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def opmath(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of ``dtype`` are computed."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def check_input(op: str, input: Tensor) -> None:
     """Raise what torch would raise if ``input`` is not a strided tensor of a floating dtype we have kernels for."""
     if not isinstance(input, Tensor):

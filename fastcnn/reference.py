@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .params import LRNParams, PoolParams, check_bias, check_input
+from .params import LRNParams, PoolParams, check_bias, check_input, opmath
 
 
 def local_response_norm(
@@ -20,7 +20,7 @@ def local_response_norm(
     lrn = LRNParams(size, alpha, beta, k, groups)
     check_input("local_response_norm", input)
     lrn.check_shape(input.shape)
-    return _normalized(_wide(input), lrn).to(input.dtype)
+    return _normalized(input.to(opmath(input.dtype)), lrn).to(input.dtype)
 
 
 def relu_lrn_max_pool2d(
@@ -36,7 +36,7 @@ def relu_lrn_max_pool2d(
     check_bias("relu_lrn_max_pool2d", bias, input)
     if lrn is not None:
         lrn.check_shape(input.shape)
-    y = rectified(_wide(input), bias, relu)
+    y = rectified(input.to(opmath(input.dtype)), bias, relu)
     if lrn is not None:
         y = _normalized(y, lrn)
     if pool is not None:
@@ -50,10 +50,6 @@ def rectified(x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     if bias is not None:
         x = x + bias.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
     return x.relu() if relu else x
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _window_sum(x: Tensor, before: int, after: int, groups: int) -> Tensor:

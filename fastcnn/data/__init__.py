@@ -1,1 +1,39 @@
 """Photographs and data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["photographs"]
+
+
+def photographs(size: int = 227) -> Tensor:
+    """Four real photographs: an astronaut, a cat, a cup of coffee, a rocket.
+
+    They ship with the package and are in the public domain; ``photographs/SOURCES.md`` beside this file names title,
+    author and licence of each. The short side is scaled to ``size`` and the centre cropped.
+
+    Args:
+        size: height and width of the crops, in pixels. The photographs have 300 to 320 on their short side.
+
+    Returns:
+        uint8 tensor of shape (4, 3, size, size), channels in the order red, green, blue.
+
+    Raises:
+        ImportError: Pillow is not installed (it comes with ``fastcnn[bench]``).
+        ValueError: ``size`` is not positive.
+    """
+    if size <= 0:
+        raise ValueError(f"photographs(): size must be greater than zero, but got size={size}")
+    import numpy
+    from PIL import Image, ImageOps
+
+    crops = []
+    for path in sorted((Path(__file__).parent / "photographs").glob("*.jpg")):
+        with Image.open(path) as photograph:
+            crop = ImageOps.fit(photograph.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        crops.append(torch.from_numpy(numpy.array(crop)).permute(2, 0, 1))
+    return torch.stack(crops)

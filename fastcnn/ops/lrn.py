@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..params import LRNParams, check_input
+from ..params import LRNParams, check_input, opmath
 from ._layout import dense, empty_output, output_format
 from ._operator import define, double_backward, fold_batch, unfold_batch
 
@@ -64,7 +64,7 @@ def _cpu(x: Tensor, *lrn: Any) -> Tensor:
 
 
 def _backward_reference(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = opmath(x.dtype)
     dx = reference.lrn_backward(dy.to(wide), x.to(wide), LRNParams(*lrn))
     return dense(dx.to(x.dtype), output_format(x))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..params import LRNParams, PoolParams, check_bias, check_input, pooled_size
+from ..params import LRNParams, PoolParams, check_bias, check_input, opmath, pooled_size
 from ._layout import dense, empty_output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
 from .lrn import local_response_norm
@@ -120,7 +120,7 @@ def _reference(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     if pool is None or not with_argmax:
         y = reference.relu_lrn_max_pool2d(x, bias, relu=relu, lrn=lrn, pool=pool)
         return dense(y, format), x.new_empty(0, dtype=torch.uint8)
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = x.to(opmath(x.dtype))
     y, argmax = reference.window_offsets(
         reference.relu_lrn_max_pool2d(wide, None if bias is None else bias.to(wide.dtype), relu=relu, lrn=lrn), pool
     )
@@ -134,7 +134,7 @@ def _cpu(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
     torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(
         dense(x, format),
-        None if bias is None else bias.contiguous(),
+        None if bias is None else bias.to(opmath(x.dtype)).contiguous(),
         y,
         argmax if with_argmax else None,
         format != torch.contiguous_format,
@@ -153,7 +153,7 @@ def _backward_reference(
     dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
 ) -> tuple[Tensor, Tensor]:
     relu, lrn, pool = _params(tail)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = opmath(x.dtype)
     z = reference.rectified(x.to(wide), bias, relu)
     dz = dy.to(wide)
     if pool is not None:
@@ -170,18 +170,20 @@ def _backward_cpu(
     dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
 ) -> tuple[Tensor, Tensor]:
     format = output_format(x)
-    dx, dbias = _backward_fake(dy, x, bias, argmax, *tail)
+    dx = empty_output(x)
+    wide_bias = None if bias is None else bias.to(opmath(x.dtype)).contiguous()
+    dbias = x.new_empty(0) if wide_bias is None else torch.empty_like(wide_bias)
     torch.ops.fastcnn_cpu.relu_lrn_max_pool2d_backward(
         dense(dy, format),
         dense(x, format),
-        None if bias is None else bias.contiguous(),
+        wide_bias,
         dense(argmax, format) if tail[6] else None,
         dx,
         None if bias is None else dbias,
         format != torch.contiguous_format,
         *tail,
     )
-    return dx, dbias
+    return dx, dbias if bias is None else dbias.to(bias.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

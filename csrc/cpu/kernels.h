@@ -1,0 +1,50 @@
+// The CPU kernels as the library calls them. Each is compiled once per capability, into a namespace of that name.
+//
+// A kernel does a range of its units, so that the caller can share them out among threads, and gets scratch memory from
+// the caller: one block of scratch_bytes() for each range. No torch header and no allocation in a kernel's file.
+#pragma once
+
+#include "../lrn.h"
+#include "../max_pool2d.h"
+#include "../tensor.h"
+
+namespace fastcnn {
+
+struct LRNTask {
+  DType dtype;
+  Shape shape;  // H == 1; images of a channels_last tensor may be given as one
+  LRN lrn;
+  const void *x, *dy;  // dy: backward only
+  void* out;           // y or dx
+};
+
+// Units are rows: of the output in forward, of the input, in blocks of kRows, in backward.
+struct TailTask {
+  static constexpr int64_t kRows = 8;
+  DType dtype;
+  Shape shape;  // of x
+  bool relu;
+  LRN lrn;
+  MaxPool2d pool;
+  const void *x, *bias, *dy;  // bias: may be null; in the compute type. dy: backward only
+  void *out, *argmax;         // y or dx; argmax may be null in forward
+  void* dbias;                // backward: a row of C partial sums a unit, in the compute type; null without bias
+  int64_t blocks() const { return (shape.H + kRows - 1) / kRows; }  // a backward unit is n * blocks() + block
+};
+
+#define FASTCNN_DECLARE_KERNELS(capability)                                                      \
+  namespace capability {                                                                         \
+  int64_t lrn_units(const LRNTask&);                                                             \
+  int64_t lrn_scratch_bytes(const LRNTask&);                                                     \
+  void lrn(const LRNTask&, int64_t begin, int64_t end, void* scratch);                           \
+  void lrn_backward(const LRNTask&, int64_t begin, int64_t end, void* scratch);                  \
+  int64_t relu_lrn_max_pool2d_scratch_bytes(const TailTask&);                                    \
+  void relu_lrn_max_pool2d(const TailTask&, int64_t begin, int64_t end, void* scratch);          \
+  void relu_lrn_max_pool2d_backward(const TailTask&, int64_t begin, int64_t end, void* scratch); \
+  }
+
+FASTCNN_DECLARE_KERNELS(baseline)
+FASTCNN_DECLARE_KERNELS(avx2)
+FASTCNN_DECLARE_KERNELS(avx512)
+
+}  // namespace fastcnn

@@ -1,0 +1,220 @@
+// SIMD vectors of the width the file is compiled for, on the compiler's own vector types: + - * / < ?: work lane by lane.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastcnn::FASTCNN_CAPABILITY {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// 16-bit tensors are computed in float, others in themselves.
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename A>
+inline constexpr int64_t kLanes = kVectorBytes / sizeof(A);
+
+template <typename T, int64_t lanes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * lanes)));
+};
+template <typename A>
+using Vec = typename VectorOf<A, kLanes<A>>::type;
+// Integers as wide as the lanes of Vec<A>: what comparing two Vec<A> gives.
+template <typename A>
+using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+template <typename A>
+using IntVec = typename VectorOf<Lane<A>, kLanes<A>>::type;
+using UInt16 = VectorOf<uint16_t, kLanes<float>>::type;
+using UInt32 = VectorOf<uint32_t, kLanes<float>>::type;
+
+template <typename V, typename T>
+inline V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
+inline Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
+
+inline Vec<float> load(const BFloat16* p) {
+  return (Vec<float>)(__builtin_convertvector(load_as<UInt16>(p), UInt32) << 16);
+}
+
+inline Vec<float> load(const Half* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+  const UInt32 bits = __builtin_convertvector(load_as<UInt16>(p), UInt32);
+  const UInt32 magnitude = (bits & 0x7fff) << 13;
+  const UInt32 finite = (UInt32)((Vec<float>)magnitude * 0x1p112f);  // rebias; makes subnormals normal
+  return (Vec<float>)(((bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000 : finite) | (bits & 0x8000) << 16);
+#endif
+}
+
+template <typename A>
+inline void store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline void store(BFloat16* p, Vec<float> v) {
+  const UInt32 bits = (UInt32)v;
+  const UInt32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const UInt16 narrow = __builtin_convertvector(v == v ? rounded : UInt32{} + 0x7fc0, UInt16);
+  std::memcpy(p, &narrow, sizeof narrow);
+}
+
+inline void store(Half* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &h, sizeof h);
+#elif defined(__F16C__)
+  const __m128i h = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &h, sizeof h);
+#else
+  const UInt32 bits = (UInt32)v, magnitude = bits & 0x7fffffff;
+  // Adding a power of two as large as the last kept bit's worth lets the float adder round, subnormals included.
+  const UInt32 exponent = magnitude & 0x7f800000;
+  const UInt32 least = exponent < 0x38800000 ? UInt32{} + 0x38800000 : exponent;
+  const Vec<float> rounder = (Vec<float>)(least + (13 << 23));
+  const UInt32 rounded = (UInt32)((Vec<float>)magnitude + rounder) - (UInt32)rounder;
+  const UInt32 finite = rounded + ((least - 0x38800000) >> 13);
+  const UInt32 large = magnitude > 0x7f800000 ? UInt32{} + 0x7e00 : UInt32{} + 0x7c00;
+  const UInt32 half = (magnitude >= 0x477ff000 ? large : finite) | ((bits >> 16) & 0x8000);
+  const UInt16 narrow = __builtin_convertvector(half, UInt16);
+  std::memcpy(p, &narrow, sizeof narrow);
+#endif
+}
+
+template <typename A>
+inline Vec<A> broadcast(A value) {
+  return Vec<A>{} + value;
+}
+
+inline Vec<float> sqrt(Vec<float> v) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_sqrt_ps((__m128)v);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+inline Vec<double> sqrt(Vec<double> v) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__SSE2__)
+  return (Vec<double>)_mm_sqrt_pd((__m128d)v);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// 1 / sqrt(v), to one or two ulp.
+template <typename V>
+inline V rsqrt(V v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, Vec<float>>) {
+    // The 14-bit estimate and one Newton step, much cheaper than a root and a division. The estimate is already
+    // right for 0 and inf, of which the step would make NaN.
+    const __m512 r = _mm512_rsqrt14_ps((__m512)v);
+    const __mmask16 step = ~_mm512_fpclass_ps_mask((__m512)v, 0x02 | 0x04 | 0x08);
+    const __m512 half_rv = _mm512_mul_ps(_mm512_mul_ps(r, (__m512)v), _mm512_set1_ps(0.5f));
+    const __m512 e = _mm512_fnmadd_ps(half_rv, r, _mm512_set1_ps(0.5f));
+    return (V)_mm512_mask_fmadd_ps(r, step, e, r);
+  }
+#endif
+  return 1 / sqrt(v);
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTCNN_SHUFFLE 1
+#endif
+#endif
+
+// Every other lane of the 2 * kLanes from p on.
+template <typename A>
+inline Vec<A> load_even(const A* p) {
+#if FASTCNN_SHUFFLE
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(load(p), load(p + kLanes<A>), (2 * i)...);
+  }(std::make_integer_sequence<int, kLanes<A>>{});
+#else
+  Vec<A> v;
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = p[2 * i];
+  return v;
+#endif
+}
+
+// even[0], odd[0], even[1], odd[1], ...
+template <typename A>
+inline void store_interleaved(A* p, Vec<A> even, Vec<A> odd) {
+#if FASTCNN_SHUFFLE
+  constexpr int n = kLanes<A>;
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    store(p, __builtin_shufflevector(even, odd, (i / 2 + i % 2 * n)...));
+    store(p + n, __builtin_shufflevector(even, odd, (n / 2 + i / 2 + i % 2 * n)...));
+  }(std::make_integer_sequence<int, n>{});
+#else
+  for (int i = 0; i < kLanes<A>; ++i) {
+    p[2 * i] = even[i];
+    p[2 * i + 1] = odd[i];
+  }
+#endif
+}
+
+// Call f(i) for vectors that together cover 0 ... n-1. The last one overlaps its neighbour where n is no multiple of the
+// lanes, so f must be idempotent; for n below the lanes f is not called and the result is false.
+template <typename A, typename F>
+inline bool for_each_vector(int64_t n, F f) {
+  if (n < kLanes<A>) return n == 0;
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i);
+  if (i < n) f(n - kLanes<A>);
+  return true;
+}
+
+// out[i] = f(x[i], i) for i = 0 ... n-1, through the compute type; f takes a vector and its place.
+template <typename A, typename X, typename Y, typename F>
+inline void map(const X* x, Y* out, int64_t n, F f) {
+  if (for_each_vector<A>(n, [&](int64_t i) { store(out + i, f(load(x + i), i)); })) return;
+  X in[kLanes<A>] = {};
+  Y result[kLanes<A>];
+  std::memcpy(in, x, n * sizeof(X));
+  store(result, f(load(in), int64_t{0}));
+  std::memcpy(out, result, n * sizeof(Y));
+}
+
+}  // namespace fastcnn::FASTCNN_CAPABILITY

@@ -1,0 +1,180 @@
+// The private ops fastcnn_cpu::*, on the LibTorch stable ABI, and through pybind11 what the build is and can do.
+// Python allocates every output and has checked every argument; the tensors are dense in the format it names.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/capability.h"
+#include "cpu/kernels.h"
+#include "cpu/memory.h"
+
+namespace fastcnn {
+namespace {
+
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case torch::headeronly::ScalarType::Half: return DType::float16;
+    case torch::headeronly::ScalarType::BFloat16: return DType::bfloat16;
+    case torch::headeronly::ScalarType::Float: return DType::float32;
+    default: return DType::float64;
+  }
+}
+
+// Share `units` of a kernel out among torch's threads; a thread gets at least `grain` of them.
+template <typename Task>
+void parallel(void (*kernel)(const Task&, int64_t, int64_t, void*), const Task& task, int64_t units, int64_t grain,
+              int64_t scratch_bytes) {
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    if (begin < end) kernel(task, begin, end, ScratchBlock(scratch_bytes).get());
+  });
+}
+
+// Units of this many elements are worth a thread from some number of them on (torch's own rule of thumb).
+int64_t grain(int64_t elements_per_unit) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_unit)); }
+
+LRNTask lrn_task(const Tensor& x, bool channels_last, const LRN& lrn) {
+  const auto sizes = x.sizes();
+  int64_t pixels = 1;
+  for (size_t i = 2; i < sizes.size(); ++i) pixels *= sizes[i];
+  // In channels_last all pixels of all images follow each other.
+  const Shape shape = channels_last ? Shape{1, sizes[1], 1, sizes[0] * pixels, true} : Shape{sizes[0], sizes[1], 1, pixels, false};
+  return {dtype_of(x), shape, lrn, x.const_data_ptr(), nullptr, nullptr};
+}
+
+void run_lrn(const LRNTask& task, bool backward) {
+  if (task.shape.N * task.shape.image_stride() == 0) return;
+  const auto& k = kernels();
+  const int64_t units = k.lrn_units(task);
+  parallel(backward ? k.lrn_backward : k.lrn, task, units, grain(task.shape.N * task.shape.image_stride() / units),
+           k.lrn_scratch_bytes(task));
+}
+
+void lrn(Tensor x, Tensor out, bool channels_last, int64_t size, double alpha, double beta, double k, int64_t groups) {
+  LRNTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});
+  task.out = prepare_output(out);
+  run_lrn(task, false);
+}
+
+void lrn_backward(Tensor dy, Tensor x, Tensor dx, bool channels_last, int64_t size, double alpha, double beta, double k,
+                  int64_t groups) {
+  LRNTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});
+  task.dy = dy.const_data_ptr();
+  task.out = prepare_output(dx);
+  run_lrn(task, true);
+}
+
+using Ints = std::vector<int64_t>;
+
+PoolAxis pool_axis(int64_t size, int i, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
+                   bool ceil_mode) {
+  PoolAxis axis{kernel[i], stride[i], padding[i], dilation[i], size, 0};
+  const int64_t span = size + 2 * axis.padding - axis.dilation * (axis.kernel - 1) - 1;
+  axis.out = (span + (ceil_mode ? axis.stride - 1 : 0)) / axis.stride + 1;
+  if (ceil_mode && (axis.out - 1) * axis.stride >= size + axis.padding) --axis.out;
+  return axis;
+}
+
+TailTask tail_task(const Tensor& x, const std::optional<Tensor>& bias, bool channels_last, bool relu, const LRN& lrn,
+                   const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation, bool ceil_mode) {
+  TailTask task{};
+  task.dtype = dtype_of(x);
+  task.shape = {x.size(0), x.size(1), x.size(2), x.size(3), channels_last};
+  task.relu = relu;
+  task.lrn = lrn;
+  if (!kernel.empty()) {
+    task.pool.h = pool_axis(x.size(2), 0, kernel, stride, padding, dilation, ceil_mode);
+    task.pool.w = pool_axis(x.size(3), 1, kernel, stride, padding, dilation, ceil_mode);
+  }
+  task.x = x.const_data_ptr();
+  task.bias = bias ? bias->const_data_ptr() : nullptr;
+  return task;
+}
+
+void relu_lrn_max_pool2d(Tensor x, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> argmax,
+                         bool channels_last, bool relu, int64_t size, double alpha, double beta, double k, int64_t groups,
+                         Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
+  TailTask task = tail_task(x, bias, channels_last, relu, {size, alpha, beta, k, groups}, kernel, stride, padding, dilation,
+                            ceil_mode);
+  if (x.numel() == 0) return;
+  task.out = prepare_output(out);
+  task.argmax = argmax ? prepare_output(*argmax) : nullptr;
+  const int64_t rows = task.shape.N * (task.pool ? task.pool.h.out : task.shape.H);
+  parallel(kernels().relu_lrn_max_pool2d, task, rows, grain(x.numel() / rows),
+           kernels().relu_lrn_max_pool2d_scratch_bytes(task));
+}
+
+void relu_lrn_max_pool2d_backward(Tensor dy, Tensor x, std::optional<Tensor> bias, std::optional<Tensor> argmax, Tensor dx,
+                                  std::optional<Tensor> dbias, bool channels_last, bool relu, int64_t size, double alpha,
+                                  double beta, double k, int64_t groups, Ints kernel, Ints stride, Ints padding,
+                                  Ints dilation, bool ceil_mode) {
+  TailTask task = tail_task(x, bias, channels_last, relu, {size, alpha, beta, k, groups}, kernel, stride, padding, dilation,
+                            ceil_mode);
+  const int64_t units = task.shape.N * task.blocks(), C = task.shape.C;
+  const bool wide = task.dtype == DType::float64;
+  // The bias gradient: a partial sum for each block of rows, then those in order, whatever the number of threads.
+  ScratchBlock partial(dbias ? units * C * (wide ? sizeof(double) : sizeof(float)) : 0);
+  task.dy = dy.const_data_ptr();
+  task.argmax = argmax ? const_cast<void*>(argmax->const_data_ptr()) : nullptr;
+  task.dbias = dbias ? partial.get() : nullptr;
+  if (x.numel() > 0) {
+    task.out = prepare_output(dx);
+    parallel(kernels().relu_lrn_max_pool2d_backward, task, units, grain(x.numel() / units),
+             kernels().relu_lrn_max_pool2d_scratch_bytes(task));
+  }
+  for (int64_t c = 0; dbias && c < C; ++c) {
+    double sum = 0;
+    for (int64_t u = 0; x.numel() > 0 && u < units; ++u) {
+      const int64_t i = u * C + c;
+      sum += wide ? static_cast<double*>(partial.get())[i] : static_cast<float*>(partial.get())[i];
+    }
+    if (wide) static_cast<double*>(dbias->mutable_data_ptr())[c] = sum;
+    else static_cast<float*>(dbias->mutable_data_ptr())[c] = static_cast<float>(sum);
+  }
+}
+
+#define FASTCNN_LRN "int size, float alpha, float beta, float k, int groups"
+#define FASTCNN_POOL "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
+
+STABLE_TORCH_LIBRARY(fastcnn_cpu, m) {
+  m.def("lrn(Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
+  m.def("lrn_backward(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
+  m.def("relu_lrn_max_pool2d(Tensor input, Tensor? bias, Tensor(a!) out, Tensor(b!)? argmax, bool channels_last, "
+        "bool relu, " FASTCNN_LRN ", " FASTCNN_POOL ") -> ()");
+  m.def("relu_lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor? argmax, Tensor(a!) out, "
+        "Tensor(b!)? dbias, bool channels_last, bool relu, " FASTCNN_LRN ", " FASTCNN_POOL ") -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) {
+  m.impl("lrn", TORCH_BOX(&lrn));
+  m.impl("lrn_backward", TORCH_BOX(&lrn_backward));
+  m.impl("relu_lrn_max_pool2d", TORCH_BOX(&relu_lrn_max_pool2d));
+  m.impl("relu_lrn_max_pool2d_backward", TORCH_BOX(&relu_lrn_max_pool2d_backward));
+}
+
+}  // namespace
+}  // namespace fastcnn
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ half of fastcnn: importing it registers torch.ops.fastcnn_cpu.";
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = FASTCNN_COMPILER;
+    info["torch"] = FASTCNN_TORCH_VERSION;
+    info["capabilities"] = FASTCNN_CAPABILITIES;
+    return info;
+  }, "Compiler, the torch this was built beside, and the CPU capabilities that were compiled.");
+  m.def("cpu_capabilities", &fastcnn::capabilities, "Names of the compiled capabilities this machine has, best last.");
+  m.def("cpu_capability", &fastcnn::capability, "Name of the capability in use.");
+  m.def("set_cpu_capability", &fastcnn::set_capability, pybind11::arg("name"),
+        "Use the kernels compiled for this capability. Raises ValueError if they are not here or cannot run.");
+}

@@ -1,0 +1,34 @@
+// Parameters of max pooling, and which window sees which row (or column).
+#pragma once
+
+#include <cstdint>
+
+namespace fastcnn {
+
+// One dimension of the pool: window o sees the elements o * stride - padding + i * dilation, i = 0 ... kernel-1, that exist.
+struct PoolAxis {
+  int64_t kernel = 0, stride = 1, padding = 0, dilation = 1;
+  int64_t size = 0, out = 0;  // of the map, before and after
+
+  int64_t element(int64_t o, int64_t i) const { return o * stride - padding + i * dilation; }
+  // The i of window o that lie inside the map are first(o) ... last(o) - 1.
+  int64_t first(int64_t o) const {
+    const int64_t start = element(o, 0);
+    return start >= 0 ? 0 : (-start + dilation - 1) / dilation;
+  }
+  int64_t last(int64_t o) const {
+    const int64_t room = size - element(o, 0);  // positive: every window starts before the end
+    const int64_t fit = (room + dilation - 1) / dilation;
+    return fit < kernel ? fit : kernel;
+  }
+};
+
+struct MaxPool2d {
+  PoolAxis h, w;
+
+  explicit operator bool() const { return h.kernel > 0; }
+  // Argmax, the place kh * KW + kw in the unclipped window, is kept in one byte where it fits.
+  bool wide_argmax() const { return h.kernel * w.kernel > 256; }
+};
+
+}  // namespace fastcnn

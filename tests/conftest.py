@@ -1,0 +1,64 @@
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from promises import backends_here, running_on
+
+import fastcnn
+
+settings.register_profile(
+    "fastcnn",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fastcnn")
+
+
+def pytest_configure() -> None:
+    if "cpu" not in fastcnn.backends.available() and os.environ.get("FASTCNN_TEST_PURE_PYTHON") != "1":
+        raise pytest.UsageError(
+            f"{fastcnn.backends.status()['cpu']}. FASTCNN_TEST_PURE_PYTHON=1 tests the pure Python package without it"
+        )
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """Every test runs in torch's deterministic mode, which fills each new tensor with NaN: unwritten outputs show."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=backends_here())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that runs here on CPU tensors, the C++ kernels once for each CPU capability."""
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in ("reference", "cpu") if name in fastcnn.backends.available()])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend once, the C++ kernels at their best capability: for what does not depend on the kernels."""
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def best_backend() -> Iterator[str]:
+    """What runs on CPU tensors by default, and no warning where that is plain PyTorch."""
+    name = "cpu" if "cpu" in fastcnn.backends.available() else "reference"
+    with running_on(name):
+        yield name
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of torch's threads, and puts it back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,88 @@
+"""Run the C++ kernels on tensors that lie against a page no one may touch: a script, since it dies where one does.
+
+    python tests/guard_pages.py lrn | relu_lrn_max_pool2d
+
+Every input and output has a guard page directly before its first or directly after its last element, so a read or write
+out of bounds ends the process with a segmentation fault; the last line printed names the case.
+"""
+
+import ctypes
+import itertools
+import mmap
+import sys
+
+import torch
+from promises import DTYPES, FORMATS, ident, in_format, randn, tail_args
+
+import fastcnn
+from fastcnn import LRNParams, PoolParams
+from fastcnn.ops import _layout, relu_lrn_max_pool2d
+from fastcnn.ops import lrn as lrn_ops
+
+PAGE, PROT_NONE = mmap.PAGESIZE, 0
+mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+mprotect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+
+
+def guarded(x: torch.Tensor, at_end: bool) -> torch.Tensor:
+    """A dense tensor like ``x``, values and strides, directly before a guard page or directly after one."""
+    size = max(x.numel(), 1) * x.element_size()
+    pages = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, pages + 2 * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (address, address + PAGE + pages):
+        if mprotect(guard, PAGE, PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect failed")
+    start = PAGE + (pages - size if at_end else 0)
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=max(x.numel(), 1), offset=start)
+    return flat.as_strided(x.shape, x.stride()).copy_(x)
+
+
+def guard_outputs(at_end: bool) -> None:
+    def empty_output(*args: object) -> torch.Tensor:
+        return guarded(_layout.empty_output(*args), at_end)
+
+    lrn_ops.empty_output = relu_lrn_max_pool2d.empty_output = empty_output
+
+
+def run_lrn(x: torch.Tensor, dy: torch.Tensor, lrn: LRNParams) -> None:
+    args = (lrn.size, lrn.alpha, lrn.beta, lrn.k, lrn.groups)
+    torch.ops.fastcnn.lrn(x, *args)
+    torch.ops.fastcnn.lrn_backward(dy, x, *args)
+
+
+def run_tail(x: torch.Tensor, bias: torch.Tensor | None, at_end: bool, **tail: object) -> None:
+    args = tail_args(**tail)
+    y, argmax = torch.ops.fastcnn.relu_lrn_max_pool2d(x, bias, *args, True)
+    torch.ops.fastcnn.relu_lrn_max_pool2d(x, bias, *args, False)
+    torch.ops.fastcnn.relu_lrn_max_pool2d_backward(guarded(y, at_end), x, bias, argmax, *args)
+
+
+def main(op: str) -> None:
+    lrns = [LRNParams(1), LRNParams(5, 0.5), LRNParams(4, 0.5, 0.6), LRNParams(40, groups=1)]
+    pools = [PoolParams(3, 2), PoolParams(3, 2, 1, 1, True), PoolParams((2, 3), 1, (1, 0)), PoolParams(3, 1, 1, 2)]
+    shapes = itertools.product((1, 2), (1, 3, 16, 17, 33), ((7, 5), (5, 16), (6, 33)))
+    for n, c, (h, w) in shapes:
+        for dtype, format, at_end in itertools.product(DTYPES, FORMATS, (True, False)):
+            guard_outputs(at_end)
+            x, dy = (
+                guarded(in_format(randn(n, c, h, w, dtype=dtype, seed=seed), format), at_end) for seed in range(2)
+            )
+            bias = guarded(randn(c, dtype=dtype), at_end)
+            where = f"{fastcnn.backends._C.cpu_capability()} {n}x{c}x{h}x{w} {ident(dtype)} {ident(format)} {at_end=}"
+            if op == "lrn":
+                for lrn in lrns:
+                    print(where, ident(lrn), flush=True)
+                    run_lrn(x, dy, lrn)
+                continue
+            for lrn, pool in itertools.product((None, lrns[1]), (None, *pools)):
+                print(where, ident(lrn), ident(pool), flush=True)
+                run_tail(x, bias, at_end, lrn=lrn, pool=pool)
+                run_tail(x, None, at_end, relu=False, lrn=lrn, pool=pool)
+
+
+if __name__ == "__main__":
+    with fastcnn.backends.use("cpu"):
+        for capability in fastcnn.backends._C.cpu_capabilities():
+            fastcnn.backends._C.set_cpu_capability(capability)
+            main(sys.argv[1])
