@@ -15,6 +15,7 @@ settings.register_profile(
     max_examples=60,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+settings.register_profile("deep", settings.get_profile("fastcnn"), derandomize=False, max_examples=2000)
 settings.load_profile("fastcnn")
 
 
@@ -37,6 +38,13 @@ def deterministic() -> Iterator[None]:
 @pytest.fixture(params=backends_here())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that runs here on CPU tensors, the C++ kernels once for each CPU capability."""
+    with running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=backends_here()[1:] or ["reference"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ kernels at each CPU capability, plain PyTorch only where they are not built: for long lists of sizes."""
     with running_on(request.param):
         yield request.param
 

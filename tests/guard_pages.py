@@ -53,7 +53,7 @@ def run_lrn(x: torch.Tensor, dy: torch.Tensor, lrn: LRNParams) -> None:
 
 def run_tail(x: torch.Tensor, bias: torch.Tensor | None, at_end: bool, **tail: object) -> None:
     args = tail_args(**tail)
-    y, argmax = torch.ops.fastcnn.relu_lrn_max_pool2d(x, bias, *args, True)
+    y, argmax = torch.ops.fastcnn.relu_lrn_max_pool2d(x, bias, *args, tail["pool"] is not None)
     torch.ops.fastcnn.relu_lrn_max_pool2d(x, bias, *args, False)
     torch.ops.fastcnn.relu_lrn_max_pool2d_backward(guarded(y, at_end), x, bias, argmax, *args)
 
@@ -61,13 +61,11 @@ def run_tail(x: torch.Tensor, bias: torch.Tensor | None, at_end: bool, **tail: o
 def main(op: str) -> None:
     lrns = [LRNParams(1), LRNParams(5, 0.5), LRNParams(4, 0.5, 0.6), LRNParams(40, groups=1)]
     pools = [PoolParams(3, 2), PoolParams(3, 2, 1, 1, True), PoolParams((2, 3), 1, (1, 0)), PoolParams(3, 1, 1, 2)]
-    shapes = itertools.product((1, 2), (1, 3, 16, 17, 33), ((7, 5), (5, 16), (6, 33)))
-    for n, c, (h, w) in shapes:
+    n = 2
+    for c, (h, w) in itertools.product((1, 3, 17, 32), ((7, 5), (5, 33))):
         for dtype, format, at_end in itertools.product(DTYPES, FORMATS, (True, False)):
             guard_outputs(at_end)
-            x, dy = (
-                guarded(in_format(randn(n, c, h, w, dtype=dtype, seed=seed), format), at_end) for seed in range(2)
-            )
+            x, dy = (guarded(in_format(randn(n, c, h, w, dtype=dtype, seed=seed), format), at_end) for seed in range(2))
             bias = guarded(randn(c, dtype=dtype), at_end)
             where = f"{fastcnn.backends._C.cpu_capability()} {n}x{c}x{h}x{w} {ident(dtype)} {ident(format)} {at_end=}"
             if op == "lrn":

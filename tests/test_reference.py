@@ -3,8 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from promises import FORMATS, NARROW, assert_bitwise, assert_same_answer, at_offsets, gradients, in_format, leaf, randn
-from promises import torch_tail
+from promises import (
+    FORMATS,
+    NARROW,
+    assert_bitwise,
+    assert_same_answer,
+    at_offsets,
+    gradients,
+    in_format,
+    leaf,
+    randn,
+    torch_tail,
+)
 
 from fastcnn import LRNParams, PoolParams, reference
 

@@ -4,33 +4,20 @@
 
 #include "dispatch.h"
 #include "kernels.h"
-#include "scratch.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {
 
-constexpr int64_t kTileLanes = 16384;  // a tile and its result stay in the second-level cache
-
-int64_t tile_pixels(const LRNTask& task) {
-  const int64_t fit = kTileLanes / (task.shape.C + task.lrn.groups * task.lrn.before(task.shape.C / task.lrn.groups));
-  return std::min(std::max<int64_t>(fit / 16 * 16, 16), std::max<int64_t>(task.shape.W, 1));
-}
-
+// In NCHW a tile's runs should be long, and a ring of them stay in cache.
 int64_t tiles_per_image(const LRNTask& task) {
-  const int64_t pixels = tile_pixels(task);
-  return (task.shape.W + pixels - 1) / pixels;
+  const int64_t most = task.shape.channels_last ? 32 : 1024;
+  return (task.shape.W + most - 1) / most;
 }
 
-template <typename A>
-struct Buffers {
-  A *x, *y, *q;
-  Buffers(const Tile& tile, Scratch& scratch)
-      : x(scratch.take<A>(tile.lanes())), y(scratch.take<A>(tile.lanes())), q(scratch.take<A>(tile.lanes())) {}
-};
+int64_t tile_pixels(const LRNTask& task) { return (task.shape.W + tiles_per_image(task) - 1) / tiles_per_image(task); }
 
 Tile tile_of(const LRNTask& task, int64_t pixels) {
-  const int64_t group = task.shape.C / task.lrn.groups;
-  return {task.shape.channels_last, task.shape.C, task.lrn.groups, pixels, task.lrn.before(group)};
+  return {task.shape.channels_last, task.shape.C, task.lrn.groups, pixels};
 }
 
 template <typename T, bool backward>
@@ -38,24 +25,22 @@ void run(const LRNTask& task, int64_t begin, int64_t end, void* block) {
   using A = Compute<T>;
   const Shape& shape = task.shape;
   const int64_t pixels = tile_pixels(task), per_image = tiles_per_image(task), stride = shape.channel_stride();
-  const A no_floor = -std::numeric_limits<A>::infinity();
   Scratch scratch(block);
-  const Buffers<A> buffer(tile_of(task, pixels), scratch);
-  int64_t cleared = 0;
+  const TileLRN<A> lrn(task.lrn, tile_of(task, pixels), scratch);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t start = unit % per_image * pixels;
-    const Tile tile = tile_of(task, std::min(pixels, shape.W - start));
-    if (tile.pixels != cleared) clear_pads(tile, buffer.x);
-    cleared = tile.pixels;
     const int64_t at = unit / per_image * shape.image_stride() + start * shape.pixel_stride();
-    load_tile<T, A>(tile, static_cast<const T*>(task.x) + at, stride, nullptr, no_floor, buffer.x);
+    const Tile tile = tile_of(task, std::min(pixels, shape.W - start));
+    const TensorSource<T> x{tile, static_cast<const T*>(task.x) + at, stride};
+    const TensorSink<T> out{tile, static_cast<T*>(task.out) + at, stride};
     if constexpr (backward) {
-      load_tile<T, A>(tile, static_cast<const T*>(task.dy) + at, stride, nullptr, no_floor, buffer.y);
-      lrn_backward_tile(task.lrn, tile, buffer.x, buffer.y, buffer.q);
+      const TensorSource<T> dy{tile, static_cast<const T*>(task.dy) + at, stride};
+      lrn.backward(tile, x, dy, [&](int64_t r) FASTCNN_INLINE_LAMBDA {
+        return [to = out(r)](int64_t i, Vec<A> dx, Vec<A>) FASTCNN_INLINE_LAMBDA { to(i, dx); };
+      });
     } else {
-      lrn_tile(task.lrn, tile, buffer.x, buffer.y);
+      lrn.forward(tile, x, out);
     }
-    store_tile(tile, buffer.y, static_cast<T*>(task.out) + at, stride);
   }
 }
 
@@ -65,7 +50,9 @@ int64_t lrn_units(const LRNTask& task) { return task.shape.N * tiles_per_image(t
 
 int64_t lrn_scratch_bytes(const LRNTask& task) {
   Scratch scratch(nullptr);
-  with_dtype(task.dtype, [&](auto t) { Buffers<Compute<decltype(t)>>(tile_of(task, tile_pixels(task)), scratch); });
+  with_dtype(task.dtype, [&](auto t) {
+    TileLRN<Compute<decltype(t)>>(task.lrn, tile_of(task, tile_pixels(task)), scratch);
+  });
   return scratch.used();
 }
 

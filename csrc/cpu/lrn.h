@@ -1,7 +1,13 @@
-// LRN of a tile, forward and backward: the window sum of the CPU kernels.
+// LRN of a tile, forward and backward, for every kernel that needs it: s = k + alpha/size * sum(x^2), y = x * s^-beta.
+//
+// The window sum is always added anew from the window's elements. How they are found depends on the memory format:
+//   NCHW            the window is vectors of neighbouring channels, the last few of which are kept in a ring of rows;
+//   channels_last   a window of five within whole vectors (AlexNet's) is a vector shifted in registers;
+//                   any other is read at shifted places of a tile in scratch, with zeros between the runs.
 #pragma once
 
 #include "../lrn.h"
+#include "scratch.h"
 #include "tile.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
@@ -9,12 +15,8 @@ namespace fastcnn::FASTCNN_CAPABILITY {
 // s^-beta, and s^-(beta+1) from it. The usual exponents need no pow.
 enum class Power { half, three_quarters, one, any };
 
-inline Power power_of(double beta) {
-  return beta == 0.5 ? Power::half : beta == 0.75 ? Power::three_quarters : beta == 1 ? Power::one : Power::any;
-}
-
 template <Power power, typename A>
-inline Vec<A> inverse_power(Vec<A> s, A beta, Vec<A>* over_s = nullptr) {
+FASTCNN_INLINE Vec<A> inverse_power(Vec<A> s, A beta, Vec<A>* over_s = nullptr) {
   Vec<A> t;
   if constexpr (power == Power::any) {
     for (int i = 0; i < kLanes<A>; ++i) t[i] = std::pow(s[i], -beta);
@@ -30,82 +32,296 @@ inline Vec<A> inverse_power(Vec<A> s, A beta, Vec<A>* over_s = nullptr) {
   return t;
 }
 
+#if FASTCNN_SHUFFLE
+// The sum of the lanes l-2 ... l+2 of `at`, which `before` and `after` continue.
 template <typename A>
-struct TileLRN {
-  int64_t before, after, step;
-  A scale, beta, k, slope;  // s = k + scale * sum(x^2); slope is the factor of the sum in backward
+FASTCNN_INLINE Vec<A> sum_of_five(Vec<A> before, Vec<A> at, Vec<A> after) {
+  constexpr int n = kLanes<A>;
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    const Vec<A> back2 = __builtin_shufflevector(before, at, (n - 2 + i)...);
+    const Vec<A> back1 = __builtin_shufflevector(before, at, (n - 1 + i)...);
+    const Vec<A> ahead1 = __builtin_shufflevector(at, after, (1 + i)...);
+    const Vec<A> ahead2 = __builtin_shufflevector(at, after, (2 + i)...);
+    return (back2 + back1) + (ahead1 + ahead2) + at;
+  }(std::make_integer_sequence<int, n>{});
+}
+#endif
 
-  TileLRN(const LRN& lrn, const Tile& tile)
-      : before(lrn.before(tile.group())),
-        after(lrn.after(tile.group())),
-        step(tile.step()),
-        scale(static_cast<A>(lrn.alpha / lrn.size)),
-        beta(static_cast<A>(lrn.beta)),
-        k(static_cast<A>(lrn.k)),
-        slope(static_cast<A>(2 * lrn.alpha * lrn.beta / lrn.size)) {}
+template <typename A>
+class TileLRN {
+ public:
+  // `tile` has pad() zeros between its runs. The scratch is the same for every tile of at most as many pixels.
+  TileLRN(const LRN& lrn, const Tile& tile, Scratch& scratch)
+      : before_(lrn.before(tile.group())),
+        after_(lrn.after(tile.group())),
+        beta_value_(lrn.beta),
+        scale_(static_cast<A>(lrn.alpha / lrn.size)),
+        beta_(static_cast<A>(lrn.beta)),
+        k_(static_cast<A>(lrn.k)),
+        slope_(static_cast<A>(2 * lrn.alpha * lrn.beta / lrn.size)) {
+    const int64_t lanes = tile.channels_last ? padded(tile).lanes() : (before_ + after_ + 1) * row_stride(tile.pixels);
+    for (A*& buffer : buffers_) buffer = scratch.take<A>(lanes);
+  }
 
-  // Sum of f over the lanes x - b*step ... x + a*step, five of them unrolled: AlexNet's window.
+  // y = x * s^-beta
+  template <typename Source, typename Sink>
+  void forward(const Tile& tile, Source x, Sink y) const {
+    with_power([&]<Power power>() {
+      if (!tile.channels_last) forward_planes<power>(tile, x, y);
+      else if (in_registers(tile)) forward_registers<power>(tile, x, y);
+      else forward_tile<power>(tile, x, y);
+    });
+  }
+
+  // dx = dy * s^-beta - 2*alpha*beta/size * x * sum(dy * x * s^-(beta+1)), the sum over the windows that hold the channel.
+  // The sink also gets x.
+  template <typename Source, typename Gradient, typename Sink>
+  void backward(const Tile& tile, Source x, Gradient dy, Sink dx) const {
+    with_power([&]<Power power>() {
+      if (!tile.channels_last) backward_planes<power>(tile, x, dy, dx);
+      else if (in_registers(tile)) backward_registers<power>(tile, x, dy, dx);
+      else backward_tile<power>(tile, x, dy, dx);
+    });
+  }
+
+ private:
+  using V = Vec<A>;
+
+  static constexpr auto square = [](V v) FASTCNN_INLINE_LAMBDA { return v * v; };
+  static constexpr auto itself = [](V v) FASTCNN_INLINE_LAMBDA { return v; };
+
   template <typename F>
-  Vec<A> window_sum(const A* x, int64_t b, int64_t a, F f) const {
-    if (b == 2 && a == 2) {
-      return (f(load(x - 2 * step)) + f(load(x - step))) + (f(load(x + step)) + f(load(x + 2 * step))) + f(load(x));
+  void with_power(F f) const {
+    if (beta_value_ == 0.5) return f.template operator()<Power::half>();
+    if (beta_value_ == 0.75) return f.template operator()<Power::three_quarters>();
+    if (beta_value_ == 1) return f.template operator()<Power::one>();
+    return f.template operator()<Power::any>();
+  }
+
+  // NCHW. A ring holds the rows of exactly one window, so that the window sum is the sum over the ring.
+  struct Ring {
+    A* rows_;
+    int64_t count, stride, at;
+
+    Ring(A* rows, int64_t count, int64_t pixels) : rows_(rows), count(count), stride(row_stride(pixels)), at(count - 1) {
+      for (int64_t i = 0; i < count * stride; ++i) rows_[i] = 0;
     }
-    Vec<A> sum = {};
-    for (int64_t j = -b; j <= a; ++j) sum += f(load(x + j * step));
+    void advance() { at = at + 1 < count ? at + 1 : 0; }
+    A* newest() const { return rows_ + at * stride; }
+    A* back(int64_t steps) const { return rows_ + (at >= steps ? at - steps : at - steps + count) * stride; }
+
+    template <int fixed, typename F>
+    FASTCNN_INLINE V sum(int64_t p, F f) const {
+      const A* row = rows_ + p;
+      if constexpr (fixed == 5) {
+        return (f(load(row)) + f(load(row + stride))) + (f(load(row + 2 * stride)) + f(load(row + 3 * stride))) +
+               f(load(row + 4 * stride));
+      }
+      V sum{};
+      for (int64_t r = 0; r < count; ++r) sum += f(load(row + r * stride));
+      return sum;
+    }
+  };
+
+  static constexpr int64_t kPrefetch = 1024;  // elements between asking for memory and reading it
+
+  static int64_t row_stride(int64_t pixels) { return (pixels + kVectorBytes - 1) / kVectorBytes * kVectorBytes; }
+
+  template <Power power, typename Source, typename Sink>
+  void forward_planes(const Tile& tile, Source x, Sink y) const {
+    if (before_ + after_ == 4) forward_planes<power, 5>(tile, x, y);
+    else forward_planes<power, 0>(tile, x, y);
+  }
+
+  template <Power power, int fixed, typename Source, typename Sink>
+  void forward_planes(const Tile& tile, Source x, Sink y) const {
+    const int64_t n = tile.pixels, channels = tile.group();
+    for (int64_t first = 0; first < tile.channels; first += channels) {
+      Ring ring(buffers_[0], before_ + after_ + 1, n);
+      for (int64_t c = -after_; c < channels; ++c) {
+        ring.advance();
+        read_channel(ring.newest(), tile, x, first, c + after_);
+        if (c < 0) continue;
+        const A* const now = ring.back(after_);
+        const auto to = y(first + c);
+        for_each_vector<A>(n, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
+          const V sum = ring.template sum<fixed>(p, square);
+          to(p, load(now + p) * inverse_power<power, A>(k_ + scale_ * sum, beta_));
+        });
+      }
+    }
+  }
+
+  template <Power power, typename Source, typename Gradient, typename Sink>
+  void backward_planes(const Tile& tile, Source x, Gradient dy, Sink dx) const {
+    if (before_ + after_ == 4) backward_planes<power, 5>(tile, x, dy, dx);
+    else backward_planes<power, 0>(tile, x, dy, dx);
+  }
+
+  // Channel c completes the sum of channel c - before, whose x is then the oldest of its ring.
+  template <Power power, int fixed, typename Source, typename Gradient, typename Sink>
+  void backward_planes(const Tile& tile, Source x, Gradient dy, Sink dx) const {
+    const int64_t rows = before_ + after_ + 1, n = tile.pixels, channels = tile.group();
+    for (int64_t first = 0; first < tile.channels; first += channels) {
+      Ring ring(buffers_[0], rows, n), summands(buffers_[1], rows, n), direct(buffers_[2], rows, n);  // dy * s^-beta
+      for (int64_t c = -after_; c < channels + before_; ++c) {
+        ring.advance();
+        read_channel(ring.newest(), tile, x, first, c + after_);
+        if (c < 0) continue;
+        summands.advance();
+        direct.advance();
+        const A *const now = ring.back(after_), *const old = ring.back(rows - 1), *const old_direct = direct.back(before_);
+        A *const summand = summands.newest(), *const product = direct.newest();
+        if (c < channels) {
+          const auto gradient = dy(first + c);
+          for_each_vector<A>(n, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
+            V over_s;
+            const V g = gradient(p), s = k_ + scale_ * ring.template sum<fixed>(p, square);
+            store(product + p, g * inverse_power<power, A>(s, beta_, &over_s));
+            store(summand + p, g * load(now + p) * over_s);
+          });
+        } else {
+          for_each_vector<A>(n, [&](int64_t p) FASTCNN_INLINE_LAMBDA { store(summand + p, V{}); });
+        }
+        if (c < before_) continue;
+        const auto to = dx(first + c - before_);
+        for_each_vector<A>(n, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
+          const V sum = summands.template sum<fixed>(p, itself), value = load(old + p);
+          to(p, load(old_direct + p) - slope_ * value * sum, value);
+        });
+      }
+    }
+  }
+
+  // A channel's row, of zeros where it does not exist; what will be read a little later is asked for.
+  template <typename Source>
+  FASTCNN_INLINE static void read_channel(A* row, const Tile& tile, Source x, int64_t first, int64_t c) {
+    const int64_t n = tile.pixels, later = first + c + 1 + kPrefetch / n;
+    const bool exists = c < tile.group(), ahead = later < tile.channels;
+    const auto from = x(exists ? first + c : first);
+    for_each_vector<A>(n, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
+      if (ahead) x.prefetch(later, p);
+      store(row + p, exists ? from(p) : V{});
+    });
+  }
+
+  // channels_last, in registers.
+#if FASTCNN_SHUFFLE
+  bool in_registers(const Tile& tile) const {
+    return before_ == 2 && after_ == 2 && tile.run() % kLanes<A> == 0;
+  }
+
+  template <Power power, typename Source, typename Sink>
+  void forward_registers(const Tile& tile, Source x, Sink y) const {
+    const int64_t n = tile.run();
+    for (int64_t r = 0; r < tile.runs(); ++r) {
+      const auto from = x(r);
+      const auto to = y(r);
+      V now = from(0), before{}, at = now * now;
+      for (int64_t i = 0; i < n; i += kLanes<A>) {
+        const V next = i + kLanes<A> < n ? from(i + kLanes<A>) : V{}, after = next * next;
+        const V s = k_ + scale_ * sum_of_five<A>(before, at, after);
+        to(i, now * inverse_power<power, A>(s, beta_));
+        now = next, before = at, at = after;
+      }
+    }
+  }
+
+  template <Power power, typename Source, typename Gradient, typename Sink>
+  void backward_registers(const Tile& tile, Source x, Gradient dy, Sink dx) const {
+    const int64_t n = tile.run();
+    for (int64_t r = 0; r < tile.runs(); ++r) {
+      const auto from = x(r);
+      const auto gradient = dy(r);
+      const auto to = dx(r);
+      V now = from(0), before{}, at = now * now;  // squares
+      V last{}, direct{}, q_before{}, q_at{};     // of the vector before: x, dy * s^-beta, and the summands up to it
+      for (int64_t i = 0; i <= n; i += kLanes<A>) {
+        const V next = i + kLanes<A> < n ? from(i + kLanes<A>) : V{}, after = next * next;
+        V direct_now{}, q_after{};
+        if (i < n) {
+          V over_s;
+          const V g = gradient(i), s = k_ + scale_ * sum_of_five<A>(before, at, after);
+          direct_now = g * inverse_power<power, A>(s, beta_, &over_s);
+          q_after = g * now * over_s;
+        }
+        if (i > 0) to(i - kLanes<A>, direct - slope_ * last * sum_of_five<A>(q_before, q_at, q_after), last);
+        last = now, direct = direct_now, q_before = q_at, q_at = q_after, now = next, before = at, at = after;
+      }
+    }
+  }
+#else
+  bool in_registers(const Tile&) const { return false; }
+  template <Power, typename... Arguments>
+  void forward_registers(Arguments...) const {}
+  template <Power, typename... Arguments>
+  void backward_registers(Arguments...) const {}
+#endif
+
+  // channels_last, through a tile in scratch: flat loops over all of it, pads included.
+  Tile padded(Tile tile) const {
+    tile.pad = std::max(before_, after_);
+    return tile;
+  }
+
+  static void clear_pads(const Tile& tile, A* x) {
+    for (int64_t r = 0; r <= tile.runs(); ++r) {
+      for (int64_t i = 1; i <= tile.pad; ++i) x[tile.in_scratch(r) - i] = 0;
+    }
+  }
+
+  template <typename F>
+  FASTCNN_INLINE static V window_sum(const A* x, int64_t before, int64_t after, F f) {
+    V sum{};
+    for (int64_t j = -before; j <= after; ++j) sum += f(load(x + j));
     return sum;
   }
 
-  Vec<A> s(const A* x) const {
-    return k + scale * window_sum(x, before, after, [](Vec<A> v) { return v * v; });
+  FASTCNN_INLINE V scale_at(const A* x) const {
+    return k_ + scale_ * window_sum(x, before_, after_, square);
   }
+
+  template <Power power, typename Source, typename Sink>
+  void forward_tile(const Tile& unpadded, Source x, Sink y) const {
+    const Tile tile = padded(unpadded);
+    A *const in = buffers_[0], *const out = buffers_[1];
+    copy<A>(tile, x, TileSink<A>{tile, in});
+    clear_pads(tile, in);
+    for (int64_t i = tile.in_scratch(0); i < tile.in_scratch(tile.runs()); i += kLanes<A>) {
+      store(out + i, load(in + i) * inverse_power<power, A>(scale_at(in + i), beta_));
+    }
+    copy<A>(tile, TileSource<A>{tile, out}, y);
+  }
+
+  template <Power power, typename Source, typename Gradient, typename Sink>
+  void backward_tile(const Tile& unpadded, Source x, Gradient dy, Sink dx) const {
+    const Tile tile = padded(unpadded);
+    A *const in = buffers_[0], *const direct = buffers_[1], *const summands = buffers_[2];
+    copy<A>(tile, x, TileSink<A>{tile, in});
+    copy<A>(tile, dy, TileSink<A>{tile, direct});
+    clear_pads(tile, in);
+    const int64_t begin = tile.in_scratch(0), end = tile.in_scratch(tile.runs());
+    for (int64_t i = begin; i < end; i += kLanes<A>) {
+      V over_s;
+      const V t = inverse_power<power, A>(scale_at(in + i), beta_, &over_s), g = load(direct + i);
+      store(summands + i, g * load(in + i) * over_s);
+      store(direct + i, g * t);
+    }
+    clear_pads(tile, summands);  // where s is 0 the zeros of x gave NaN
+    for (int64_t r = 0; r < tile.runs(); ++r) {
+      const auto to = dx(r);
+      for_each_vector<A>(tile.run(), [&](int64_t i) FASTCNN_INLINE_LAMBDA {
+        const int64_t at = tile.in_scratch(r) + i;
+        const V sum = window_sum(summands + at, after_, before_, itself), now = load(in + at);
+        to(i, load(direct + at) - slope_ * now * sum, now);
+      });
+    }
+  }
+
+  int64_t before_, after_;
+  double beta_value_;
+  A scale_, beta_, k_, slope_;  // s = k + scale * sum(x^2); slope is the factor of the sum in backward
+  A* buffers_[3];
 };
-
-// y = x * s^-beta
-template <Power power, typename A>
-void lrn_tile(const TileLRN<A>& lrn, const Tile& tile, const A* x, A* y) {
-  for (int64_t i = tile.begin(); i < tile.end(); i += kLanes<A>) {
-    store(y + i, load(x + i) * inverse_power<power, A>(lrn.s(x + i), lrn.beta));
-  }
-}
-
-// dx = dy * s^-beta - slope * x * sum(dy * x * s^-(beta+1)), the sum over the windows that hold the channel.
-// On return dy holds dx; q is scratch for the summands.
-template <Power power, typename A>
-void lrn_backward_tile(const TileLRN<A>& lrn, const Tile& tile, const A* x, A* dy, A* q) {
-  for (int64_t i = tile.begin(); i < tile.end(); i += kLanes<A>) {
-    Vec<A> over_s;
-    const Vec<A> t = inverse_power<power, A>(lrn.s(x + i), lrn.beta, &over_s);
-    const Vec<A> g = load(dy + i);
-    store(q + i, g * load(x + i) * over_s);
-    store(dy + i, g * t);
-  }
-  clear_pads(tile, q);  // where s is 0 the zeros of x gave NaN
-  for (int64_t i = tile.begin(); i < tile.end(); i += kLanes<A>) {
-    const Vec<A> sum = lrn.window_sum(q + i, lrn.after, lrn.before, [](Vec<A> v) { return v; });
-    store(dy + i, load(dy + i) - lrn.slope * load(x + i) * sum);
-  }
-}
-
-template <typename A>
-void lrn_tile(const LRN& lrn, const Tile& tile, const A* x, A* y) {
-  const TileLRN<A> t(lrn, tile);
-  switch (power_of(lrn.beta)) {
-    case Power::half: return lrn_tile<Power::half>(t, tile, x, y);
-    case Power::three_quarters: return lrn_tile<Power::three_quarters>(t, tile, x, y);
-    case Power::one: return lrn_tile<Power::one>(t, tile, x, y);
-    case Power::any: return lrn_tile<Power::any>(t, tile, x, y);
-  }
-}
-
-template <typename A>
-void lrn_backward_tile(const LRN& lrn, const Tile& tile, const A* x, A* dy, A* q) {
-  const TileLRN<A> t(lrn, tile);
-  switch (power_of(lrn.beta)) {
-    case Power::half: return lrn_backward_tile<Power::half>(t, tile, x, dy, q);
-    case Power::three_quarters: return lrn_backward_tile<Power::three_quarters>(t, tile, x, dy, q);
-    case Power::one: return lrn_backward_tile<Power::one>(t, tile, x, dy, q);
-    case Power::any: return lrn_backward_tile<Power::any>(t, tile, x, dy, q);
-  }
-}
 
 }  // namespace fastcnn::FASTCNN_CAPABILITY

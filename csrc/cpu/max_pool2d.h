@@ -56,8 +56,8 @@ void pool_columns_channels_last(const PoolAxis& w, const Tile& tile, const A* x,
   for (int64_t o = 0; o < w.out; ++o) {
     const int64_t first = w.first(o), last = w.last(o);
     for (int64_t g = 0; g < tile.groups; ++g) {
-      const A* window = x + tile.run_in_tile(w.element(o, 0) * tile.groups + g);
-      const int64_t step = w.dilation * tile.groups * (tile.group() + tile.pad), to = layout.start(o * tile.groups + g);
+      const A* window = x + tile.in_scratch(w.element(o, 0) * tile.groups + g);
+      const int64_t step = w.dilation * tile.groups * tile.run(), to = layout.start(o * tile.groups + g);
       for (int64_t c = 0; c < tile.group(); c += kLanes<A>) {
         Maximum<A> best = Maximum<A>::of_nothing();
         if (first < last) best = {load(window + first * step + c), places<A>(first)};
@@ -90,7 +90,7 @@ void pool_columns_nchw(const PoolAxis& w, const Tile& tile, const A* x, const Po
                        const PooledRow<A>& out, const PaddedRow<A>& padded) {
   const bool clipped = w.padding > 0 || w.element(w.out - 1, w.kernel - 1) >= w.size;
   for (int64_t c = 0; c < tile.channels; ++c) {
-    const A* row = x + tile.run_in_tile(c);
+    const A* row = x + tile.in_scratch(c);
     if (clipped) {
       std::memcpy(padded.row + w.padding, row, w.size * sizeof(A));
       row = padded.row + w.padding;
@@ -164,7 +164,7 @@ void gather_channels_last(const PoolAxis& w, const Covering<A>& covering, const 
       }
     }
     for (int64_t g = 0; g < tile.groups; ++g) {
-      A* to = dx + tile.run_in_tile(column * tile.groups + g);
+      A* to = dx + tile.in_scratch(column * tile.groups + g);
       for (int64_t c = 0; c < tile.group(); c += kLanes<A>) store(to + c, gather(sources, count, g * layout.stride() + c));
     }
   }
@@ -190,7 +190,7 @@ void gather_nchw(const PoolAxis& w, const Covering<A>& covering, const Tile& til
   }
   const int64_t per_phase = (w.size + w.stride - 1) / w.stride;
   for (int64_t c = 0; c < tile.channels; ++c) {
-    A* row = dx + tile.run_in_tile(c);
+    A* row = dx + tile.in_scratch(c);
     const int64_t from = c * layout.stride();
     for (int64_t j = 0; j < per_phase; j += kLanes<A>) {
       const auto phase = [&](int64_t p) { return gather(sources + p * most, counts[p], from + j); };

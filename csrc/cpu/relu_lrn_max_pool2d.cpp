@@ -7,15 +7,9 @@
 #include "kernels.h"
 #include "lrn.h"
 #include "max_pool2d.h"
-#include "scratch.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {
-
-Tile tile_of(const TailTask& task) {
-  const int64_t groups = task.lrn.groups, group = task.shape.C / groups;
-  return {task.shape.channels_last, task.shape.C, groups, task.shape.W, task.lrn ? task.lrn.before(group) : 0};
-}
 
 Shape out_shape(const TailTask& task) {
   Shape out = task.shape;
@@ -27,51 +21,50 @@ int64_t row_offset(const Shape& shape, int64_t n, int64_t h) {
   return n * shape.image_stride() + h * shape.W * shape.pixel_stride();
 }
 
-// What both directions need: the geometry, and x + bias, rectified.
+// What both directions need: a row of the input is a tile; x + bias, rectified, is its source.
 template <typename T, typename A = Compute<T>>
 struct Stage {
   const TailTask& task;
   const Tile tile;
+  const Shape out;
   A* const bias;
-  const A floor;
-  A* const x;
+  const TileLRN<A> lrn;
 
-  Stage(const TailTask& task, Scratch& scratch)
-      : task(task),
-        tile(tile_of(task)),
-        bias(task.bias ? scratch.take<A>(tile.channels + kVectorBytes) : nullptr),
-        floor(task.relu ? A(0) : -std::numeric_limits<A>::infinity()),
-        x(take_tile(scratch)) {}
+  Stage(const TailTask& t, Scratch& scratch)
+      : task(t),
+        tile{t.shape.channels_last, t.shape.C, t.lrn.groups, t.shape.W},
+        out(out_shape(t)),
+        bias(scratch.take<A>(tile.channels + kVectorBytes)),
+        lrn(t.lrn, tile, scratch) {}
 
   A* take_tile(Scratch& scratch) const { return scratch.take<A>(tile.lanes() + pool_slack(task.pool.w)); }
 
   void prepare() const {
-    if (bias) std::memcpy(bias, task.bias, tile.channels * sizeof(A));
-    clear_pads(tile, x);
+    for (int64_t c = 0; c < tile.channels; ++c) bias[c] = task.bias ? static_cast<const A*>(task.bias)[c] : A(-0.0);
   }
 
-  void load_row(int64_t n, int64_t h) const {
-    const T* from = static_cast<const T*>(task.x) + row_offset(task.shape, n, h);
-    load_tile<T, A>(tile, from, task.shape.channel_stride(), bias, floor, x);
+  RectifiedSource<T> x(int64_t n, int64_t row) const {
+    const T* from = static_cast<const T*>(task.x) + row_offset(task.shape, n, row);
+    const A floor = task.relu ? 0 : -std::numeric_limits<A>::infinity();
+    return {{tile, from, task.shape.channel_stride()}, bias, floor};
   }
 };
 
 template <typename T, typename A = Compute<T>>
 struct Forward : Stage<T> {
-  using Stage<T>::task, Stage<T>::tile, Stage<T>::x;
+  using Stage<T>::task, Stage<T>::tile, Stage<T>::out;
   const PoolAxis &h = this->task.pool.h, &w = this->task.pool.w;
-  const PooledLayout layout{this->task.shape.channels_last, tile.groups, tile.group(), w.out, 0};
-  const Shape out = out_shape(this->task);
-  A* const y;
-  // Pooled along W: row r of the map is in slot r % slots, if owners[slot] says so.
+  const PooledLayout layout{tile.channels_last, tile.groups, tile.group(), w.out, 0};
+  A* const y;  // relu and LRN of a row
+  // Rows pooled along W: row r of the map is in slot r % slots, if owners[slot] says so.
   const int64_t slots = (h.kernel - 1) * h.dilation + 1;
   PooledRow<A> ring;
   int64_t* const owners;
   PaddedRow<A> padded;
 
-  Forward(const TailTask& task, Scratch& scratch)
-      : Stage<T>(task, scratch),
-        y(task.lrn ? this->take_tile(scratch) : x),
+  Forward(const TailTask& t, Scratch& scratch)
+      : Stage<T>(t, scratch),
+        y(this->take_tile(scratch)),
         ring{scratch.take<A>(slots * layout.lanes()), scratch.take<Lane<A>>(slots * layout.lanes())},
         owners(scratch.take<int64_t>(slots)),
         padded{scratch.take<A>(w.size + pool_slack(w)), scratch.take<Lane<A>>(w.out + kVectorBytes)} {}
@@ -83,29 +76,32 @@ struct Forward : Stage<T> {
     for (int64_t o = 0; o < w.out; ++o) padded.firsts[o] = w.first(o) < w.last(o) ? w.first(o) : 0;
   }
 
-  void normalized_row(int64_t n, int64_t row) const {
-    this->load_row(n, row);
-    if (task.lrn) lrn_tile(task.lrn, tile, x, y);
+  template <typename Sink>
+  void normalize(int64_t n, int64_t row, Sink sink) const {
+    if (task.lrn) this->lrn.forward(tile, this->x(n, row), sink);
+    else copy<A>(tile, this->x(n, row), sink);
   }
 
-  PooledRow<A> pooled_row(int64_t n, int64_t row) const {
+  void pool_along_width(int64_t n, int64_t row) const {
     const int64_t slot = row % slots, owner = n * h.size + row;
-    const PooledRow<A> pooled{ring.values + slot * layout.lanes(), ring.places + slot * layout.lanes()};
-    if (owners[slot] != owner) {
-      normalized_row(n, row);
-      pool_columns(w, tile, y, layout, pooled, padded);
-      owners[slot] = owner;
-    }
-    return pooled;
+    if (owners[slot] == owner) return;
+    owners[slot] = owner;
+    normalize(n, row, TileSink<A>{tile, y});
+    const int64_t at = slot * layout.lanes();
+    pool_columns(w, tile, y, layout, {ring.values + at, ring.places + at}, padded);
   }
 
   template <typename Argmax>
-  void pool_rows(int64_t n, int64_t o, Argmax* argmax) const {
+  void pool_row(int64_t n, int64_t o, Argmax* argmax) const {
+    typedef typename VectorOf<Argmax, kLanes<A>>::type Narrow;
     const int64_t first = h.first(o), last = h.last(o), at = row_offset(out, n, o);
-    for (int64_t i = first; i < last; ++i) pooled_row(n, h.element(o, i));
-    for (int64_t r = 0; r < layout.runs(); ++r) {
-      const int64_t to = at + (out.channels_last ? r * layout.run() : r * out.channel_stride());
-      const auto maximum = [&](int64_t lane) {
+    for (int64_t i = first; i < last; ++i) pool_along_width(n, h.element(o, i));
+    const Tile pooled{tile.channels_last, tile.channels, tile.groups, w.out};
+    const TensorSink<T> sink{pooled, static_cast<T*>(task.out) + at, out.channel_stride()};
+    for (int64_t r = 0; r < pooled.runs(); ++r) {
+      const auto to = sink(r);
+      Argmax* const to_argmax = argmax ? argmax + at + pooled.in_memory(r, out.channel_stride()) : nullptr;
+      for_each_vector<A>(pooled.run(), [&](int64_t lane) FASTCNN_INLINE_LAMBDA {
         Maximum<A> best = Maximum<A>::of_nothing();
         for (int64_t i = first; i < last; ++i) {
           const int64_t from = h.element(o, i) % slots * layout.lanes() + layout.start(r) + lane;
@@ -113,54 +109,37 @@ struct Forward : Stage<T> {
           if (i == first) best = {load(ring.values + from), place};
           else best.take(load(ring.values + from), place);
         }
-        return best;
-      };
-      store_maxima(maximum, static_cast<T*>(task.out) + to, argmax ? argmax + to : nullptr);
+        to(lane, best.value);
+        if (!argmax) return;
+        const Narrow narrow = __builtin_convertvector(best.place, Narrow);
+        if (pooled.run() >= kLanes<A>) std::memcpy(to_argmax + lane, &narrow, sizeof narrow);
+        else std::memcpy(to_argmax, &narrow, pooled.run() * sizeof(Argmax));
+      });
     }
-  }
-
-  template <typename F, typename Argmax>
-  void store_maxima(F maximum, T* values, Argmax* argmax) const {
-    typedef typename VectorOf<Argmax, kLanes<A>>::type Narrow;
-    const int64_t n = layout.run();
-    const auto store_at = [&](int64_t lane) {
-      const Maximum<A> best = maximum(lane);
-      store(values + lane, best.value);
-      if (!argmax) return;
-      const Narrow narrow = __builtin_convertvector(best.place, Narrow);
-      std::memcpy(argmax + lane, &narrow, sizeof narrow);
-    };
-    if (for_each_vector<A>(n, store_at)) return;
-    const Maximum<A> best = maximum(0);
-    T converted[kLanes<A>];
-    store(converted, best.value);
-    std::memcpy(values, converted, n * sizeof(T));
-    for (int64_t i = 0; argmax && i < n; ++i) argmax[i] = static_cast<Argmax>(best.place[i]);
   }
 
   void unit(int64_t u) const {
     const int64_t n = u / out.H, o = u % out.H;
     if (!task.pool) {
-      normalized_row(n, o);
-      store_tile(tile, y, static_cast<T*>(task.out) + row_offset(out, n, o), out.channel_stride());
+      T* to = static_cast<T*>(task.out) + row_offset(out, n, o);
+      normalize(n, o, TensorSink<T>{tile, to, out.channel_stride()});
     } else if (task.pool.wide_argmax()) {
-      pool_rows(n, o, static_cast<int32_t*>(task.argmax));
+      pool_row(n, o, static_cast<int32_t*>(task.argmax));
     } else {
-      pool_rows(n, o, static_cast<uint8_t*>(task.argmax));
+      pool_row(n, o, static_cast<uint8_t*>(task.argmax));
     }
   }
 };
 
 template <typename T, typename A = Compute<T>>
 struct Backward : Stage<T> {
-  using Stage<T>::task, Stage<T>::tile, Stage<T>::x;
+  using Stage<T>::task, Stage<T>::tile, Stage<T>::out;
   const PoolAxis &h = this->task.pool.h, &w = this->task.pool.w;
-  const Shape out = out_shape(this->task);
   // In NCHW the gather looks this far beyond the ends of a row of dy.
   const int64_t margin =
-      this->task.shape.channels_last ? 0 : (w.kernel * w.dilation + w.padding + w.size) / w.stride - w.out + 1 + kVectorBytes;
-  const PooledLayout layout{this->task.shape.channels_last, tile.groups, tile.group(), w.out, margin};
-  A *const dx, *const q;
+      tile.channels_last ? 0 : (w.kernel * w.dilation + w.padding + w.size) / w.stride - w.out + 1 + kVectorBytes;
+  const PooledLayout layout{tile.channels_last, tile.groups, tile.group(), w.out, margin};
+  A *const d, *const summed;  // gradients of a row: what the pool passes on, and the result where there is a bias
   // Rows of dy in the compute type: row o is in slot o % slots, if owners[slot] says so.
   const int64_t slots = (h.kernel - 1) * h.dilation / h.stride + 1;
   PooledRow<A> ring;
@@ -169,10 +148,10 @@ struct Backward : Stage<T> {
   Source<A>* const sources;
   int64_t* const counts;
 
-  Backward(const TailTask& task, Scratch& scratch)
-      : Stage<T>(task, scratch),
-        dx(this->take_tile(scratch)),
-        q(task.lrn ? this->take_tile(scratch) : nullptr),
+  Backward(const TailTask& t, Scratch& scratch)
+      : Stage<T>(t, scratch),
+        d(this->take_tile(scratch)),
+        summed(this->take_tile(scratch)),
         ring{scratch.take<A>(slots * layout.lanes()), scratch.take<Lane<A>>(slots * layout.lanes())},
         owners(scratch.take<int64_t>(slots)),
         covering{scratch.take<PooledRow<A>>(slots), scratch.take<int64_t>(slots), 0},
@@ -191,11 +170,14 @@ struct Backward : Stage<T> {
     const PooledRow<A> row{ring.values + slot * layout.lanes(), ring.places + slot * layout.lanes()};
     if (owners[slot] == owner) return row;
     owners[slot] = owner;
-    for (int64_t r = 0; r < layout.runs(); ++r) {
-      const int64_t from = at + (out.channels_last ? r * layout.run() : r * out.channel_stride()), to = layout.start(r);
-      map<A>(static_cast<const T*>(task.dy) + from, row.values + to, layout.run(), [](Vec<A> v, int64_t) { return v; });
-      const Argmax* argmax = static_cast<const Argmax*>(task.argmax) + from;
-      for (int64_t i = 0; i < layout.run(); ++i) row.places[to + i] = argmax[i];
+    const Tile pooled{tile.channels_last, tile.channels, tile.groups, w.out};
+    const TensorSource<T> dy{pooled, static_cast<const T*>(task.dy) + at, out.channel_stride()};
+    for (int64_t r = 0; r < pooled.runs(); ++r) {
+      const int64_t to = layout.start(r);
+      const auto from = dy(r);
+      const Argmax* argmax = static_cast<const Argmax*>(task.argmax) + at + pooled.in_memory(r, out.channel_stride());
+      for_each_vector<A>(pooled.run(), [&](int64_t i) { store(row.values + to + i, from(i)); });
+      for (int64_t i = 0; i < pooled.run(); ++i) row.places[to + i] = argmax[i];
     }
     return row;
   }
@@ -209,30 +191,44 @@ struct Backward : Stage<T> {
       covering.rows[covering.count] = dy_row<Argmax>(n, o);
       covering.kh[covering.count++] = i;
     }
-    if (tile.channels_last) gather_channels_last(w, covering, tile, layout, sources, dx);
-    else gather_nchw(w, covering, tile, layout, sources, counts, dx);
+    if (tile.channels_last) gather_channels_last(w, covering, tile, layout, sources, d);
+    else gather_nchw(w, covering, tile, layout, sources, counts, d);
   }
 
-  void load_dy(int64_t n, int64_t row) {
-    if (!task.pool) {
-      const T* from = static_cast<const T*>(task.dy) + row_offset(out, n, row);
-      load_tile<T, A>(tile, from, out.channel_stride(), nullptr, -std::numeric_limits<A>::infinity(), dx);
-    } else if (task.pool.wide_argmax()) {
-      gather_row<int32_t>(n, row);
-    } else {
-      gather_row<uint8_t>(n, row);
+  // From the gradient of what was normalized to that of the row, which `sink` takes.
+  template <typename Gradient, typename Sink>
+  void differentiate(int64_t n, int64_t row, Gradient dy, Sink sink) const {
+    const RectifiedSource<T> x = this->x(n, row);
+    const auto masked = [&, relu = task.relu](int64_t r) FASTCNN_INLINE_LAMBDA {
+      return [to = sink(r), relu](int64_t i, Vec<A> dx, Vec<A> x) FASTCNN_INLINE_LAMBDA {
+        to(i, relu ? (x <= 0 ? Vec<A>{} : dx) : dx);
+      };
+    };
+    if (task.lrn) return this->lrn.backward(tile, x, dy, masked);
+    for (int64_t r = 0; r < tile.runs(); ++r) {
+      const auto value = x(r);
+      const auto gradient = dy(r);
+      const auto to = masked(r);
+      for_each_vector<A>(tile.run(), [&](int64_t i) FASTCNN_INLINE_LAMBDA { to(i, gradient(i), value(i)); });
     }
   }
 
-  void mask() const {
-    for (int64_t i = tile.begin(); i < tile.end(); i += kLanes<A>) {
-      store(dx + i, load(x + i) <= 0 ? Vec<A>{} : load(dx + i));
-    }
+  void backward_row(int64_t n, int64_t row, A* dbias) {
+    const int64_t at = row_offset(task.shape, n, row), stride = task.shape.channel_stride();
+    if (task.pool && task.pool.wide_argmax()) gather_row<int32_t>(n, row);
+    else if (task.pool) gather_row<uint8_t>(n, row);
+    else copy<A>(tile, TensorSource<T>{tile, static_cast<const T*>(task.dy) + at, stride}, TileSink<A>{tile, d});
+    const TileSource<A> dy{tile, d}, result{tile, summed};
+    const TensorSink<T> dx{tile, static_cast<T*>(task.out) + at, stride};
+    if (!dbias) return differentiate(n, row, dy, dx);
+    differentiate(n, row, dy, TileSink<A>{tile, summed});
+    copy<A>(tile, result, dx);
+    add_to_bias(dbias);
   }
 
   void add_to_bias(A* dbias) const {
     for (int64_t r = 0; r < tile.runs(); ++r) {
-      const A* run = dx + tile.run_in_tile(r);
+      const A* run = summed + tile.in_scratch(r);
       A* sum = dbias + tile.first_channel(r);
       int64_t i = 0;
       if (tile.channels_last) {
@@ -253,14 +249,7 @@ struct Backward : Stage<T> {
     const int64_t n = u / task.blocks(), first = u % task.blocks() * TailTask::kRows;
     A* dbias = task.dbias ? static_cast<A*>(task.dbias) + u * tile.channels : nullptr;
     for (int64_t c = 0; dbias && c < tile.channels; ++c) dbias[c] = 0;
-    for (int64_t row = first; row < std::min(first + TailTask::kRows, task.shape.H); ++row) {
-      if (task.relu || task.lrn) this->load_row(n, row);
-      load_dy(n, row);
-      if (task.lrn) lrn_backward_tile(task.lrn, tile, x, dx, q);
-      if (task.relu) mask();
-      if (dbias) add_to_bias(dbias);
-      store_tile(tile, dx, static_cast<T*>(task.out) + row_offset(task.shape, n, row), task.shape.channel_stride());
-    }
+    for (int64_t row = first; row < std::min(first + TailTask::kRows, task.shape.H); ++row) backward_row(n, row, dbias);
   }
 };
 

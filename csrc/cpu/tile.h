@@ -1,7 +1,9 @@
-// A tile holds some pixels with all their channels in the compute type, whatever the tensor's dtype and memory format.
+// A tile is some pixels with all their channels, in either memory format. It is handled by runs, the pieces in which it is
+// contiguous: in NCHW a run is one channel of all the pixels, in channels_last one group of channels of one pixel.
 //
-// It is laid out so that LRN is one flat loop in either format: a channel's neighbours lie `step` lanes apart (1 in
-// channels_last, the number of pixels in NCHW), and `pad` channels of zeros stand before, between and behind the groups.
+// Kernels are written on sources and sinks: source(r)(i) gives the vector at element i of run r in the compute type,
+// sink(r)(i, v) takes it. They read and write tensors of any dtype, or a tile in scratch. A run shorter than a vector is
+// one vector with whatever follows it in the rest; only its own elements are read from and written to tensors.
 #pragma once
 
 #include "../tensor.h"
@@ -11,63 +13,106 @@ namespace fastcnn::FASTCNN_CAPABILITY {
 
 struct Tile {
   bool channels_last;
-  int64_t channels, groups, pixels, pad;
+  int64_t channels, groups, pixels;
+  int64_t pad = 0;  // zeros between the runs of a tile in scratch
 
   int64_t group() const { return channels / groups; }
-  int64_t step() const { return channels_last ? 1 : pixels; }
-  int64_t blocks() const { return channels_last ? pixels * groups : groups; }
-  int64_t block_lanes() const { return (group() + pad) * step(); }
-  int64_t begin() const { return pad * step(); }
-  int64_t end() const { return blocks() * block_lanes(); }
-  // Room for a tile: flat loops run on to the end of a vector, and their windows beyond that.
-  int64_t lanes() const { return end() + begin() + kVectorBytes; }
-
-  // Data are contiguous in memory and in the tile for runs of this many elements...
   int64_t run() const { return channels_last ? group() : pixels; }
-  int64_t runs() const { return channels_last ? blocks() : channels; }
-  // ...that start here.
-  int64_t run_in_tile(int64_t r) const {
-    return channels_last ? pad + r * (group() + pad) : (pad + r + r / group() * pad) * pixels;
+  int64_t runs() const { return channels_last ? pixels * groups : channels; }
+  int64_t in_memory(int64_t r, int64_t channel_stride) const { return r * (channels_last ? run() : channel_stride); }
+  int64_t in_scratch(int64_t r) const { return pad + r * (run() + pad); }
+  int64_t first_channel(int64_t r) const { return channels_last ? r % groups * run() : r; }
+  // Room for a tile in scratch; vectors, and windows on them, run on beyond its end.
+  int64_t lanes() const { return in_scratch(runs()) + pad + kVectorBytes; }
+};
+
+// Call f(i) for vectors that together cover the n elements of a run. The last one overlaps its neighbour where n is no
+// multiple of the lanes, so f must be idempotent.
+template <typename A, typename F>
+FASTCNN_INLINE void for_each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i);
+  if (i < n) f(n > kLanes<A> ? n - kLanes<A> : 0);
+}
+
+// A tensor's elements.
+template <typename T>
+struct TensorSource {
+  using A = Compute<T>;
+  Tile tile;
+  const T* x;
+  int64_t channel_stride;
+
+  FASTCNN_INLINE auto operator()(int64_t r) const {
+    return [from = x + tile.in_memory(r, channel_stride), n = tile.run()](int64_t i) FASTCNN_INLINE_LAMBDA {
+      return n < kLanes<A> ? load_first(from, n) : load(from + i);
+    };
   }
-  int64_t run_in_memory(int64_t r, int64_t channel_stride) const {
-    return channels_last ? r * group() : r * channel_stride;
+  // Bring the line of this element into the cache: rows of NCHW are too short for the hardware to see them coming.
+  FASTCNN_INLINE void prefetch(int64_t r, int64_t i) const {
+    __builtin_prefetch(x + tile.in_memory(r, channel_stride) + i);
   }
-  int64_t first_channel(int64_t r) const { return channels_last ? r % groups * group() : r; }
+};
+
+// A tensor's x + bias, not below `floor` (0: a ReLU; -inf: none; NaN stays).
+template <typename T>
+struct RectifiedSource {
+  using A = Compute<T>;
+  TensorSource<T> x;
+  const A* bias;  // -0 changes nothing; readable for a vector beyond its end
+  A floor;
+
+  FASTCNN_INLINE void prefetch(int64_t r, int64_t i) const { x.prefetch(r, i); }
+  FASTCNN_INLINE auto operator()(int64_t r) const {
+    const A* b = bias + x.tile.first_channel(r);
+    return [from = x(r), b, one = broadcast(*b), many = x.tile.channels_last, low = broadcast(floor)](
+               int64_t i) FASTCNN_INLINE_LAMBDA {
+      const Vec<A> v = from(i) + (many ? load(b + i) : one);
+      return v < low ? low : v;
+    };
+  }
+};
+
+template <typename T>
+struct TensorSink {
+  using A = Compute<T>;
+  Tile tile;
+  T* out;
+  int64_t channel_stride;
+
+  FASTCNN_INLINE auto operator()(int64_t r) const {
+    return [to = out + tile.in_memory(r, channel_stride), n = tile.run()](int64_t i, Vec<A> v) FASTCNN_INLINE_LAMBDA {
+      if (n < kLanes<A>) store_first(to, v, n);
+      else store(to + i, v);
+    };
+  }
 };
 
 template <typename A>
-void clear_pads(const Tile& tile, A* x) {
-  for (int64_t b = 0; b <= tile.blocks(); ++b) {
-    A* pad = x + b * tile.block_lanes();
-    for (int64_t i = 0; i < tile.pad * tile.step(); ++i) pad[i] = 0;
+struct TileSource {
+  Tile tile;
+  const A* x;
+  FASTCNN_INLINE auto operator()(int64_t r) const {
+    return [from = x + tile.in_scratch(r)](int64_t i) FASTCNN_INLINE_LAMBDA { return load(from + i); };
   }
-}
+};
 
-// Read a tile: x + bias (if there is one), and not below `floor` (0: a ReLU; -inf: none; NaN stays).
-template <typename T, typename A>
-void load_tile(const Tile& tile, const T* x, int64_t channel_stride, const A* bias, A floor, A* out) {
-  const int64_t n = tile.run(), runs = tile.runs();
-  const auto floored = [=](Vec<A> v) { return v < floor ? broadcast(floor) : v; };
-  for (int64_t r = 0; r < runs; ++r) {
-    const T* from = x + tile.run_in_memory(r, channel_stride);
-    A* to = out + tile.run_in_tile(r);
-    if (bias == nullptr) {
-      map<A>(from, to, n, [=](Vec<A> v, int64_t) { return floored(v); });
-    } else if (tile.channels_last) {
-      const A* b = bias + tile.first_channel(r);  // readable for a whole vector
-      map<A>(from, to, n, [=](Vec<A> v, int64_t i) { return floored(v + load(b + i)); });
-    } else {
-      const Vec<A> b = broadcast(bias[r]);
-      map<A>(from, to, n, [=](Vec<A> v, int64_t) { return floored(v + b); });
-    }
+// In ascending order of runs: what a vector writes beyond the end of its run is overwritten by the next, or lies in a pad.
+template <typename A>
+struct TileSink {
+  Tile tile;
+  A* out;
+  FASTCNN_INLINE auto operator()(int64_t r) const {
+    return [to = out + tile.in_scratch(r)](int64_t i, Vec<A> v) FASTCNN_INLINE_LAMBDA { store(to + i, v); };
   }
-}
+};
 
-template <typename T, typename A>
-void store_tile(const Tile& tile, const A* x, T* out, int64_t channel_stride) {
+template <typename A, typename Source, typename Sink>
+FASTCNN_INLINE void copy(const Tile& tile, Source source, Sink sink) {
   for (int64_t r = 0; r < tile.runs(); ++r) {
-    map<A>(x + tile.run_in_tile(r), out + tile.run_in_memory(r, channel_stride), tile.run(),
-           [](Vec<A> v, int64_t) { return v; });
+    const auto from = source(r);
+    const auto to = sink(r);
+    for_each_vector<A>(tile.run(), [&](int64_t i) FASTCNN_INLINE_LAMBDA { to(i, from(i)); });
   }
 }
 

@@ -4,12 +4,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+// Kernels are built of small functions that only make sense in registers.
+#define FASTCNN_INLINE __attribute__((always_inline)) inline
+#define FASTCNN_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 
@@ -50,20 +55,20 @@ using UInt16 = VectorOf<uint16_t, kLanes<float>>::type;
 using UInt32 = VectorOf<uint32_t, kLanes<float>>::type;
 
 template <typename V, typename T>
-inline V load_as(const T* p) {
+FASTCNN_INLINE V load_as(const T* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-inline Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
-inline Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
+FASTCNN_INLINE Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
+FASTCNN_INLINE Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
 
-inline Vec<float> load(const BFloat16* p) {
+FASTCNN_INLINE Vec<float> load(const BFloat16* p) {
   return (Vec<float>)(__builtin_convertvector(load_as<UInt16>(p), UInt32) << 16);
 }
 
-inline Vec<float> load(const Half* p) {
+FASTCNN_INLINE Vec<float> load(const Half* p) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_cvtph_ps(load_as<__m256i>(p));
 #elif defined(__F16C__)
@@ -77,18 +82,18 @@ inline Vec<float> load(const Half* p) {
 }
 
 template <typename A>
-inline void store(A* p, Vec<A> v) {
+FASTCNN_INLINE void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-inline void store(BFloat16* p, Vec<float> v) {
+FASTCNN_INLINE void store(BFloat16* p, Vec<float> v) {
   const UInt32 bits = (UInt32)v;
   const UInt32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const UInt16 narrow = __builtin_convertvector(v == v ? rounded : UInt32{} + 0x7fc0, UInt16);
   std::memcpy(p, &narrow, sizeof narrow);
 }
 
-inline void store(Half* p, Vec<float> v) {
+FASTCNN_INLINE void store(Half* p, Vec<float> v) {
 #if defined(__AVX512F__)
   const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(p, &h, sizeof h);
@@ -111,11 +116,11 @@ inline void store(Half* p, Vec<float> v) {
 }
 
 template <typename A>
-inline Vec<A> broadcast(A value) {
+FASTCNN_INLINE Vec<A> broadcast(A value) {
   return Vec<A>{} + value;
 }
 
-inline Vec<float> sqrt(Vec<float> v) {
+FASTCNN_INLINE Vec<float> sqrt(Vec<float> v) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_sqrt_ps((__m512)v);
 #elif defined(__AVX2__)
@@ -128,7 +133,7 @@ inline Vec<float> sqrt(Vec<float> v) {
 #endif
 }
 
-inline Vec<double> sqrt(Vec<double> v) {
+FASTCNN_INLINE Vec<double> sqrt(Vec<double> v) {
 #if defined(__AVX512F__)
   return (Vec<double>)_mm512_sqrt_pd((__m512d)v);
 #elif defined(__AVX2__)
@@ -143,7 +148,7 @@ inline Vec<double> sqrt(Vec<double> v) {
 
 // 1 / sqrt(v), to one or two ulp.
 template <typename V>
-inline V rsqrt(V v) {
+FASTCNN_INLINE V rsqrt(V v) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<V, Vec<float>>) {
     // The 14-bit estimate and one Newton step, much cheaper than a root and a division. The estimate is already
@@ -166,7 +171,7 @@ inline V rsqrt(V v) {
 
 // Every other lane of the 2 * kLanes from p on.
 template <typename A>
-inline Vec<A> load_even(const A* p) {
+FASTCNN_INLINE Vec<A> load_even(const A* p) {
 #if FASTCNN_SHUFFLE
   return [&]<int... i>(std::integer_sequence<int, i...>) {
     return __builtin_shufflevector(load(p), load(p + kLanes<A>), (2 * i)...);
@@ -180,7 +185,7 @@ inline Vec<A> load_even(const A* p) {
 
 // even[0], odd[0], even[1], odd[1], ...
 template <typename A>
-inline void store_interleaved(A* p, Vec<A> even, Vec<A> odd) {
+FASTCNN_INLINE void store_interleaved(A* p, Vec<A> even, Vec<A> odd) {
 #if FASTCNN_SHUFFLE
   constexpr int n = kLanes<A>;
   [&]<int... i>(std::integer_sequence<int, i...>) {
@@ -195,26 +200,19 @@ inline void store_interleaved(A* p, Vec<A> even, Vec<A> odd) {
 #endif
 }
 
-// Call f(i) for vectors that together cover 0 ... n-1. The last one overlaps its neighbour where n is no multiple of the
-// lanes, so f must be idempotent; for n below the lanes f is not called and the result is false.
-template <typename A, typename F>
-inline bool for_each_vector(int64_t n, F f) {
-  if (n < kLanes<A>) return n == 0;
-  int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i);
-  if (i < n) f(n - kLanes<A>);
-  return true;
+// A vector of which only the first n elements are in memory.
+template <typename T>
+FASTCNN_INLINE Vec<Compute<T>> load_first(const T* p, int64_t n) {
+  T padded[kLanes<Compute<T>>] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
 }
 
-// out[i] = f(x[i], i) for i = 0 ... n-1, through the compute type; f takes a vector and its place.
-template <typename A, typename X, typename Y, typename F>
-inline void map(const X* x, Y* out, int64_t n, F f) {
-  if (for_each_vector<A>(n, [&](int64_t i) { store(out + i, f(load(x + i), i)); })) return;
-  X in[kLanes<A>] = {};
-  Y result[kLanes<A>];
-  std::memcpy(in, x, n * sizeof(X));
-  store(result, f(load(in), int64_t{0}));
-  std::memcpy(out, result, n * sizeof(Y));
+template <typename T>
+FASTCNN_INLINE void store_first(T* p, Vec<Compute<T>> v, int64_t n) {
+  T all[kLanes<Compute<T>>];
+  store(all, v);
+  std::memcpy(p, all, n * sizeof(T));
 }
 
 }  // namespace fastcnn::FASTCNN_CAPABILITY

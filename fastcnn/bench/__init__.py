@@ -1,1 +1,5 @@
-"""Benchmarks: the cases, the clock, the report."""
+"""Benchmarks: the cases, who runs them, the clock, the report.
+
+``cases`` says what is measured, ``inputs`` on which numbers, ``providers`` by whom; ``measure`` checks the outputs and
+then takes the times; ``report`` and ``plots`` show the rows it returns.
+"""

@@ -1,0 +1,150 @@
+"""The commands ``fastcnn bench ...``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import report
+from .cases import DTYPES, FORMATS, MODES, OPS, STAGES, Case, Shape, select
+from .inputs import SOURCES, check_source
+from .measure import Budget, measure
+from .providers import Provider, all_providers
+from .rows import Row
+
+bench = typer.Typer(no_args_is_help=True)
+
+_NARROWEST = 100  # columns that the tables need; where there is no terminal rich would take 80
+
+
+@bench.callback()
+def main() -> None:
+    """Measure fastcnn beside PyTorch. Outputs are checked before any time is taken."""
+
+
+@bench.command()
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(help=f"Operator: {', '.join(OPS)}. Repeat for more.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help=f"N,C,H,W or {', '.join(STAGES)} (of AlexNet).")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help=", ".join(DTYPES))] = None,
+    format: Annotated[list[str] | None, typer.Option(help=", ".join(FORMATS))] = None,
+    mode: Annotated[list[str] | None, typer.Option(help=", ".join(MODES))] = None,
+    providers: Annotated[
+        list[str] | None, typer.Option(help="Who takes part, of fastcnn.<backend>, torch.eager, torch.compile; all.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Replaces the N of every shape.")] = None,
+    input: Annotated[str, typer.Option(help="random, or the feature maps of photographs.")] = "random",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds of each case.")] = None,
+    time: Annotated[float | None, typer.Option(min=0, help="Seconds for each case, at least 11 rounds.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch and fastcnn.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the plots.")] = Path("results"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds, and fastcnn.reference only where it is the fallback in use.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every shape, dtype, format and mode.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure the operators as AlexNet uses them, side by side with PyTorch eager and torch.compile.
+
+    Without filters: both operators at the shape of AlexNet's first stage, batch 32, in the modes that matter.
+    """
+    shapes = [_shape(text, batch) for text in shape or ()]
+    if batch is not None and not shapes:
+        shapes = [(batch, *stage[1:]) for stage in (STAGES.values() if full else [STAGES["stage1"]])]
+    cases = select(
+        ops=_among("--op", op, OPS),
+        shapes=shapes,
+        dtypes=_among("--dtype", dtype, DTYPES),
+        formats=_among("--format", format, FORMATS),
+        modes=_among("--mode", mode, MODES),
+        full=full,
+    )
+    here = all_providers()
+    names = _among("--providers", providers, here) or list(here)
+    if quick and not providers and "fastcnn.cpu" in here:
+        names.remove("fastcnn.reference")
+    _among("--input", [input], SOURCES)
+    for case in cases:
+        try:
+            check_source(case.shape, input)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--input") from None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    budget = Budget(1.0, 5, repeats) if quick else Budget(repeats=repeats)
+    if time is not None:
+        budget = Budget(time, budget.at_least, repeats)
+
+    rows = _measure_all(cases, [here[name] for name in names], input, budget)
+    document = report.report(rows, command=" ".join(["fastcnn", *sys.argv[1:]]), source=input)
+    report.write_json(out / "kernels.json", document)
+    if as_json:
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        _print(document["header"], rows)
+    _plot(out, document, rows)
+
+
+def _measure_all(cases: Sequence[Case], providers: Sequence[Provider], source: str, budget: Budget) -> list[Row]:
+    rows: list[Row] = []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=str(case))
+            rows += measure(case, providers, source, budget)
+            progress.advance(task)
+    return rows
+
+
+def _print(header: dict[str, Any], rows: Sequence[Row]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _NARROWEST)
+    console.print(report.setting(header), "", markup=False)
+    for table in (*report.tables(rows), *report.summaries(rows)):
+        console.print(table)
+        console.print()
+
+
+def _plot(out: Path, document: dict[str, Any], rows: Sequence[Row]) -> None:
+    try:
+        from .plots import write_plots
+
+        plots = write_plots(out, document, rows)
+    except ImportError as error:
+        typer.echo(f"no plots: {error}; `pip install fastcnn[bench]` brings what they need", err=True)
+        plots = []
+    typer.echo(f"written: {', '.join(map(str, (out / 'kernels.json', *plots)))}", err=True)
+
+
+def _among(option: str, values: Iterable[str] | None, allowed: Collection[str]) -> list[str]:
+    values = list(values or ())
+    for value in values:
+        if value not in allowed:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
+    return values
+
+
+def _shape(text: str, batch: int | None) -> Shape:
+    if text in STAGES:
+        shape = STAGES[text]
+    else:
+        try:
+            n, c, h, w = map(int, text.split(","))
+        except ValueError:
+            raise typer.BadParameter(
+                f"{text!r} is neither N,C,H,W nor one of {', '.join(STAGES)}", param_hint="--shape"
+            ) from None
+        shape = (n, c, h, w)
+    if min(shape) < 1 or min(shape[2:]) < 3:
+        raise typer.BadParameter(f"{text!r}: N and C must be at least 1, H and W at least 3", param_hint="--shape")
+    return (batch or shape[0], *shape[1:])

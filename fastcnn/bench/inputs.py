@@ -1,0 +1,77 @@
+"""The numbers the cases run on: random ones, or the feature maps of real photographs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod, sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import data, reference
+from .cases import DTYPES, FORMATS, LRN, POOL, STAGES, Case, Shape
+
+SOURCES = ("random", "photographs")
+CHECKED_IMAGES = 4  # LRN and pooling act on each image alone, so the first few stand for the batch
+
+_MEAN = (123.68, 116.78, 103.94)  # of ImageNet's pixels: red, green, blue
+
+
+def make_inputs(case: Case, source: str) -> tuple[Tensor, Tensor]:
+    """The input of the case and the gradient of its output, both in the case's dtype and memory format.
+
+    Where the two largest values of a pooling window are too close to tell apart after rounding, the gradient is zero:
+    which of them gets it would depend on the last bit, and no comparison of input gradients could be exact.
+    """
+    x = _features(case.shape, source).to(DTYPES[case.dtype], memory_format=FORMATS[case.format], copy=True)
+    dy = torch.randn(case.output_shape, generator=_seeded(1))
+    if case.op == "relu_lrn_max_pool2d" and case.mode != "forward":
+        dy[:CHECKED_IMAGES] *= _decided(x[:CHECKED_IMAGES])
+    return x, dy.to(x.dtype).contiguous(memory_format=FORMATS[case.format])
+
+
+def check_source(shape: Shape, source: str) -> None:
+    """Raise ValueError where the photographs give no feature maps of this shape."""
+    if source == "photographs" and shape[1:] not in [stage[1:] for stage in STAGES.values()]:
+        maps = " or ".join(f"N,{c},{h},{w}" for _, c, h, w in STAGES.values())
+        raise ValueError(f"the photographs' feature maps are {maps}, not {','.join(map(str, shape))}")
+
+
+@lru_cache(maxsize=4)
+def _features(shape: Shape, source: str) -> Tensor:
+    if source == "random":
+        return torch.randn(shape, generator=_seeded(0)) * 64  # the scale of conv1's outputs on raw pixels
+    check_source(shape, source)
+    with torch.no_grad():
+        x = _convolution(_images(shape[0]), (96, 3, 11, 11), stride=4)
+        if shape[1:] == STAGES["stage2"][1:]:
+            x = reference.relu_lrn_max_pool2d(x, lrn=LRN, pool=POOL)
+            x = _convolution(x, (256, 48, 5, 5), padding=2, groups=2)
+    return x
+
+
+def _images(batch: int) -> Tensor:
+    """Raw pixels minus their mean, 227x227: the four photographs' corners, then the mirror images, repeated at need."""
+    photographs = data.photographs(256).float() - torch.tensor(_MEAN).view(3, 1, 1)
+    corners = [photographs[..., top : top + 227, left : left + 227] for top in (0, 29) for left in (0, 29)]
+    images = torch.cat([*corners, *(corner.flip(-1) for corner in corners)])
+    return images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
+
+
+def _convolution(x: Tensor, weight_shape: Shape, *, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
+    """With He's initialization and no bias."""
+    weight = torch.randn(weight_shape, generator=_seeded(2)) * sqrt(2 / prod(weight_shape[1:]))
+    return F.conv2d(x, weight, None, stride, padding, groups=groups)
+
+
+def _decided(x: Tensor) -> Tensor:
+    """Whether the maximum of each pooling window stands out by more than the rounding of ``x``'s dtype."""
+    z = reference.relu_lrn_max_pool2d(x.double(), lrn=LRN)
+    (kh, kw), (sh, sw), *_ = POOL.op_args()
+    largest = z.unfold(2, kh, sh).unfold(3, kw, sw).flatten(-2).topk(2).values
+    return largest[..., 0] - largest[..., 1] > 8 * torch.finfo(x.dtype).eps * largest[..., 0]
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,124 @@
+"""Check the outputs, then take the times: every provider of a case in turn, one call each a round."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from .. import backends
+from .cases import Case
+from .inputs import make_inputs
+from .providers import Call, Op, Provider, build
+from .rows import Row, add_ratios
+from .verify import Mismatch, check, expected_outputs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure a case: ``repeats`` rounds, or if None for ``seconds`` but at least ``at_least`` rounds."""
+
+    seconds: float = 4.0
+    at_least: int = 11
+    repeats: int | None = None
+
+    def enough(self, rounds: int, elapsed: float) -> bool:
+        if self.repeats is not None:
+            return rounds >= self.repeats
+        return rounds >= self.at_least and elapsed >= self.seconds
+
+
+def saved_bytes(op: Op, x: Tensor) -> int:
+    """Memory that autograd holds between forward and backward of ``op``, its input included, each storage once."""
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # kept, or the allocator could give its address to the next
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = op(x.detach().requires_grad_())
+    del output
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def time_rounds(calls: dict[str, Call], budget: Budget) -> dict[str, list[float]]:
+    """Seconds of every call, in rounds: each round calls each once, in a new order, so that all see the same noise."""
+    order, shuffle = list(calls), random.Random(0).shuffle
+    times: dict[str, list[float]] = {name: [] for name in order}
+    start = time.perf_counter()
+    while not budget.enough(len(times[order[0]]), time.perf_counter() - start):
+        shuffle(order)
+        for name in order:
+            call = calls[name]
+            before = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - before)
+    return times
+
+
+def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budget) -> list[Row]:
+    """A row for each provider that takes part in the case: checked, and if right then timed.
+
+    In a 16-bit case fastcnn's C++ kernels also run in fp32, and so does a torch provider that has no 16-bit kernels:
+    the rows named "... (fp32)".
+    """
+    providers = [provider for provider in providers if provider.takes_part(case)]
+    if not providers:
+        return []
+    torch.compiler.reset()  # a new shape is a new compilation, and there is a limit to those of one function
+    x, dy = make_inputs(case, source)
+    expected = expected_outputs(case, x, dy)
+    rows: list[Row] = []
+    calls: dict[str, Call] = {}
+
+    def take_part(provider: Provider, name: str, x: Tensor, dy: Tensor) -> None:
+        row = Row(**asdict(case), provider=name, bytes_moved=case.bytes_moved(x.element_size()))
+        rows.append(row)
+        try:
+            call = build(provider, case, x, dy)
+            row.error, row.tolerance = check(call(), expected, case.mode)  # and the warm-up
+            if case.mode != "forward":
+                with backends.use(provider.backend):
+                    row.saved_bytes = saved_bytes(provider.op(case.op), x)
+        except Exception as error:
+            row.failure = _reason(error)
+        else:
+            calls[name] = call
+
+    for provider in providers:
+        take_part(provider, provider.name, x, dy)
+        failed_torch = provider.name.startswith("torch.") and rows[-1].failure is not None
+        if case.dtype != "fp32" and (provider.name == "fastcnn.cpu" or failed_torch):
+            take_part(provider, f"{provider.name} (fp32)", x.float(), dy.float())
+    if calls:
+        _add_times(rows, calls, x, budget)
+    return rows
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return text if isinstance(error, Mismatch) else f"{type(error).__name__}: {text[:120]}"
+
+
+def _add_times(rows: list[Row], calls: dict[str, Call], x: Tensor, budget: Budget) -> None:
+    copy = torch.zeros_like(x)
+    times = time_rounds({**calls, "copy": lambda: (copy.copy_(x),)}, budget)
+    copy_gb_per_s = 2 * x.nbytes / statistics.median(times["copy"]) / 1e9
+    for row in rows:
+        row.copy_gb_per_s = copy_gb_per_s
+        if row.provider not in calls:
+            continue
+        ms = sorted(1e3 * seconds for seconds in times[row.provider])
+        row.n, row.median_ms = len(ms), statistics.median(ms)
+        row.q1_ms, _, row.q3_ms = statistics.quantiles(ms, method="inclusive") if len(ms) > 1 else ms * 3
+        assert row.bytes_moved is not None
+        row.gb_per_s = row.bytes_moved / row.median_ms / 1e6
+    add_ratios(rows)

@@ -1,0 +1,122 @@
+"""Who runs a case: fastcnn by each of its backends, PyTorch as it is, PyTorch compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from .. import functional as FF
+from .cases import LRN, POOL, Case
+
+Op = Callable[[Tensor], Tensor]
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Someone who has the operators.
+
+    Args:
+        name: as shown and as given to ``--providers``.
+        op: name of an operator -> the function of its input.
+        backend: the backend to force, for fastcnn.
+    """
+
+    name: str
+    op: Callable[[str], Op]
+    backend: str | None = None
+
+    def takes_part(self, case: Case) -> bool:
+        """Only the C++ kernels can write into memory that is given to them."""
+        return case.memory == "fresh" or self.backend == "cpu"
+
+
+def _torch_lrn(x: Tensor) -> Tensor:
+    return F.local_response_norm(x, LRN.size, LRN.alpha, LRN.beta, LRN.k)
+
+
+def _torch_tail(x: Tensor) -> Tensor:
+    return F.max_pool2d(_torch_lrn(F.relu(x)), *POOL.op_args())
+
+
+_TORCH = {"lrn": _torch_lrn, "relu_lrn_max_pool2d": _torch_tail}
+_FASTCNN: dict[str, Op] = {
+    "lrn": lambda x: FF.local_response_norm(x, LRN.size, LRN.alpha, LRN.beta, LRN.k),
+    "relu_lrn_max_pool2d": lambda x: FF.relu_lrn_max_pool2d(x, lrn=LRN, pool=POOL),
+}
+
+
+def _compiled(op: str) -> Op:
+    return torch.compile(_TORCH[op], dynamic=False, fullgraph=True)
+
+
+def all_providers() -> dict[str, Provider]:
+    """Those that can run here, by name: fastcnn's backends, the fastest first, then PyTorch."""
+    ours = [Provider(f"fastcnn.{backend}", _FASTCNN.__getitem__, backend) for backend in reversed(backends.available())]
+    torchs = [Provider("torch.eager", _TORCH.__getitem__), Provider("torch.compile", _compiled)]
+    return {provider.name: provider for provider in (*ours, *torchs)}
+
+
+def build(provider: Provider, case: Case, x: Tensor, dy: Tensor) -> Call:
+    """A function without arguments that runs the case once and returns what is checked: output, gradient or both."""
+    with backends.use(provider.backend):
+        run = _build_mapped(case, x, dy) if case.memory == "mapped" else _build(provider.op(case.op), case, x, dy)
+
+    def call() -> tuple[Tensor, ...]:
+        with backends.use(provider.backend):
+            return run()
+
+    return call
+
+
+def _build(op: Op, case: Case, x: Tensor, dy: Tensor) -> Call:
+    if case.mode == "forward":
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (op(x),)
+
+        return forward
+
+    leaf = x.detach().requires_grad_()
+    if case.mode == "backward":
+        # inductor would otherwise reuse saved tensors as scratch memory, and refuse to run the same graph twice
+        with torch._functorch.config.patch(donated_buffer=False):
+            output = op(leaf)
+        return lambda: torch.autograd.grad(output, leaf, dy, retain_graph=True)
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        y = op(leaf)
+        return y.detach(), *torch.autograd.grad(y, leaf, dy)
+
+    return forward_backward
+
+
+def _build_mapped(case: Case, x: Tensor, dy: Tensor) -> Call:
+    library = torch.ops.fastcnn_cpu
+    channels_last = case.format == "channels_last"
+    lrn = (LRN.size, LRN.alpha, LRN.beta, LRN.k, LRN.groups)
+    if case.mode == "backward":
+        dx = torch.zeros_like(x)
+
+        def backward() -> tuple[Tensor, ...]:
+            library.lrn_backward(dy, x, dx, channels_last, *lrn)
+            return (dx,)
+
+        return backward
+
+    y = torch.zeros_like(dy)
+
+    def forward() -> tuple[Tensor, ...]:
+        if case.op == "lrn":
+            library.lrn(x, y, channels_last, *lrn)
+        else:
+            library.relu_lrn_max_pool2d(x, None, y, None, channels_last, True, *lrn, *POOL.op_args())
+        return (y,)
+
+    return forward

@@ -1,0 +1,49 @@
+"""What one measurement tells, and how rows compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cases import Case, Shape
+
+
+@dataclass
+class Row:
+    """One provider in one case. Without a time where ``failure`` says why; ratios are how many times faster this is."""
+
+    op: str
+    shape: Shape
+    dtype: str
+    format: str
+    mode: str
+    memory: str
+    provider: str
+    failure: str | None = None
+    error: float | None = None
+    tolerance: float | None = None
+    median_ms: float | None = None
+    q1_ms: float | None = None
+    q3_ms: float | None = None
+    n: int = 0
+    bytes_moved: int | None = None
+    saved_bytes: int | None = None
+    gb_per_s: float | None = None
+    copy_gb_per_s: float | None = None
+    vs_eager: float | None = None
+    vs_compile: float | None = None
+
+    @property
+    def case(self) -> Case:
+        return Case(self.op, self.shape, self.dtype, self.format, self.mode, self.memory)
+
+
+def add_ratios(rows: Sequence[Row]) -> None:
+    """Fill in how many times faster than torch each row is, in its own case; torch's fp32 stands in for its 16 bits."""
+    medians = {(row.case, row.provider): row.median_ms for row in rows if row.failure is None}
+    for row in rows:
+        if row.median_ms is None:
+            continue
+        for field, torchs in (("vs_eager", "torch.eager"), ("vs_compile", "torch.compile")):
+            baseline = medians.get((row.case, torchs)) or medians.get((row.case, f"{torchs} (fp32)"))
+            setattr(row, field, baseline / row.median_ms if baseline else None)

@@ -1,0 +1,402 @@
+"""The benchmark: what it measures, that nothing wrong gets a time, and that its figures follow from the times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import fastcnn
+import fastcnn.data
+import fastcnn.functional as FF
+from fastcnn.bench import measure as measuring
+from fastcnn.bench import report
+from fastcnn.bench.cases import LRN, POOL, STAGES, Case, select
+from fastcnn.bench.inputs import CHECKED_IMAGES, make_inputs
+from fastcnn.bench.measure import Budget, measure, saved_bytes, time_rounds
+from fastcnn.bench.providers import Provider, all_providers
+from fastcnn.bench.rows import Row, add_ratios
+
+SMALL = (5, 6, 9, 11)
+ONCE = Budget(repeats=1)
+HAS_CPU = "cpu" in fastcnn.backends.available()
+
+
+def lrn_case(**options: Any) -> Case:
+    return Case("lrn", SMALL, **options)
+
+
+def row(provider: str, median_ms: float | None = None, *, case: Case | None = None, **options: Any) -> Row:
+    case = case or lrn_case()
+    return Row(
+        case.op, case.shape, case.dtype, case.format, case.mode, case.memory, provider, median_ms=median_ms, **options
+    )
+
+
+def provider(op: Callable[[Tensor], Tensor], name: str = "fastcnn.other") -> Provider:
+    return Provider(name, lambda _: op)
+
+
+def right(x: Tensor) -> Tensor:
+    return FF.local_response_norm(x, LRN.size, LRN.alpha, LRN.beta, LRN.k)
+
+
+def text_of(*tables: object) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(*tables)
+    return capture.get()
+
+
+# Cases
+
+
+def test_usual_cases_are_those_of_the_first_stage() -> None:
+    cases = select()
+    assert {case.shape for case in cases} == {STAGES["stage1"]}
+    assert {case.format for case in cases} == {"NCHW", "channels_last"}
+    assert {(c.op, c.mode, c.memory, c.dtype) for c in cases} == {
+        ("lrn", "forward", "fresh", "fp32"),
+        ("lrn", "forward", "mapped", "fp32"),
+        ("lrn", "backward", "fresh", "fp32"),
+        ("lrn", "backward", "mapped", "fp32"),
+        ("relu_lrn_max_pool2d", "forward", "fresh", "fp32"),
+        ("relu_lrn_max_pool2d", "forward", "fresh", "bf16"),
+        ("relu_lrn_max_pool2d", "forward+backward", "fresh", "fp32"),
+    }
+
+
+def test_full_holds_every_usual_case_once() -> None:
+    full = select(full=True)
+    assert set(select()) < set(full)
+    assert len(set(full)) == len(full)
+
+
+def test_what_is_asked_for_replaces_the_usual() -> None:
+    asked = select(ops=["lrn"], shapes=[SMALL], dtypes=["fp16"], formats=["NCHW"], modes=["forward+backward"])
+    assert asked == [Case("lrn", SMALL, "fp16", "NCHW", "forward+backward")]
+
+
+@pytest.mark.parametrize(
+    ("op", "mode", "expected"),
+    [
+        ("lrn", "forward", 4 * (100 + 100)),
+        ("lrn", "backward", 4 * (100 + 100 + 100)),
+        ("lrn", "forward+backward", 4 * 500),
+        ("relu_lrn_max_pool2d", "forward", 4 * (100 + 16)),
+        ("relu_lrn_max_pool2d", "forward+backward", 4 * (100 + 16) + 16 + 16 + 4 * (16 + 100 + 100)),
+    ],
+)
+def test_bytes_moved_counts_each_tensor_once(op: str, mode: str, expected: int) -> None:
+    assert Case(op, (1, 4, 5, 5), mode=mode).bytes_moved(4) == expected
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_photographs_give_the_feature_maps_of_each_stage(stage: str) -> None:
+    shape = (3, *STAGES[stage][1:])
+    x, dy = make_inputs(Case("relu_lrn_max_pool2d", shape, "bf16"), "photographs")
+    assert (x.shape, x.dtype) == (shape, torch.bfloat16)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert dy.is_contiguous(memory_format=torch.channels_last)
+    assert 10 < x.float().std() < 1000
+    assert not torch.equal(x[0], x[1])
+
+
+def test_inputs_are_the_same_in_every_format() -> None:
+    for one, other in zip(
+        make_inputs(lrn_case(format="NCHW"), "random"), make_inputs(lrn_case(), "random"), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_windows_without_a_clear_maximum_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = torch.ones(SMALL)
+    flat[0, 0, 0, 0] = 2.0
+    monkeypatch.setattr("fastcnn.bench.inputs._features", lambda shape, source: flat)
+    _, dy = make_inputs(Case("relu_lrn_max_pool2d", SMALL, mode="forward+backward"), "random")
+    checked = dy[:CHECKED_IMAGES].clone()
+    assert checked[0, 0, 0, 0] != 0
+    checked[0, :, 0, 0] = 0  # the peak's neighbours in its LRN windows stand out too, downwards
+    assert not checked.any()
+
+
+# Checks
+
+
+@pytest.mark.usefixtures("best_backend")
+@pytest.mark.parametrize("mode", ["forward", "backward", "forward+backward"])
+@pytest.mark.parametrize("format", ["NCHW", "channels_last"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("op", ["lrn", "relu_lrn_max_pool2d"])
+def test_right_outputs_get_a_time(op: str, dtype: str, format: str, mode: str) -> None:
+    providers = [p for name, p in all_providers().items() if name.startswith("fastcnn.")]
+    rows = measure(Case(op, SMALL, dtype, format, mode), providers, "random", ONCE)
+    assert [r.failure for r in rows] == [None] * len(rows)
+    for r in rows:
+        assert r.n == 1
+        assert r.median_ms is not None
+        assert r.median_ms > 0
+        assert r.error is not None
+        assert r.tolerance is not None
+        assert r.error <= r.tolerance
+
+
+def nan_at_one_place(x: Tensor) -> Tensor:
+    y = right(x)
+    return torch.where(torch.arange(y.numel()).view(y.shape) == 17, torch.nan, y)
+
+
+def gradient_of_another(x: Tensor) -> Tensor:
+    return right(x).detach() + (x - x.detach())
+
+
+def raises(x: Tensor) -> Tensor:
+    raise RuntimeError("no [such] kernel\nand a second line")
+
+
+@pytest.mark.usefixtures("best_backend")
+@pytest.mark.parametrize(
+    ("wrong", "mode", "reason"),
+    [
+        (lambda x: right(x) * 1.00001, "forward", "error 1.0e-05, allowed is 1.0e-06"),
+        (nan_at_one_place, "forward", "error nan"),
+        (lambda x: right(x)[..., 1:], "forward", "shape"),
+        (gradient_of_another, "backward", "error"),
+        (gradient_of_another, "forward+backward", "error"),
+        (raises, "forward", "RuntimeError: no [such] kernel"),
+    ],
+)
+def test_wrong_outputs_are_shown_failed_without_a_time(
+    wrong: Callable[[Tensor], Tensor], mode: str, reason: str
+) -> None:
+    rows = measure(lrn_case(mode=mode), [provider(wrong), provider(right, "fastcnn.right")], "random", ONCE)
+    failed, good = rows
+    assert failed.failure is not None
+    assert failed.failure.startswith(reason)
+    assert (failed.median_ms, failed.n, failed.gb_per_s, failed.vs_eager) == (None, 0, None, None)
+    assert good.failure is None
+    shown = text_of(*report.tables(rows))
+    assert f"fastcnn.other, fp32 channels_last: failed: {reason}" in shown
+    assert "second line" not in shown
+    assert "fastcnn.other" not in text_of(*report.summaries(rows))
+
+
+def test_nobody_right_is_still_a_report() -> None:
+    rows = measure(lrn_case(), [provider(raises)], "random", ONCE)
+    document = report.report(rows, command="", source="random")
+    assert document["header"]["copy_gb_per_s"] is None
+    assert "failed" in text_of(*report.tables(rows), *report.summaries(rows))
+
+
+def test_torch_without_16_bit_kernels_also_runs_in_fp32() -> None:
+    def fp32_only(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise NotImplementedError("not in 16 bits")
+        return fastcnn.reference.local_response_norm(x, LRN.size, LRN.alpha, LRN.beta, LRN.k)
+
+    reference = all_providers()["fastcnn.reference"]
+    rows = measure(lrn_case(dtype="bf16"), [reference, provider(fp32_only, "torch.eager")], "random", ONCE)
+    assert [r.provider for r in rows] == ["fastcnn.reference", "torch.eager", "torch.eager (fp32)"]
+    ours, failed, wide = rows
+    assert failed.failure == "NotImplementedError: not in 16 bits"
+    assert ours.median_ms
+    assert wide.median_ms
+    assert ours.vs_eager == pytest.approx(wide.median_ms / ours.median_ms)
+    assert wide.bytes_moved == 2 * (ours.bytes_moved or 0)
+
+
+def test_forced_backend_also_runs_the_backward() -> None:
+    seen = []
+
+    class Recording(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            seen.append(fastcnn.backends.choose("lrn", fastcnn.backends.NAMES, grads[0]))
+            return grads[0]
+
+    measure(
+        lrn_case(mode="backward"),
+        [Provider("fastcnn.reference", lambda _: Recording.apply, "reference")],
+        "random",
+        ONCE,
+    )
+    assert set(seen) == {"reference"}
+
+
+@pytest.mark.skipif(not HAS_CPU, reason="only the C++ kernels write into given memory")
+@pytest.mark.parametrize("format", ["NCHW", "channels_last"])
+@pytest.mark.parametrize(("op", "mode"), [("lrn", "forward"), ("lrn", "backward"), ("relu_lrn_max_pool2d", "forward")])
+def test_mapped_memory_is_for_the_cpp_kernels_alone(op: str, mode: str, format: str) -> None:
+    case = Case(op, SMALL, "fp32", format, mode, "mapped")
+    rows = measure(case, list(all_providers().values()), "random", ONCE)
+    assert [(r.provider, r.failure) for r in rows] == [("fastcnn.cpu", None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["backward", "forward+backward"])
+def test_compiled_torch_takes_part(mode: str) -> None:
+    rows = measure(lrn_case(mode=mode), [all_providers()["torch.compile"]], "random", ONCE)
+    assert [r.failure for r in rows] == [None]
+    assert rows[0].saved_bytes
+
+
+# Figures
+
+
+def test_ratios_are_within_the_case() -> None:
+    nchw, last = lrn_case(format="NCHW"), lrn_case(format="channels_last")
+    rows = [
+        row("fastcnn.cpu", 2.0, case=nchw),
+        row("torch.eager", 30.0, case=nchw),
+        row("torch.compile", 9.0, case=nchw),
+        row("fastcnn.cpu", 1.0, case=last),
+        row("torch.eager", 50.0, case=last),
+        row("torch.compile", case=last, failure="error"),
+        row("fastcnn.cpu", 3.0, case=lrn_case(mode="backward")),
+    ]
+    add_ratios(rows)
+    assert [r.vs_eager for r in rows] == [15.0, 1.0, 30.0 / 9.0, 50.0, 1.0, None, None]
+    assert [r.vs_compile for r in rows] == [4.5, 0.3, 1.0, None, None, None, None]
+
+
+def test_fp32_torch_is_the_baseline_only_where_16_bits_failed() -> None:
+    case = lrn_case(dtype="bf16")
+    rows = [
+        row("fastcnn.cpu", 2.0, case=case),
+        row("torch.eager", case=case, failure="NotImplementedError"),
+        row("torch.eager (fp32)", 30.0, case=case),
+        row("torch.compile", 8.0, case=case),
+        row("torch.compile (fp32)", 99.0, case=case),
+    ]
+    add_ratios(rows)
+    assert (rows[0].vs_eager, rows[0].vs_compile) == (15.0, 4.0)
+
+
+def test_summary_says_what_the_ratios_are_against() -> None:
+    case = lrn_case(dtype="bf16")
+    quartiles = {"q1_ms": 1.0, "q3_ms": 2.0, "gb_per_s": 12.0, "copy_gb_per_s": 20.0}
+    rows = [
+        row("fastcnn.cpu", 2.0, case=case, **quartiles),
+        row("fastcnn.cpu (fp32)", 3.0, case=case, **quartiles),
+        row("fastcnn.reference", 40.0, case=case, **quartiles),
+        row("torch.eager", case=case, failure="NotImplementedError"),
+        row("torch.eager (fp32)", 30.0, case=case, **quartiles),
+        row("torch.compile", 8.0, case=case, **quartiles),
+        row("fastcnn.cpu", 1.5, case=lrn_case(dtype="bf16", memory="mapped"), **quartiles),
+        row("fastcnn.cpu (fp32)", 2.5, case=lrn_case(dtype="bf16", memory="mapped"), **quartiles),
+    ]
+    add_ratios(rows)
+    line = next(line for line in text_of(*report.summaries(rows)).splitlines() if "bf16" in line)
+    assert line.split() == ["bf16", "channels_last", "15.0x", "fp32", "4.0x", "1.50x", "60%"]
+
+
+def test_bandwidth_is_bytes_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"fastcnn.other": [0.002, 0.004, 0.001], "copy": [0.001, 0.001, 0.003]}
+    monkeypatch.setattr(measuring, "time_rounds", lambda calls, budget: seconds)
+    (r,) = measure(lrn_case(), [provider(right)], "random", ONCE)
+    size = 4 * torch.Size(SMALL).numel()
+    assert (r.median_ms, r.q1_ms, r.q3_ms, r.n) == (2.0, 1.5, 3.0, 3)
+    assert r.gb_per_s == pytest.approx(2 * size / 0.002 / 1e9)
+    assert r.copy_gb_per_s == pytest.approx(2 * size / 0.001 / 1e9)
+
+
+def test_saved_bytes_count_each_storage_once() -> None:
+    x = torch.randn(10, 10)
+    assert saved_bytes(lambda x: x.relu() + 1, x) == 400
+    assert saved_bytes(lambda x: x.exp() * x.view(100).view(10, 10), x) == 800
+    assert saved_bytes(lambda x: x[0] * 2.0, x) == 0
+    assert saved_bytes(lambda x: x[0] * x[1], x) == 400  # a view keeps the whole alive
+
+
+@pytest.mark.usefixtures("best_backend")
+def test_tail_saves_its_input_and_a_byte_an_output() -> None:
+    x = torch.randn(2, 6, 9, 11)
+    saved = saved_bytes(lambda x: FF.relu_lrn_max_pool2d(x, lrn=LRN, pool=POOL), x)
+    assert saved == 4 * x.numel() + 2 * 6 * 4 * 5
+
+
+def test_rounds_call_everybody_once() -> None:
+    called: list[str] = []
+
+    def call(name: str) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: (called.append(name), ())[1]
+
+    times = time_rounds({"a": call("a"), "b": call("b"), "c": call("c")}, Budget(repeats=4))
+    assert [len(t) for t in times.values()] == [4, 4, 4]
+    assert [set(called[i : i + 3]) for i in range(0, 12, 3)] == [{"a", "b", "c"}] * 4
+
+
+def test_budget_goes_on_until_time_and_rounds_suffice() -> None:
+    budget = Budget(seconds=1.0, at_least=5)
+    assert not budget.enough(5, 0.9)
+    assert not budget.enough(4, 2.0)
+    assert budget.enough(5, 1.0)
+    assert Budget(repeats=3).enough(3, 0.0)
+    assert not Budget(repeats=3).enough(2, 99.0)
+
+
+# Report
+
+
+def test_report_is_json_with_one_schema(tmp_path: Path) -> None:
+    rows = measure(lrn_case(), [provider(right), provider(raises, "fastcnn.broken")], "random", ONCE)
+    report.write_json(tmp_path / "new" / "kernels.json", report.report(rows, command="fastcnn bench", source="random"))
+    document = json.loads((tmp_path / "new" / "kernels.json").read_text())
+    schema = [field.name for field in fields(Row)]
+    assert [list(r) for r in document["rows"]] == [schema, schema]
+    assert document["rows"][0]["shape"] == list(SMALL)
+    assert document["rows"][1]["median_ms"] is None
+    header = document["header"]
+    assert (header["command"], header["input"], header["threads"]) == (
+        "fastcnn bench",
+        "random",
+        torch.get_num_threads(),
+    )
+    assert header["torch"] == torch.__version__
+    assert header["copy_gb_per_s"] == document["rows"][0]["copy_gb_per_s"]
+
+
+def test_plots_show_what_has_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from fastcnn.bench.plots import write_plots
+
+    header = {**report.report([], command="", source="random")["header"], "copy_gb_per_s": 20.0}
+    timed = [row("fastcnn.cpu", 1.0, gb_per_s=12.0), row("torch.eager", 9.0, gb_per_s=1.0)]
+    assert write_plots(tmp_path, {"header": header}, timed) == [tmp_path / "kernels_roofline.png"]
+    add_ratios(timed)
+    written = write_plots(tmp_path, {"header": header}, timed)
+    assert [path.name for path in written] == ["kernels_speedup.png", "kernels_roofline.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert write_plots(tmp_path, {"header": header}, [row("fastcnn.cpu", failure="wrong")]) == []
+
+
+# Photographs
+
+
+def test_photographs_are_four_and_their_sources_are_named() -> None:
+    pytest.importorskip("PIL")
+    crops = fastcnn.data.photographs(64)
+    assert (crops.shape, crops.dtype) == ((4, 3, 64, 64), torch.uint8)
+    assert len({crop.float().mean().item() for crop in crops}) == 4
+    folder = Path(fastcnn.data.__file__).parent / "photographs"
+    sources = (folder / "SOURCES.md").read_text()
+    assert all(f"`{path.name}`" in sources for path in folder.glob("*.jpg"))
+
+
+def test_photographs_refuse_an_empty_crop() -> None:
+    with pytest.raises(ValueError, match="size=0"):
+        fastcnn.data.photographs(0)

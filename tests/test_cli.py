@@ -1,0 +1,131 @@
+"""The command line: what it prints and writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import fastcnn
+from fastcnn.cli import app
+
+HAS_CPU = "cpu" in fastcnn.backends.available()
+BEST = "cpu" if HAS_CPU else "reference"
+TINY = ["--shape", "2,4,7,7", "--repeats", "2", "--providers", f"fastcnn.{BEST}", "--providers", "torch.eager"]
+
+
+def fastcnn_command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+# info
+
+
+def test_info_says_what_is_here_and_what_runs() -> None:
+    result = fastcnn_command("info")
+    assert result.exit_code == 0
+    for expected in (fastcnn.__version__, torch.__version__, "relu_lrn_max_pool2d_backward", *fastcnn.backends.NAMES):
+        assert expected in result.output
+    for why_not in filter(None, fastcnn.backends.status().values()):
+        assert why_not.split()[0] in result.output
+
+
+@pytest.mark.usefixtures("best_backend")
+def test_info_as_json() -> None:
+    facts = json.loads(fastcnn_command("info", "--json").output)
+    assert facts["backends"] == fastcnn.backends.status()
+    assert facts["environment"]["fastcnn"] == fastcnn.__version__
+    assert facts["operators"]["cpu"]["lrn"] == BEST
+    assert bool(facts["build"]) == HAS_CPU
+
+
+def test_info_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastcnn.backends, "_C", None)
+    monkeypatch.setattr(fastcnn.backends, "_why_no_cpu", "it is [not] built")
+    facts = json.loads(fastcnn_command("info", "--json").output)
+    assert facts["build"] == {}
+    assert facts["environment"]["cpu_capability"] is None
+    assert facts["operators"]["cpu"]["lrn"] == "reference"
+    assert "it is [not] built" in fastcnn_command("info").output
+
+
+def test_module_runs_as_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "fastcnn", "--help"], capture_output=True, text=True, check=True)
+    assert "info" in done.stdout
+    assert "bench" in done.stdout
+
+
+# bench kernels
+
+
+def test_bench_prints_tables_and_writes_files(tmp_path: Path) -> None:
+    result = fastcnn_command("bench", "kernels", *TINY, "--format", "NCHW", "--dtype", "fp32", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "relu_lrn_max_pool2d forward+backward, input (2, 4, 7, 7)" in result.output
+    assert "how many times faster" in result.output
+    assert f"{torch.get_num_threads()} threads" in result.output
+    assert (tmp_path / "kernels.json").exists()
+
+
+def test_bench_json_is_what_it_writes(tmp_path: Path) -> None:
+    filters = ("--op", "lrn", "--mode", "forward+backward", "--batch", 3)
+    result = fastcnn_command("bench", "kernels", *TINY, *filters, "--json", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document == json.loads((tmp_path / "kernels.json").read_text())
+    assert {tuple(r["shape"]) for r in document["rows"]} == {(3, 4, 7, 7)}
+    assert {r["mode"] for r in document["rows"]} == {"forward+backward"}
+    ours = [r for r in document["rows"] if r["provider"] == f"fastcnn.{BEST}" and r["dtype"] == "fp32"]
+    assert len(ours) == 2
+    assert all(r["failure"] is None and r["n"] == 2 and r["vs_eager"] for r in ours)
+
+
+def test_bench_on_photographs(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    options = ("--op", "lrn", "--mode", "forward", "--dtype", "fp32", "--format", "NCHW", "--repeats", 1)
+    result = fastcnn_command(
+        *("bench", "kernels", "--input", "photographs", "--shape", "stage2", "--batch", 1),
+        *(*options, "--providers", f"fastcnn.{BEST}", "--json", "--out", tmp_path),
+    )
+    document = json.loads(result.stdout)
+    assert document["header"]["input"] == "photographs"
+    assert {tuple(r["shape"]) for r in document["rows"]} == {(1, 256, 27, 27)}
+    assert [r["failure"] for r in document["rows"]] == [None] * len(document["rows"])
+
+
+def test_threads_are_set_and_stated(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        options = ("--op", "lrn", "--mode", "forward", "--threads", 1, "--json", "--out", tmp_path)
+        assert json.loads(fastcnn_command("bench", "kernels", *TINY, *options).stdout)["header"]["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--op", "conv"], ["--op", "'conv'", "lrn, relu_lrn_max_pool2d"]),
+        (["--providers", "fastcnn.abacus"], ["--providers", "'fastcnn.abacus'", "fastcnn.reference", "torch.eager"]),
+        (["--dtype", "int8"], ["--dtype", "'int8'", "fp32, bf16, fp16"]),
+        (["--format", "NHWC"], ["--format", "'NHWC'", "NCHW, channels_last"]),
+        (["--mode", "sideways"], ["--mode", "'sideways'", "forward, backward, forward+backward"]),
+        (["--input", "paintings"], ["--input", "'paintings'", "random, photographs"]),
+        (["--shape", "1,2,3"], ["--shape", "'1,2,3'", "N,C,H,W", "stage1, stage2"]),
+        (["--shape", "1,2,2,9"], ["--shape", "'1,2,2,9'", "at least 3"]),
+        (["--shape", "2,4,7,7", "--input", "photographs"], ["--input", "N,96,55,55 or N,256,27,27", "2,4,7,7"]),
+        (["--repeats", "0"], ["--repeats"]),
+        (["--batch", "0"], ["--batch"]),
+    ],
+)
+def test_unknown_values_are_named_with_what_is_allowed(options: list[str], said: list[str]) -> None:
+    result = fastcnn_command("bench", "kernels", *options)
+    assert result.exit_code == 2
+    output = " ".join(re.sub(r"\x1b\[[0-9;]*m|│", "", result.output).split())  # without colours, frame, broken lines
+    assert [words for words in said if words not in output] == []
