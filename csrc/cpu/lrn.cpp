@@ -25,16 +25,17 @@ void run(const LRNTask& task, int64_t begin, int64_t end, void* block) {
   using A = Compute<T>;
   const Shape& shape = task.shape;
   const int64_t pixels = tile_pixels(task), per_image = tiles_per_image(task), stride = shape.channel_stride();
+  const int64_t ahead = shape.channels_last ? 2048 : (1024 / pixels + 1) * stride;
   Scratch scratch(block);
   const TileLRN<A> lrn(task.lrn, tile_of(task, pixels), scratch);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t start = unit % per_image * pixels;
     const int64_t at = unit / per_image * shape.image_stride() + start * shape.pixel_stride();
     const Tile tile = tile_of(task, std::min(pixels, shape.W - start));
-    const TensorSource<T> x{tile, static_cast<const T*>(task.x) + at, stride};
+    const TensorSource<T> x{tile, static_cast<const T*>(task.x) + at, stride, ahead};
     const TensorSink<T> out{tile, static_cast<T*>(task.out) + at, stride};
     if constexpr (backward) {
-      const TensorSource<T> dy{tile, static_cast<const T*>(task.dy) + at, stride};
+      const TensorSource<T> dy{tile, static_cast<const T*>(task.dy) + at, stride, ahead};
       lrn.backward(tile, x, dy, [&](int64_t r) FASTCNN_INLINE_LAMBDA {
         return [to = out(r)](int64_t i, Vec<A> dx, Vec<A>) FASTCNN_INLINE_LAMBDA { to(i, dx); };
       });

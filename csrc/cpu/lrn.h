@@ -123,8 +123,6 @@ class TileLRN {
     }
   };
 
-  static constexpr int64_t kPrefetch = 1024;  // elements between asking for memory and reading it
-
   static int64_t row_stride(int64_t pixels) { return (pixels + kVectorBytes - 1) / kVectorBytes * kVectorBytes; }
 
   template <Power power, typename Source, typename Sink>
@@ -193,16 +191,12 @@ class TileLRN {
     }
   }
 
-  // A channel's row, of zeros where it does not exist; what will be read a little later is asked for.
+  // A channel's row, of zeros where it does not exist.
   template <typename Source>
   FASTCNN_INLINE static void read_channel(A* row, const Tile& tile, Source x, int64_t first, int64_t c) {
-    const int64_t n = tile.pixels, later = first + c + 1 + kPrefetch / n;
-    const bool exists = c < tile.group(), ahead = later < tile.channels;
+    const bool exists = c < tile.group();
     const auto from = x(exists ? first + c : first);
-    for_each_vector<A>(n, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
-      if (ahead) x.prefetch(later, p);
-      store(row + p, exists ? from(p) : V{});
-    });
+    for_each_vector<A>(tile.pixels, [&](int64_t p) FASTCNN_INLINE_LAMBDA { store(row + p, exists ? from(p) : V{}); });
   }
 
   // channels_last, in registers.

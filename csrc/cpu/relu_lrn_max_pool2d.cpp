@@ -28,6 +28,7 @@ struct Stage {
   const Tile tile;
   const Shape out;
   A* const bias;
+  const int64_t ahead = tile.channels_last ? 2048 : 2 * tile.pixels;  // in NCHW, the row after the next
   const TileLRN<A> lrn;
 
   Stage(const TailTask& t, Scratch& scratch)
@@ -46,7 +47,7 @@ struct Stage {
   RectifiedSource<T> x(int64_t n, int64_t row) const {
     const T* from = static_cast<const T*>(task.x) + row_offset(task.shape, n, row);
     const A floor = task.relu ? 0 : -std::numeric_limits<A>::infinity();
-    return {{tile, from, task.shape.channel_stride()}, bias, floor};
+    return {{tile, from, task.shape.channel_stride(), ahead}, bias, floor};
   }
 };
 
@@ -171,7 +172,7 @@ struct Backward : Stage<T> {
     if (owners[slot] == owner) return row;
     owners[slot] = owner;
     const Tile pooled{tile.channels_last, tile.channels, tile.groups, w.out};
-    const TensorSource<T> dy{pooled, static_cast<const T*>(task.dy) + at, out.channel_stride()};
+    const TensorSource<T> dy{pooled, static_cast<const T*>(task.dy) + at, out.channel_stride(), this->ahead};
     for (int64_t r = 0; r < pooled.runs(); ++r) {
       const int64_t to = layout.start(r);
       const auto from = dy(r);
@@ -217,7 +218,7 @@ struct Backward : Stage<T> {
     const int64_t at = row_offset(task.shape, n, row), stride = task.shape.channel_stride();
     if (task.pool && task.pool.wide_argmax()) gather_row<int32_t>(n, row);
     else if (task.pool) gather_row<uint8_t>(n, row);
-    else copy<A>(tile, TensorSource<T>{tile, static_cast<const T*>(task.dy) + at, stride}, TileSink<A>{tile, d});
+    else copy<A>(tile, TensorSource<T>{tile, static_cast<const T*>(task.dy) + at, stride, this->ahead}, TileSink<A>{tile, d});
     const TileSource<A> dy{tile, d}, result{tile, summed};
     const TensorSink<T> dx{tile, static_cast<T*>(task.out) + at, stride};
     if (!dbias) return differentiate(n, row, dy, dx);

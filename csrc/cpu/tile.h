@@ -35,22 +35,21 @@ FASTCNN_INLINE void for_each_vector(int64_t n, F f) {
   if (i < n) f(n > kLanes<A> ? n - kLanes<A> : 0);
 }
 
-// A tensor's elements.
+// A tensor's elements. Reading one asks for that `ahead` elements further, which will be needed a little later: the pieces
+// in which tensors are read are too short for the hardware to see them coming.
 template <typename T>
 struct TensorSource {
   using A = Compute<T>;
   Tile tile;
   const T* x;
-  int64_t channel_stride;
+  int64_t channel_stride, ahead;
 
   FASTCNN_INLINE auto operator()(int64_t r) const {
-    return [from = x + tile.in_memory(r, channel_stride), n = tile.run()](int64_t i) FASTCNN_INLINE_LAMBDA {
+    return [from = x + tile.in_memory(r, channel_stride), n = tile.run(), ahead = ahead](
+               int64_t i) FASTCNN_INLINE_LAMBDA {
+      __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from + i) + ahead * sizeof(T)));
       return n < kLanes<A> ? load_first(from, n) : load(from + i);
     };
-  }
-  // Bring the line of this element into the cache: rows of NCHW are too short for the hardware to see them coming.
-  FASTCNN_INLINE void prefetch(int64_t r, int64_t i) const {
-    __builtin_prefetch(x + tile.in_memory(r, channel_stride) + i);
   }
 };
 
@@ -62,7 +61,6 @@ struct RectifiedSource {
   const A* bias;  // -0 changes nothing; readable for a vector beyond its end
   A floor;
 
-  FASTCNN_INLINE void prefetch(int64_t r, int64_t i) const { x.prefetch(r, i); }
   FASTCNN_INLINE auto operator()(int64_t r) const {
     const A* b = bias + x.tile.first_channel(r);
     return [from = x(r), b, one = broadcast(*b), many = x.tile.channels_last, low = broadcast(floor)](
