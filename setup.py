@@ -24,7 +24,7 @@ if X86:
         *CAPABILITIES["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
     ]
-KERNELS = ("lrn", "relu_lrn_max_pool2d")
+KERNELS = ("lrn", "conv2d_relu", "relu_lrn_max_pool2d")
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 
 
@@ -75,7 +75,8 @@ class BuildWithNinja(build_ext):
 
         with open(build / "build.ninja", "w") as file:
             n = ninja.ninja_syntax.Writer(file, width=120)
-            n.rule("cxx", f"{compiler} -MMD -MF $out.d $flags -c $in -o $out", "compile $out", depfile="$out.d", deps="gcc")
+            compile_command = f"{compiler} -MMD -MF $out.d $flags -c $in -o $out"
+            n.rule("cxx", compile_command, "compile $out", depfile="$out.d", deps="gcc")
             n.rule("link", f"{compiler} -shared $in -o $out $flags", "link $out")
             objects = []
 

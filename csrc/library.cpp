@@ -84,62 +84,104 @@ PoolAxis pool_axis(int64_t size, int i, const Ints& kernel, const Ints& stride, 
   return axis;
 }
 
-TailTask tail_task(const Tensor& x, const std::optional<Tensor>& bias, bool channels_last, bool relu, const LRN& lrn,
-                   const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation, bool ceil_mode) {
+// The task of pooling, or none of it, a map of this tensor's shape.
+TailTask pool_task(const Tensor& map, bool channels_last, const Ints& kernel, const Ints& stride, const Ints& padding,
+                   const Ints& dilation, bool ceil_mode) {
   TailTask task{};
-  task.dtype = dtype_of(x);
-  task.shape = {x.size(0), x.size(1), x.size(2), x.size(3), channels_last};
-  task.relu = relu;
-  task.lrn = lrn;
+  task.dtype = dtype_of(map);
+  task.shape = {map.size(0), map.size(1), map.size(2), map.size(3), channels_last};
   if (!kernel.empty()) {
-    task.pool.h = pool_axis(x.size(2), 0, kernel, stride, padding, dilation, ceil_mode);
-    task.pool.w = pool_axis(x.size(3), 1, kernel, stride, padding, dilation, ceil_mode);
+    task.pool.h = pool_axis(map.size(2), 0, kernel, stride, padding, dilation, ceil_mode);
+    task.pool.w = pool_axis(map.size(3), 1, kernel, stride, padding, dilation, ceil_mode);
   }
-  task.x = x.const_data_ptr();
-  task.bias = bias ? bias->const_data_ptr() : nullptr;
   return task;
+}
+
+void run_tail(TailTask& task, const Tensor& out, const std::optional<Tensor>& argmax) {
+  const int64_t rows = task.shape.N * (task.pool ? task.pool.h.out : task.shape.H);
+  const int64_t elements = task.shape.N * task.shape.image_stride();
+  if (elements == 0) return;
+  task.out = prepare_output(out);
+  task.argmax = argmax ? prepare_output(*argmax) : nullptr;
+  parallel(kernels().relu_lrn_max_pool2d, task, rows, grain(elements / rows),
+           kernels().relu_lrn_max_pool2d_scratch_bytes(task));
+}
+
+void run_tail_backward(TailTask& task, const Tensor& dy, const std::optional<Tensor>& argmax, const Tensor& dx) {
+  const int64_t units = task.shape.N * task.blocks(), elements = task.shape.N * task.shape.image_stride();
+  if (elements == 0) return;
+  task.dy = dy.const_data_ptr();
+  task.argmax = argmax ? const_cast<void*>(argmax->const_data_ptr()) : nullptr;
+  task.out = prepare_output(dx);
+  parallel(kernels().relu_lrn_max_pool2d_backward, task, units, grain(elements / units),
+           kernels().relu_lrn_max_pool2d_scratch_bytes(task));
+}
+
+void max_pool2d(Tensor x, Tensor out, std::optional<Tensor> argmax, bool channels_last, Ints kernel, Ints stride,
+                Ints padding, Ints dilation, bool ceil_mode) {
+  TailTask task = pool_task(x, channels_last, kernel, stride, padding, dilation, ceil_mode);
+  task.x = x.const_data_ptr();
+  run_tail(task, out, argmax);
+}
+
+void max_pool2d_backward(Tensor dy, Tensor argmax, Tensor dx, bool channels_last, Ints kernel, Ints stride, Ints padding,
+                         Ints dilation, bool ceil_mode) {
+  TailTask task = pool_task(dx, channels_last, kernel, stride, padding, dilation, ceil_mode);
+  run_tail_backward(task, dy, argmax, dx);
 }
 
 void relu_lrn_max_pool2d(Tensor x, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> argmax,
                          bool channels_last, bool relu, int64_t size, double alpha, double beta, double k, int64_t groups,
                          Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
-  TailTask task = tail_task(x, bias, channels_last, relu, {size, alpha, beta, k, groups}, kernel, stride, padding, dilation,
-                            ceil_mode);
-  if (x.numel() == 0) return;
-  task.out = prepare_output(out);
-  task.argmax = argmax ? prepare_output(*argmax) : nullptr;
-  const int64_t rows = task.shape.N * (task.pool ? task.pool.h.out : task.shape.H);
-  parallel(kernels().relu_lrn_max_pool2d, task, rows, grain(x.numel() / rows),
-           kernels().relu_lrn_max_pool2d_scratch_bytes(task));
+  TailTask task = pool_task(x, channels_last, kernel, stride, padding, dilation, ceil_mode);
+  task.relu = relu;
+  task.lrn = {size, alpha, beta, k, groups};
+  task.x = x.const_data_ptr();
+  task.bias = bias ? bias->const_data_ptr() : nullptr;
+  run_tail(task, out, argmax);
+}
+
+// The bias gradient: a partial sum for each block of rows, then those in order, whatever the number of threads.
+template <typename A>
+void sum_partials(const void* partials, int64_t units, int64_t channels, const Tensor& dbias) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t u = 0; u < units; ++u) sum += static_cast<const A*>(partials)[u * channels + c];
+    static_cast<A*>(dbias.mutable_data_ptr())[c] = static_cast<A>(sum);
+  }
 }
 
 void relu_lrn_max_pool2d_backward(Tensor dy, Tensor x, std::optional<Tensor> bias, std::optional<Tensor> argmax, Tensor dx,
                                   std::optional<Tensor> dbias, bool channels_last, bool relu, int64_t size, double alpha,
                                   double beta, double k, int64_t groups, Ints kernel, Ints stride, Ints padding,
                                   Ints dilation, bool ceil_mode) {
-  TailTask task = tail_task(x, bias, channels_last, relu, {size, alpha, beta, k, groups}, kernel, stride, padding, dilation,
-                            ceil_mode);
-  const int64_t units = task.shape.N * task.blocks(), C = task.shape.C;
+  TailTask task = pool_task(x, channels_last, kernel, stride, padding, dilation, ceil_mode);
+  task.relu = relu;
+  task.lrn = {size, alpha, beta, k, groups};
+  task.x = x.const_data_ptr();
+  task.bias = bias ? bias->const_data_ptr() : nullptr;
   const bool wide = task.dtype == DType::float64;
-  // The bias gradient: a partial sum for each block of rows, then those in order, whatever the number of threads.
-  ScratchBlock partial(dbias ? units * C * (wide ? sizeof(double) : sizeof(float)) : 0);
-  task.dy = dy.const_data_ptr();
-  task.argmax = argmax ? const_cast<void*>(argmax->const_data_ptr()) : nullptr;
-  task.dbias = dbias ? partial.get() : nullptr;
-  if (x.numel() > 0) {
-    task.out = prepare_output(dx);
-    parallel(kernels().relu_lrn_max_pool2d_backward, task, units, grain(x.numel() / units),
-             kernels().relu_lrn_max_pool2d_scratch_bytes(task));
-  }
-  for (int64_t c = 0; dbias && c < C; ++c) {
-    double sum = 0;
-    for (int64_t u = 0; x.numel() > 0 && u < units; ++u) {
-      const int64_t i = u * C + c;
-      sum += wide ? static_cast<double*>(partial.get())[i] : static_cast<float*>(partial.get())[i];
-    }
-    if (wide) static_cast<double*>(dbias->mutable_data_ptr())[c] = sum;
-    else static_cast<float*>(dbias->mutable_data_ptr())[c] = static_cast<float>(sum);
-  }
+  const int64_t units = x.numel() ? task.shape.N * task.blocks() : 0, C = task.shape.C;
+  ScratchBlock partials(dbias ? units * C * (wide ? sizeof(double) : sizeof(float)) : 0);
+  task.dbias = dbias ? partials.get() : nullptr;
+  run_tail_backward(task, dy, argmax, dx);
+  if (dbias && wide) sum_partials<double>(partials.get(), units, C, *dbias);
+  else if (dbias) sum_partials<float>(partials.get(), units, C, *dbias);
+}
+
+void run_mask(void (*kernel)(const MaskTask&, int64_t, int64_t, void*), const MaskTask& task) {
+  const int64_t units = (task.count + MaskTask::kElements - 1) / MaskTask::kElements;
+  if (units) parallel(kernel, task, units, grain(MaskTask::kElements), 0);
+}
+
+void relu_mask(Tensor y, Tensor mask) {
+  uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  run_mask(kernels().relu_mask, {dtype_of(y), y.numel(), y.const_data_ptr(), bits, nullptr});
+}
+
+void relu_mask_backward(Tensor dy, Tensor mask, Tensor dx) {
+  uint8_t* bits = static_cast<uint8_t*>(const_cast<void*>(mask.const_data_ptr()));
+  run_mask(kernels().relu_mask_backward, {dtype_of(dy), dy.numel(), dy.const_data_ptr(), bits, prepare_output(dx)});
 }
 
 #define FASTCNN_LRN "int size, float alpha, float beta, float k, int groups"
@@ -148,6 +190,10 @@ void relu_lrn_max_pool2d_backward(Tensor dy, Tensor x, std::optional<Tensor> bia
 STABLE_TORCH_LIBRARY(fastcnn_cpu, m) {
   m.def("lrn(Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
   m.def("lrn_backward(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
+  m.def("max_pool2d(Tensor input, Tensor(a!) out, Tensor(b!)? argmax, bool channels_last, " FASTCNN_POOL ") -> ()");
+  m.def("max_pool2d_backward(Tensor grad, Tensor argmax, Tensor(a!) out, bool channels_last, " FASTCNN_POOL ") -> ()");
+  m.def("relu_mask(Tensor output, Tensor(a!) mask) -> ()");
+  m.def("relu_mask_backward(Tensor grad, Tensor mask, Tensor(a!) out) -> ()");
   m.def("relu_lrn_max_pool2d(Tensor input, Tensor? bias, Tensor(a!) out, Tensor(b!)? argmax, bool channels_last, "
         "bool relu, " FASTCNN_LRN ", " FASTCNN_POOL ") -> ()");
   m.def("relu_lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor? argmax, Tensor(a!) out, "
@@ -157,6 +203,10 @@ STABLE_TORCH_LIBRARY(fastcnn_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) {
   m.impl("lrn", TORCH_BOX(&lrn));
   m.impl("lrn_backward", TORCH_BOX(&lrn_backward));
+  m.impl("max_pool2d", TORCH_BOX(&max_pool2d));
+  m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));
+  m.impl("relu_mask", TORCH_BOX(&relu_mask));
+  m.impl("relu_mask_backward", TORCH_BOX(&relu_mask_backward));
   m.impl("relu_lrn_max_pool2d", TORCH_BOX(&relu_lrn_max_pool2d));
   m.impl("relu_lrn_max_pool2d_backward", TORCH_BOX(&relu_lrn_max_pool2d_backward));
 }

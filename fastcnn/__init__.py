@@ -1,7 +1,7 @@
 """Fused kernels for AlexNet- and VGG-era networks in PyTorch."""
 
-from . import backends, functional, nn, reference
+from . import backends, functional, models, nn, reference
 from ._version import __version__
 from .params import LRNParams, PoolParams
 
-__all__ = ["LRNParams", "PoolParams", "__version__", "backends", "functional", "nn", "reference"]
+__all__ = ["LRNParams", "PoolParams", "__version__", "backends", "functional", "models", "nn", "reference"]

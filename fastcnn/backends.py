@@ -99,7 +99,8 @@ def choose(op: str, implementations: Collection[str], tensor: Tensor) -> str:
         if not runs:
             works = [n for n in implementations if n == "reference" or (n == "cpu" and device == "cpu" and _C)]
             raise RuntimeError(
-                f"fastcnn::{op}: the forced backend {_forced!r} cannot run on {device} tensors; {' or '.join(works)} can"
+                f"fastcnn::{op}: the forced backend {_forced!r} cannot run on {device} tensors; "
+                f"{' or '.join(works)} can"
             )
         return _forced
     if device == "cpu" and "cpu" in implementations:

@@ -15,6 +15,7 @@ from rich.table import Table
 from . import backends
 from .bench.cli import bench
 from .bench.environment import environment
+from .ops._operator import BACKENDS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(bench, name="bench")
@@ -49,14 +50,9 @@ def _facts() -> dict[str, Any]:
     return {
         "environment": environment(),
         "backends": backends.status(),
-        "operators": {device: {op: _runs(op, device) for op in _operators()} for device in _devices()},
+        "operators": {device: {op: _runs(op, device) for op in sorted(BACKENDS)} for device in _devices()},
         "build": dict(backends._C.build_info()) if backends._C is not None else {},
     }
-
-
-def _operators() -> list[str]:
-    names = torch._C._dispatch_get_all_op_names()
-    return sorted(name.partition("::")[2] for name in names if name.startswith("fastcnn::"))
 
 
 def _devices() -> list[str]:
@@ -67,7 +63,7 @@ def _runs(op: str, device: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a backend is missing is in the table
         try:
-            return backends.choose(op, backends.NAMES, torch.empty(0, device=device))
+            return backends.choose(op, BACKENDS[op], torch.empty(0, device=device))
         except RuntimeError as error:
             return str(error)
 

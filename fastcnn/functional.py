@@ -1,6 +1,8 @@
 """The public operators, as functions. Names, defaults, argument order and exceptions follow torch.nn.functional."""
 
+from .ops.conv2d_relu import conv2d_relu
 from .ops.lrn import local_response_norm
+from .ops.max_pool2d import max_pool2d
 from .ops.relu_lrn_max_pool2d import relu_lrn_max_pool2d
 
-__all__ = ["local_response_norm", "relu_lrn_max_pool2d"]
+__all__ = ["conv2d_relu", "local_response_norm", "max_pool2d", "relu_lrn_max_pool2d"]

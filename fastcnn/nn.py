@@ -1,8 +1,11 @@
-"""The public operators, as layers: drop-in replacements for those of torch.nn, with the same arguments and state_dict."""
+"""The public operators as layers: drop-in replacements for those of torch.nn, with their arguments and state_dict."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional as FF
@@ -22,9 +25,7 @@ class LocalResponseNorm(torch.nn.LocalResponseNorm):
     Shape: (N, C, *) -> the same. See :func:`fastcnn.functional.local_response_norm` for dtypes and errors.
     """
 
-    def __init__(
-        self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, groups: int = 1
-    ) -> None:
+    def __init__(self, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, groups: int = 1) -> None:
         LRNParams(size, alpha, beta, k, groups)  # raises for what forward would refuse
         super().__init__(size, alpha, beta, k)
         self.groups = groups
@@ -72,8 +73,8 @@ class LocalResponseNorm(torch.nn.LocalResponseNorm):
         """
         if size % 2 == 0:
             raise ValueError(
-                f"from_onnx(): size must be odd, but got size={size}: an even ONNX window, c - (size-1)//2 ... c + size//2, "
-                "has no torch equivalent (torch's is c - size//2 ... c + (size-1)//2)"
+                f"from_onnx(): size must be odd, but got size={size}: an even ONNX window, "
+                "c - (size-1)//2 ... c + size//2, has no torch equivalent (torch's is c - size//2 ... c + (size-1)//2)"
             )
         return cls(size, alpha, beta, bias, groups=groups)
 
@@ -82,6 +83,33 @@ class LocalResponseNorm(torch.nn.LocalResponseNorm):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", groups={self.groups}" if self.groups != 1 else "")
+
+
+class MaxPool2d(torch.nn.MaxPool2d):
+    """Max pooling, as :class:`torch.nn.MaxPool2d`.
+
+    Shape: (N, C, H, W) or (C, H, W) -> the pooled map, with ``return_indices`` a pair of it and its indices.
+    See :func:`fastcnn.functional.max_pool2d` for dtypes and errors.
+    """
+
+    def forward(self, input: Tensor) -> Any:
+        return FF.max_pool2d(
+            input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
+        )
+
+
+class ConvReLU2d(torch.nn.Conv2d):
+    """Convolution, bias and ReLU: a :class:`torch.nn.Conv2d`, with its arguments and state_dict, that rectifies.
+
+    A ``padding_mode`` other than "zeros" pads first. See :func:`fastcnn.functional.conv2d_relu` for dtypes and errors.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return FF.conv2d_relu(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class ReLULRNMaxPool2d(torch.nn.Module):
@@ -96,9 +124,7 @@ class ReLULRNMaxPool2d(torch.nn.Module):
     is the convolution's. See :func:`fastcnn.functional.relu_lrn_max_pool2d` for dtypes and errors.
     """
 
-    def __init__(
-        self, *, relu: bool = True, lrn: LRNParams | None = None, pool: PoolParams | None = None
-    ) -> None:
+    def __init__(self, *, relu: bool = True, lrn: LRNParams | None = None, pool: PoolParams | None = None) -> None:
         super().__init__()
         self.relu, self.lrn, self.pool = relu, lrn, pool
 

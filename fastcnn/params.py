@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ def check_bias(op: str, bias: Tensor | None, input: Tensor) -> None:
         )
     if bias.device != input.device:
         raise RuntimeError(
-            f"{op}(): expected input and bias on the same device, but got input on {input.device} and bias on {bias.device}"
+            f"{op}(): expected input and bias on the same device, "
+            f"but got input on {input.device} and bias on {bias.device}"
         )
 
 
@@ -157,7 +159,7 @@ class PoolParams:
         if oh < 1 or ow < 1:
             raise RuntimeError(
                 f"max_pool2d(): an input of size {height}x{width} gives an output of size {oh}x{ow} with "
-                f"kernel_size={kernel}, stride={stride}, padding={padding}, dilation={dilation}: it must be at least 1x1"
+                f"kernel_size={kernel}, stride={stride}, padding={padding}, dilation={dilation}: at least 1x1 is needed"
             )
         return oh, ow
 
@@ -181,13 +183,116 @@ def pooled_size(
     return out
 
 
-def _pair(name: str, value: object) -> list[int]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast as autocast does for a convolution, if it is on where the first tensor is: all but float64 to its dtype."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.double else t for t in tensors
+    )
+
+
+@dataclass(frozen=True)
+class ConvParams:
+    """Parameters of a convolution, as in :func:`torch.nn.functional.conv2d`; :meth:`of` checks them and the tensors."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def op_args(self) -> tuple[list[int], list[int], list[int], int]:
+        """``stride, padding, dilation, groups`` as the registered ops take them."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @staticmethod
+    def of(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: IntOrPair,
+        padding: IntOrPair | str,
+        dilation: IntOrPair,
+        groups: int,
+    ) -> tuple[ConvParams, list[int]]:
+        """The checked parameters, and for an uneven ``padding="same"`` what :func:`torch.nn.functional.pad` must add.
+
+        Raises:
+            TypeError, RuntimeError, NotImplementedError: what torch's convolution raises.
+        """
+        op = "conv2d_relu"
+        check_input(op, input)
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{op}(): argument 'weight' must be Tensor, not {type(weight).__name__}")
+        if input.dim() not in (3, 4):
+            raise RuntimeError(
+                f"{op}(): expected 3D (unbatched) or 4D (batched) input, but got input of size {list(input.shape)}"
+            )
+        if weight.dim() != 4:
+            raise RuntimeError(f"{op}(): expected a 4D weight, but got weight of size {list(weight.shape)}")
+        if weight.dtype != input.dtype or weight.device != input.device:
+            raise RuntimeError(
+                f"{op}(): input type ({input.dtype} on {input.device}) and weight type "
+                f"({weight.dtype} on {weight.device}) should be the same"
+            )
+        _check_int(op, "groups", groups)
+        if groups <= 0:
+            raise RuntimeError(f"{op}(): groups must be greater than zero, but got groups={groups}")
+        if weight.shape[0] == 0 or weight.shape[0] % groups:
+            raise RuntimeError(
+                f"{op}(): groups must divide the output channels, but got groups={groups} "
+                f"for a weight of size {list(weight.shape)}"
+            )
+        if input.shape[-3] != weight.shape[1] * groups:
+            raise RuntimeError(
+                f"{op}(): given groups={groups} and weight of size {list(weight.shape)}, expected input to have "
+                f"{weight.shape[1] * groups} channels, but got input of size {list(input.shape)}"
+            )
+        # check_bias looks at dimension 1: one value an output channel
+        check_bias(op, bias, weight.transpose(0, 1))
+        if bias is not None and bias.dtype != input.dtype:
+            raise RuntimeError(f"{op}(): input type ({input.dtype}) and bias type ({bias.dtype}) should be the same")
+
+        strides, dilations = _pair("stride", stride, op), _pair("dilation", dilation, op)
+        for name, pair in (("stride", strides), ("dilation", dilations)):
+            if min(pair) <= 0:
+                raise RuntimeError(f"{op}(): {name} must be greater than zero, but got {name}={pair}")
+        asymmetric: list[int] = []
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise RuntimeError(f"{op}(): padding must be 'same', 'valid' or ints, but got padding={padding!r}")
+            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, weight.shape[2:], strict=True)]
+            if padding == "same" and max(strides) > 1:
+                raise RuntimeError(f"{op}(): padding='same' needs stride 1, but got stride={strides}")
+            paddings = [t // 2 for t in total]
+            if any(t % 2 for t in total):
+                asymmetric = [0, total[1] % 2, 0, total[0] % 2]  # as torch: the odd one behind
+        else:
+            paddings = _pair("padding", padding, op)
+        if min(paddings) < 0:
+            raise RuntimeError(f"{op}(): padding must be non-negative, but got padding={paddings}")
+        for i in (0, 1):
+            padded = input.shape[i - 2] + 2 * paddings[i] + (asymmetric[3 - 2 * i] if asymmetric else 0)
+            kernel = dilations[i] * (weight.shape[2 + i] - 1) + 1
+            if padded < kernel:
+                raise RuntimeError(
+                    f"{op}(): the kernel can't be greater than the padded input, but got weight of size "
+                    f"{list(weight.shape)}, dilation={dilations} and padding={paddings} for input of size "
+                    f"{list(input.shape)}"
+                )
+        return ConvParams(strides, paddings, dilations, groups), asymmetric
+
+
+def _pair(name: str, value: object, op: str = "max_pool2d") -> list[int]:
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
         return [value, value]  # type: ignore[list-item]
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"max_pool2d(): argument '{name}' must be int or a tuple of two ints, not {type(value).__name__}")
+        kind = type(value).__name__
+        raise TypeError(f"{op}(): argument '{name}' must be int or a tuple of two ints, not {kind}")
     if len(value) not in (1, 2):
-        raise RuntimeError(f"max_pool2d(): {name} must either be a single int, or a tuple of two ints, but got {value}")
+        raise RuntimeError(f"{op}(): {name} must either be a single int, or a tuple of two ints, but got {value}")
     for v in value:
-        _check_int("max_pool2d", name, v)
+        _check_int(op, name, v)
     return [value[0], value[-1]]

@@ -6,11 +6,13 @@ The names and arguments are those of :mod:`fastcnn.functional`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .params import LRNParams, PoolParams, check_bias, check_input, opmath
+from .params import IntOrPair, LRNParams, PoolParams, check_bias, check_input, opmath
 
 
 def local_response_norm(
@@ -21,6 +23,33 @@ def local_response_norm(
     check_input("local_response_norm", input)
     lrn.check_shape(input.shape)
     return _normalized(input.to(opmath(input.dtype)), lrn).to(input.dtype)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """torch's own; see :func:`fastcnn.functional.max_pool2d`."""
+    pool = PoolParams(kernel_size, stride, padding, dilation, ceil_mode)
+    return F.max_pool2d(input, *pool.op_args(), return_indices=return_indices)  # type: ignore[call-overload]
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv2d(...))``; see :func:`fastcnn.functional.conv2d_relu`."""
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups).relu()
 
 
 def relu_lrn_max_pool2d(
@@ -95,6 +124,15 @@ def window_offsets(x: Tensor, pool: PoolParams) -> tuple[Tensor, Tensor]:
     ow = torch.arange(y.shape[-1], device=x.device)
     row, column = flat // x.shape[-1], flat % x.shape[-1]
     return y, (row - oh * sh + ph) // dh * kw + (column - ow * sw + pw) // dw
+
+
+def flat_indices(argmax: Tensor, width: int, pool: PoolParams) -> Tensor:
+    """torch's indices ``h*W + w`` from places in the window; the inverse of :func:`window_offsets`."""
+    (_, kw), (sh, sw), (ph, pw), (dh, dw), _ = pool.op_args()
+    oh = torch.arange(argmax.shape[-2], device=argmax.device).view(-1, 1)
+    ow = torch.arange(argmax.shape[-1], device=argmax.device)
+    place = argmax.long()
+    return (oh * sh - ph + place // kw * dh) * width + ow * sw - pw + place % kw * dw
 
 
 def max_pool2d_backward(dy: Tensor, argmax: Tensor, size: tuple[int, int], pool: PoolParams) -> Tensor:

@@ -100,7 +100,7 @@ REFUSED_POOLS = [
 
 
 @pytest.mark.parametrize(("error", "match", "pool"), REFUSED_POOLS, ids=lambda v: str(v) if isinstance(v, dict) else "")
-def test_refused_pools_raise_as_torch(error, match, pool):
+def test_refused_pools_raise_as_torch(best_backend, error, match, pool):
     with pytest.raises(error):
         F.max_pool2d(IMAGE, **pool)
     with pytest.raises(error, match=match):
@@ -141,7 +141,7 @@ def test_any_pool_has_the_output_size_of_torch_or_is_refused_by_both(size, **poo
 # -- both -------------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_of_numpy_are_accepted_as_torch_accepts_them():
+def test_numbers_of_numpy_are_accepted_as_torch_accepts_them(best_backend):
     x = randn(1, 6, 4, 4)
     for size, number in ((np.int64(5), np.float32(0.5)), (np.int32(4), np.float64(0.5))):
         expected = F.local_response_norm(x, size, number, number, number)

@@ -32,12 +32,24 @@ struct TailTask {
   int64_t blocks() const { return (shape.H + kRows - 1) / kRows; }  // a backward unit is n * blocks() + block
 };
 
+// Elements in the order of memory, one bit each: whether ReLU passes the gradient. Units are kElements of them.
+struct MaskTask {
+  static constexpr int64_t kElements = 4096;
+  DType dtype;
+  int64_t count;
+  const void* x;  // y in forward, dy in backward
+  uint8_t* mask;
+  void* out;  // backward only
+};
+
 #define FASTCNN_DECLARE_KERNELS(capability)                                                      \
   namespace capability {                                                                         \
   int64_t lrn_units(const LRNTask&);                                                             \
   int64_t lrn_scratch_bytes(const LRNTask&);                                                     \
   void lrn(const LRNTask&, int64_t begin, int64_t end, void* scratch);                           \
   void lrn_backward(const LRNTask&, int64_t begin, int64_t end, void* scratch);                  \
+  void relu_mask(const MaskTask&, int64_t begin, int64_t end, void* scratch);                    \
+  void relu_mask_backward(const MaskTask&, int64_t begin, int64_t end, void* scratch);           \
   int64_t relu_lrn_max_pool2d_scratch_bytes(const TailTask&);                                    \
   void relu_lrn_max_pool2d(const TailTask&, int64_t begin, int64_t end, void* scratch);          \
   void relu_lrn_max_pool2d_backward(const TailTask&, int64_t begin, int64_t end, void* scratch); \

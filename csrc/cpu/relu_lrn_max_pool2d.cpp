@@ -199,6 +199,7 @@ struct Backward : Stage<T> {
   // From the gradient of what was normalized to that of the row, which `sink` takes.
   template <typename Gradient, typename Sink>
   void differentiate(int64_t n, int64_t row, Gradient dy, Sink sink) const {
+    if (!task.relu && !task.lrn) return copy<A>(tile, dy, sink);  // x may be absent
     const RectifiedSource<T> x = this->x(n, row);
     const auto masked = [&, relu = task.relu](int64_t r) FASTCNN_INLINE_LAMBDA {
       return [to = sink(r), relu](int64_t i, Vec<A> dx, Vec<A> x) FASTCNN_INLINE_LAMBDA {

@@ -18,6 +18,16 @@ def output_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether :func:`output_format` of ``x`` is one of the channels_last formats."""
+    return output_format(x) != torch.contiguous_format
+
+
+def format_of(channels_last: bool) -> torch.memory_format:
+    """The format of a 4-D tensor of which only that is known."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def dense(x: Tensor, format: torch.memory_format) -> Tensor:
     """``x`` itself if it has that memory format, else a copy that has."""
     return x.contiguous(memory_format=format)

@@ -1,8 +1,8 @@
 """How an operator is registered: schema, fake, autograd and vmap from one set of functions, three ways to call it.
 
 ``torch.library`` alone would do, if every caller compiled. Called eagerly, an ``autograd.Function`` around the op is
-cheaper than the op's own autograd kernel, and under ``torch.func`` only a Function with ``setup_context`` works; exported,
-a Function would lose its gradient. So the three are built here from the same ``setup_context`` and ``backward``.
+cheaper than the op's own autograd kernel, and under ``torch.func`` only a Function with ``setup_context`` works;
+exported, a Function would lose its gradient. So all three are built here from one ``setup_context`` and ``backward``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor
 from .. import backends
 
 _library = torch.library.Library("fastcnn", "DEF")
+
+# Operator -> the backends that have it.
+BACKENDS: dict[str, tuple[str, ...]] = {}
 
 
 def define(
@@ -43,6 +46,7 @@ def define(
     def implementation(*args: Any) -> Any:
         return implementations[backends.choose(name, implementations, args[0])](*args)
 
+    BACKENDS[name] = tuple(implementations)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
@@ -64,7 +68,7 @@ def define(
         def forward(*args: Any) -> Any:
             return op(*args)
 
-    Eager.backward = Transformable.backward = staticmethod(backward)  # type: ignore[assignment,method-assign]
+    Eager.backward = Transformable.backward = staticmethod(backward)  # type: ignore[method-assign]
     Transformable.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = Transformable.__name__ = Transformable.__qualname__ = name
 
@@ -88,8 +92,8 @@ def double_backward(
 ) -> tuple[Tensor, ...]:
     """Differentiate the gradient of ``forward``, a function in plain PyTorch.
 
-    The first backward is ``d_inputs = J(inputs)^T dy``. Given the ``cotangents`` of its results (None: zero), return the
-    gradients of ``dy`` and of each input, themselves differentiable.
+    The first backward is ``d_inputs = J(inputs)^T dy``. Given the ``cotangents`` of its results (None: zero), return
+    the gradients of ``dy`` and of each input, themselves differentiable.
     """
 
     def gradient(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

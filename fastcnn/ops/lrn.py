@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..params import LRNParams, check_input, opmath
-from ._layout import dense, empty_output, output_format
+from ._layout import dense, empty_output, is_channels_last, output_format
 from ._operator import define, double_backward, fold_batch, unfold_batch
 
 
@@ -21,9 +21,9 @@ def local_response_norm(
     .. math:: y_c = x_c \Big(k + \frac{\alpha}{size} \sum_{c'} x_{c'}^2\Big)^{-\beta}, \quad
         c' = c - \lfloor size/2 \rfloor \dots c + \lfloor (size-1)/2 \rfloor
 
-    The window ends at the borders of the channels, and of each group; the divisor stays ``size``. AlexNet as its authors
-    ran it is ``size=5, alpha=1e-4, beta=0.75, k=2`` (the paper prints the plain sum: its formula needs ``alpha=5e-4``).
-    :class:`fastcnn.nn.LocalResponseNorm` converts other conventions.
+    The window ends at the borders of the channels, and of each group; the divisor stays ``size``. AlexNet as its
+    authors ran it is ``size=5, alpha=1e-4, beta=0.75, k=2`` (the paper prints the plain sum: its formula needs
+    ``alpha=5e-4``). :class:`fastcnn.nn.LocalResponseNorm` converts other conventions.
 
     Args:
         input: shape (N, C, *) with at least one dimension after the channels; float16, bfloat16, float32 or float64.
@@ -44,7 +44,7 @@ def local_response_norm(
         RuntimeError: ``size`` is not positive.
         ValueError: ``input`` has fewer than three dimensions, or ``groups`` is not positive or does not divide C.
 
-    Source: Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks" (2012), 3.3.
+    Source: Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks", 2012, 3.3.
     """
     check_input("local_response_norm", input)
     LRNParams(size, alpha, beta, k, groups).check_shape(input.shape)
@@ -59,7 +59,7 @@ def _reference(x: Tensor, size: int, alpha: float, beta: float, k: float, groups
 def _cpu(x: Tensor, *lrn: Any) -> Tensor:
     format = output_format(x)
     y = empty_output(x)
-    torch.ops.fastcnn_cpu.lrn(dense(x, format), y, format != torch.contiguous_format, *lrn)
+    torch.ops.fastcnn_cpu.lrn(dense(x, format), y, is_channels_last(x), *lrn)
     return y
 
 
@@ -72,9 +72,7 @@ def _backward_reference(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
 def _backward_cpu(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
     format = output_format(x)
     dx = empty_output(x)
-    torch.ops.fastcnn_cpu.lrn_backward(
-        dense(dy, format), dense(x, format), dx, format != torch.contiguous_format, *lrn
-    )
+    torch.ops.fastcnn_cpu.lrn_backward(dense(dy, format), dense(x, format), dx, is_channels_last(x), *lrn)
     return dx
 
 
@@ -104,7 +102,9 @@ def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *lrn_args: Any) -> tuple[Tensor, int]:
-    return unfold_batch(torch.ops.fastcnn.lrn(fold_batch(x, in_dims[0], info.batch_size), *lrn_args), info.batch_size), 0
+    return unfold_batch(
+        torch.ops.fastcnn.lrn(fold_batch(x, in_dims[0], info.batch_size), *lrn_args), info.batch_size
+    ), 0
 
 
 def _backward_vmap(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..params import LRNParams, PoolParams, check_bias, check_input, opmath, pooled_size
-from ._layout import dense, empty_output, output_format
+from ._layout import dense, empty_output, is_channels_last, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
 from .lrn import local_response_norm
+from .max_pool2d import empty_argmax, max_pool2d
 
 
 def relu_lrn_max_pool2d(
@@ -72,9 +72,7 @@ def relu_lrn_max_pool2d(
     return tail(input, bias, relu, *lrn_args, *pool_args, with_argmax)[0]
 
 
-def _composition(
-    x: Tensor, bias: Tensor | None, relu: bool, lrn: LRNParams | None, pool: PoolParams | None
-) -> Tensor:
+def _composition(x: Tensor, bias: Tensor | None, relu: bool, lrn: LRNParams | None, pool: PoolParams | None) -> Tensor:
     if x.dim() < 2 and (bias is not None or lrn is not None):
         raise ValueError(f"relu_lrn_max_pool2d(): expected an input with channels (got {x.dim()} dimensions)")
     check_bias("relu_lrn_max_pool2d", bias, x)
@@ -82,7 +80,7 @@ def _composition(
     if lrn is not None:
         y = local_response_norm(y, lrn.size, lrn.alpha, lrn.beta, lrn.k, groups=lrn.groups)
     if pool is not None:
-        y = F.max_pool2d(y, *pool.op_args())
+        y = max_pool2d(y, *pool.op_args())
     return y.to(x.dtype, copy=y is x)
 
 
@@ -95,17 +93,12 @@ def _params(tail: tuple[Any, ...]) -> tuple[bool, LRNParams | None, PoolParams |
     return relu, LRNParams(*lrn) if lrn[0] else None, PoolParams(*pool) if pool[0] else None
 
 
-def _empty_argmax(x: Tensor, shape: list[int], kernel_size: list[int]) -> Tensor:
-    wide = kernel_size[0] * kernel_size[1] > 256
-    return empty_output(x, shape, torch.int32 if wide else torch.uint8)
-
-
 def _empty_outputs(x: Tensor, *tail: Any, with_argmax: bool) -> tuple[Tensor, Tensor]:
     kernel_size = tail[6]
     shape = list(x.shape)
     if kernel_size:
         shape[2:] = pooled_size(shape[2:], *tail[6:11])
-    argmax = _empty_argmax(x, shape, kernel_size) if with_argmax else x.new_empty(0, dtype=torch.uint8)
+    argmax = empty_argmax(x, shape, kernel_size) if with_argmax else x.new_empty(0, dtype=torch.uint8)
     return empty_output(x, shape), argmax
 
 
@@ -124,7 +117,7 @@ def _reference(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     y, argmax = reference.window_offsets(
         reference.relu_lrn_max_pool2d(wide, None if bias is None else bias.to(wide.dtype), relu=relu, lrn=lrn), pool
     )
-    dtype = _empty_argmax(x, [0] * 4, tail[6]).dtype
+    dtype = empty_argmax(x, [0] * 4, tail[6]).dtype
     return dense(y.to(x.dtype), format), dense(argmax.to(dtype), format)
 
 
@@ -137,15 +130,13 @@ def _cpu(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
         None if bias is None else bias.to(opmath(x.dtype)).contiguous(),
         y,
         argmax if with_argmax else None,
-        format != torch.contiguous_format,
+        is_channels_last(x),
         *tail,
     )
     return y, argmax
 
 
-def _backward_fake(
-    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any) -> tuple[Tensor, Tensor]:
     return empty_output(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
@@ -166,9 +157,7 @@ def _backward_reference(
     return dense(dz.to(x.dtype, copy=dz is dy), output_format(x)), dbias
 
 
-def _backward_cpu(
-    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
-) -> tuple[Tensor, Tensor]:
+def _backward_cpu(dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any) -> tuple[Tensor, Tensor]:
     format = output_format(x)
     dx = empty_output(x)
     wide_bias = None if bias is None else bias.to(opmath(x.dtype)).contiguous()
@@ -180,7 +169,7 @@ def _backward_cpu(
         dense(argmax, format) if tail[6] else None,
         dx,
         None if bias is None else dbias,
-        format != torch.contiguous_format,
+        is_channels_last(x),
         *tail,
     )
     return dx, dbias if bias is None else dbias.to(bias.dtype)
@@ -228,7 +217,7 @@ def _backward_backward(ctx: Any, ddx: Tensor | None, ddbias: Tensor | None) -> t
 def _vmap(
     info: Any, in_dims: tuple[Any, ...], x: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
-    *tail_args, with_argmax = args
+    with_argmax = args[-1]
     if in_dims[1] is not None:  # a bias for each element of the batch
         assert bias is not None
         x = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x
@@ -257,7 +246,8 @@ _TAIL = (
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 )
 tail_backward = define(
-    f"relu_lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor argmax, {_TAIL}) -> (Tensor, Tensor)",
+    f"relu_lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor argmax, {_TAIL})"
+    " -> (Tensor, Tensor)",
     implementations={"reference": _backward_reference, "cpu": _backward_cpu},
     fake=_backward_fake,
     setup_context=_backward_setup_context,

@@ -83,10 +83,10 @@ def parts_id(tail):
     return "+".join(name for name, part in tail.items() if part) or "copy"
 
 
-def forward_and_backward(x, bias, dy_seed=1, **tail):
+def forward_and_backward(x, bias, **tail):
     """The bits of everything: y, argmax, dx and, with a bias, dbias."""
     y, argmax = TAIL(x, bias, *tail_args(**tail), tail["pool"] is not None)
-    dy = randn(*y.shape, dtype=y.dtype, seed=dy_seed)
+    dy = randn(*y.shape, dtype=y.dtype, seed=1)
     dx, dbias = TAIL_BACKWARD(dy, x, bias, argmax, *tail_args(**tail))
     return [y, argmax, dx, *([] if bias is None else [dbias])]
 
@@ -284,10 +284,8 @@ def test_any_strides(backend, order, steps):
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=ident)
 def test_misaligned_memory(backend, order, offset, dtype):
-    x, bias = (embedded(t, offset=offset) for t in (randn(2, 17, 9, 7, dtype=dtype), randn(17, dtype=dtype)))
-    assert_tail_keeps_same_answer(
-        x.permute(0, 1, 2, 3) if order[1] == 1 else embedded(x, order, offset=offset), bias, **STAGE
-    )
+    x, bias = randn(2, 17, 9, 7, dtype=dtype), randn(17, dtype=dtype, seed=1)
+    assert_tail_keeps_same_answer(embedded(x, order, offset=offset), embedded(bias, offset=offset), **STAGE)
 
 
 @pytest.mark.parametrize("dim", range(4))
@@ -542,7 +540,7 @@ def test_forward_is_the_same_with_and_without_argmax(backend):
 
 @pytest.mark.parametrize("tail", PARTS, ids=parts_id)
 @pytest.mark.parametrize("format", FORMATS, ids=ident)
-@pytest.mark.parametrize("shape", [(1, 96, 27, 27), (7, 17, 13, 13)], ids=ident)
+@pytest.mark.parametrize("shape", [(1, 96, 27, 27), (7, 17, 31, 31)], ids=ident)
 def test_same_bits_in_every_run_and_for_every_number_of_threads(kernel, shape, format, tail, threads):
     x, bias = randn(*shape, format=format), randn(shape[1], seed=1)
     tail = {**tail, "lrn": tail["lrn"] and ALEXNET_LRN}
@@ -951,7 +949,7 @@ def refused(error, match, *args, **kwargs):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=ident)
 def test_other_dtypes_raise(each_backend, dtype):
     x = torch.ones(2, 3, 4, 4).to(dtype)
-    if dtype not in (torch.int64,):
+    if dtype != torch.int64:  # which torch normalizes, in integers
         with pytest.raises(NotImplementedError):
             F.local_response_norm(x, 3)
     refused(NotImplementedError, rf"input of dtype {dtype}; allowed are float16", x, lrn=LRN)
@@ -1029,7 +1027,7 @@ def test_lrn_of_wrong_rank_raises_as_torch(each_backend, shape):
 def test_pool_of_wrong_rank_raises_as_torch(each_backend, shape):
     with pytest.raises(RuntimeError):
         F.max_pool2d(torch.zeros(shape), 2)
-    refused(RuntimeError, "3D or 4D", torch.zeros(shape), pool=PoolParams(2))
+    refused(RuntimeError, "3D .*4D", torch.zeros(shape), pool=PoolParams(2))
 
 
 @pytest.mark.parametrize(

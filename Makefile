@@ -1,0 +1,37 @@
+# `make bench` and `make test` need nothing but Python 3.10+, a C++ compiler and make; the first of them creates .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+OUT ?= results
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test bench lint wheel clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+setup: $(VENV)/.ready  ## create .venv with torch, every extra, and fastcnn in editable mode
+
+$(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel pybind11 ninja $(TORCH)
+	FASTCNN_BUILD_CPP=1 $(BIN)/pip install --quiet --no-build-isolation -e '.[bench,test,dev]' $(TORCH)
+	touch $@
+
+test: setup  ## run the whole test suite
+	$(BIN)/python -m pytest -q
+
+bench: setup  ## check the kernels on photographs, time them beside PyTorch, write results/
+	$(BIN)/fastcnn bench kernels --input photographs --quick --out $(OUT)
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: setup  ## build a wheel into dist/
+	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) build dist results *.egg-info fastcnn/*.so

@@ -1,0 +1,79 @@
+// What conv2d_relu adds to oneDNN's convolution: the bit mask of a ReLU, and its use.
+// Memory: the mask is one bit an element; backward reads it and dy and writes dx.
+#include "dispatch.h"
+#include "kernels.h"
+
+namespace fastcnn::FASTCNN_CAPABILITY {
+namespace {
+
+template <typename A>
+FASTCNN_INLINE IntVec<A> lane_bits() {
+  IntVec<A> bits;
+  for (int l = 0; l < kLanes<A>; ++l) bits[l] = Lane<A>(1) << l;
+  return bits;
+}
+
+// The bits of one vector; those of x not above 0 are off, those of NaN on.
+template <typename A>
+FASTCNN_INLINE uint32_t passing(Vec<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  else return _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NLE_UQ));
+  else return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)x, _mm256_setzero_pd(), _CMP_NLE_UQ));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes<A>; ++l) bits |= static_cast<uint32_t>(!(x[l] <= 0)) << l;
+  return bits;
+#endif
+}
+
+// f(first, n, word) for every 32 elements, the last of which may be fewer.
+template <typename F>
+void for_each_word(const MaskTask& task, int64_t begin, int64_t end, F f) {
+  const int64_t last = std::min(end * MaskTask::kElements, task.count);
+  for (int64_t i = begin * MaskTask::kElements; i < last; i += 32) f(i, std::min<int64_t>(32, last - i));
+}
+
+template <typename T>
+FASTCNN_INLINE Vec<Compute<T>> load_some(const T* p, int64_t n) {
+  return n >= kLanes<Compute<T>> ? load(p) : load_first(p, std::max<int64_t>(n, 0));
+}
+
+}  // namespace
+
+void relu_mask(const MaskTask& task, int64_t begin, int64_t end, void*) {
+  with_dtype(task.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Compute<T>;
+    const T* x = static_cast<const T*>(task.x);
+    for_each_word(task, begin, end, [&](int64_t first, int64_t n) {
+      uint32_t word = 0;
+      for (int64_t i = 0; i < n; i += kLanes<A>) word |= passing<A>(load_some(x + first + i, n - i)) << i;
+      std::memcpy(task.mask + first / 8, &word, (n + 7) / 8);
+    });
+  });
+}
+
+void relu_mask_backward(const MaskTask& task, int64_t begin, int64_t end, void*) {
+  with_dtype(task.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Compute<T>;
+    const T* dy = static_cast<const T*>(task.x);
+    T* dx = static_cast<T*>(task.out);
+    const IntVec<A> bits = lane_bits<A>();
+    for_each_word(task, begin, end, [&](int64_t first, int64_t n) {
+      uint32_t word = 0;
+      std::memcpy(&word, task.mask + first / 8, (n + 7) / 8);
+      for (int64_t i = 0; i < n; i += kLanes<A>) {
+        const IntVec<A> here = IntVec<A>{} + static_cast<Lane<A>>(word >> i);
+        const Vec<A> v = (here & bits) != 0 ? load_some(dy + first + i, n - i) : Vec<A>{};
+        if (n - i >= kLanes<A>) store(dx + first + i, v);
+        else store_first(dx + first + i, v, n - i);
+      }
+    });
+  });
+}
+
+}  // namespace fastcnn::FASTCNN_CAPABILITY

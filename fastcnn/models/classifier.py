@@ -1,0 +1,20 @@
+"""The fully connected part: two hidden layers with dropout, and the logits."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from .layers import PaperDropout
+
+DROPOUTS: dict[str, type[nn.Module]] = {"paper": PaperDropout, "inverted": nn.Dropout}
+
+
+def build_classifier(in_features: int, num_classes: int, dropout: str, hidden: int = 4096) -> nn.Sequential:
+    """``fc6 -> relu6 -> drop6 -> fc7 -> relu7 -> drop7 -> fc8``, layers of torch; ``dropout`` is a key of DROPOUTS."""
+    layers: list[tuple[str, nn.Module]] = []
+    for name, width in (("6", in_features), ("7", hidden)):
+        layers += [(f"fc{name}", nn.Linear(width, hidden)), (f"relu{name}", nn.ReLU())]
+        layers += [(f"drop{name}", DROPOUTS[dropout](0.5))]
+    return nn.Sequential(OrderedDict([*layers, ("fc8", nn.Linear(hidden, num_classes))]))

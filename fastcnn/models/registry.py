@@ -1,0 +1,75 @@
+"""The models by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
+
+_factories: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_model(factory: Factory) -> Factory:
+    """Decorator: make ``factory`` known to :func:`create_model` under its own name.
+
+    Its keyword arguments are the model's options; ``num_classes`` and ``plain`` must be among them.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    name = factory.__name__
+    if name in _factories:
+        raise ValueError(f"register_model(): a model named {name!r} is already registered")
+    _factories[name] = factory
+    return factory
+
+
+def list_models() -> list[str]:
+    """Names that :func:`create_model` knows, sorted."""
+    return sorted(_factories)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    input_size: int | None = None,
+    dropout: str | None = None,
+    init: str | None = None,
+    plain: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        name: one of :func:`list_models`.
+        num_classes: number of logits.
+        input_size: height and width of the images. For this and the next two, None is the model's own default.
+        dropout: how the dropout of the hidden fully connected layers is scaled.
+        init: how weights and biases are drawn, from torch's global generator.
+        plain: build it from the layers of torch instead of fused ones: same ``state_dict``, same outputs.
+        options: what else the model's function takes.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        TypeError: the model does not take one of the options, or a value is of the wrong type.
+        ValueError: no model has this name, or a value is not allowed.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"create_model(): argument 'name' must be str, not {type(name).__name__}")
+    if name not in _factories:
+        raise ValueError(f"create_model(): no model is named {name!r}; the names are: {', '.join(list_models())}")
+    given = {"input_size": input_size, "dropout": dropout, "init": init}
+    options.update((option, value) for option, value in given.items() if value is not None)
+    options.update(num_classes=num_classes, plain=plain)
+    allowed = inspect.signature(_factories[name]).parameters
+    for option, value in options.items():
+        if option not in allowed:
+            raise TypeError(f"{name}(): got an unexpected option {option}={value!r}; allowed are: {', '.join(allowed)}")
+    return _factories[name](**options)

@@ -1,0 +1,248 @@
+"""Convolution, bias and ReLU in one pass; where the weights are frozen, backward keeps one bit an output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..params import ConvParams, IntOrPair, autocast
+from ._layout import dense, empty_output, format_of, is_channels_last, output_format
+from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv2d(input, weight, bias, ...))``, with bias and ReLU in the convolution's epilogue.
+
+    Where ``weight`` and ``bias`` ask for no gradient but ``input`` does (a frozen feature extractor), a bit mask is
+    kept for backward instead of input and output.
+
+    Args:
+        input: shape (N, C, H, W) or (C, H, W); float16, bfloat16, float32 or float64.
+        weight: shape (O, C / groups, KH, KW), of the input's dtype.
+        bias: shape (O,), of the input's dtype. None: no bias.
+        stride: of the window.
+        padding: zeros on both sides; or ``"valid"``, or ``"same"`` where ``stride`` is 1.
+        dilation: distance between the window's elements.
+        groups: the channels are cut into this many equal parts that do not see each other (2: AlexNet's towers).
+
+    Returns:
+        Tensor of shape (N, O, OH, OW) or (O, OH, OW); dtype and memory format as the input. Under autocast the
+        arguments are cast to its dtype first, as by torch's convolution.
+
+    Raises:
+        TypeError, RuntimeError, NotImplementedError: as torch, for the same arguments.
+
+    Source: Krizhevsky et al. (2012), 3.1 and 3.5.
+    """
+    input, weight, bias = autocast(input, weight, bias)
+    conv, asymmetric = ConvParams.of(input, weight, bias, stride, padding, dilation, groups)
+    if asymmetric:
+        input = F.pad(input, asymmetric)
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    frozen = needs_grad(input) and not needs_grad(weight, bias)
+    y = conv_relu(batched, weight, bias, *conv.op_args(), frozen)[0]
+    return y if input.dim() == 4 else y.squeeze(0)
+
+
+def _output_shape(x: Tensor, weight: Tensor, *conv: Any) -> list[int]:
+    stride, padding, dilation, _ = conv
+    spatial = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    return [x.shape[0], weight.shape[0], *spatial]
+
+
+def _empty_mask(y: Tensor, with_mask: bool) -> Tensor:
+    return torch.empty((y.numel() + 7) // 8 if with_mask else 0, dtype=torch.uint8, device=y.device)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    *conv, with_mask = args
+    y = empty_output(x, _output_shape(x, weight, *conv))
+    return y, _empty_mask(y, with_mask)
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    *conv, with_mask = args
+    y = dense(torch.relu_(F.conv2d(x, weight, bias, *conv)), output_format(x))
+    return y, _pack(y) if with_mask else _empty_mask(y, False)
+
+
+def _pack(y: Tensor) -> Tensor:
+    """One bit an element, in the order of memory: whether ReLU passes the gradient."""
+    flat = (y.permute(0, 2, 3, 1) if is_channels_last(y) else y).reshape(-1)
+    bits = F.pad(~(flat <= 0), (0, -y.numel() % 8)).view(-1, 8)
+    return (bits << torch.arange(8, device=y.device)).sum(1).to(torch.uint8)
+
+
+def _unpack(mask: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    bits = ((mask.unsqueeze(1) >> torch.arange(8, device=mask.device)) & 1).bool().view(-1)[: shape.numel()]
+    n, c, h, w = shape
+    return bits.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else bits.view(shape)
+
+
+def _onednn_runs(x: Tensor) -> bool:
+    """oneDNN fuses the ReLU only for the dtypes its convolutions have on this machine; 16-bit ones need AVX-512."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled or x.numel() == 0:
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype == torch.float32 or (x.dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    stride, padding, dilation, groups, with_mask = args
+    format = output_format(x)
+    x = dense(x, format)
+    if _onednn_runs(x):
+        y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
+    else:
+        y = torch.relu_(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+    y = dense(y, format)
+    mask = _empty_mask(y, with_mask)
+    if with_mask:
+        torch.ops.fastcnn_cpu.relu_mask(y, mask)
+    return y, mask
+
+
+def _backward_fake(
+    dy: Tensor, y_or_mask: Tensor, x: Tensor | None, weight: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    size, channels_last, *_, needs = args
+    format = format_of(channels_last)
+    return (
+        torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=format) if needs[0] else dy.new_empty(0),
+        torch.empty_like(weight) if needs[1] else dy.new_empty(0),
+        dy.new_empty(weight.shape[0]) if needs[2] else dy.new_empty(0),
+    )
+
+
+def _convolution_backward(dz: Tensor, x: Tensor | None, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    size, channels_last, stride, padding, dilation, groups, needs = args
+    format = format_of(channels_last)
+    if x is None:  # only its size counts where no weight gradient is wanted; memory never touched costs nothing
+        x = torch.empty(size, dtype=dz.dtype, device=dz.device, memory_format=format)
+    dx, dw, db = torch.ops.aten.convolution_backward(
+        dz, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needs
+    )
+    return (
+        dense(dx, format) if needs[0] else dz.new_empty(0),
+        torch.empty_like(weight).copy_(dw) if needs[1] else dz.new_empty(0),
+        db if needs[2] else dz.new_empty(0),
+    )
+
+
+def _backward_reference(
+    dy: Tensor, y_or_mask: Tensor, x: Tensor | None, weight: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _convolution_backward(dy * _passes(dy, y_or_mask, x, args[1]), x, weight, *args)
+
+
+def _passes(dy: Tensor, y_or_mask: Tensor, x: Tensor | None, channels_last: bool) -> Tensor:
+    """Where ReLU passes the gradient, as bool; from the mask where the input was not kept."""
+    return _unpack(y_or_mask, dy.shape, channels_last) if x is None else ~(y_or_mask <= 0)
+
+
+def _backward_cpu(
+    dy: Tensor, y_or_mask: Tensor, x: Tensor | None, weight: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x is not None:
+        return _convolution_backward(torch.ops.aten.threshold_backward(dy, y_or_mask, 0), x, weight, *args)
+    dy = dense(dy, format_of(args[1]))
+    dz = torch.empty_like(dy)
+    torch.ops.fastcnn_cpu.relu_mask_backward(dy, y_or_mask, dz)
+    return _convolution_backward(dz, x, weight, *args)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, *ctx.conv, ctx.frozen = inputs
+    y, mask = output
+    ctx.frozen = ctx.frozen and not any(ctx.needs_input_grad[1:3])
+    ctx.size, ctx.channels_last, ctx.has_bias = list(x.shape), is_channels_last(x), bias is not None
+    ctx.save_for_backward(mask if ctx.frozen else y, None if ctx.frozen else x, weight)
+    ctx.mark_non_differentiable(mask)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 5
+    if dy is None:
+        return None, None, None, *rest
+    y_or_mask, x, weight = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    grads = conv_relu_backward(dy, y_or_mask, x, weight, ctx.size, ctx.channels_last, *ctx.conv, needs)
+    return *(g if wanted else None for g, wanted in zip(grads, needs, strict=True)), *rest
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    dy, y_or_mask, x, weight, *ctx.args = inputs
+    ctx.save_for_backward(dy, y_or_mask, x, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    # ReLU is piecewise linear: given its mask, backward is bilinear in (dy, weight) and (dy, x).
+    dy, y_or_mask, x, weight = ctx.saved_tensors
+    size, channels_last, *conv, needs = ctx.args
+    mask = _passes(dy, y_or_mask, x, channels_last)
+    x = dy.new_zeros(size) if x is None else x
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, *conv) * mask
+
+    bias = dy.new_zeros(weight.shape[0])
+    wanted = [c if need else None for c, need in zip(cotangents, needs, strict=True)]
+    ddy, dx, dweight, _ = double_backward(forward, (x, weight, bias), dy, wanted)
+    return ddy, None, dx if ctx.needs_input_grad[2] else None, dweight, *(None,) * 7
+
+
+def _vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+    op = torch.ops.fastcnn.conv2d_relu
+    if in_dims[1] is None and in_dims[2] is None and not args[-1]:
+        y, mask = op(fold_batch(x, in_dims[0], info.batch_size), weight, bias, *args)
+        return (unfold_batch(y, info.batch_size), mask), (0, None)
+    return _one_by_one(op, info, in_dims, (x, weight, bias, *args))
+
+
+def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return _one_by_one(torch.ops.fastcnn.conv2d_relu_backward, info, in_dims, args)
+
+
+def _one_by_one(op: Any, info: Any, in_dims: Any, args: tuple[Any, ...]) -> Any:
+    def element(i: int) -> tuple[Tensor, ...]:
+        return op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+
+    columns = zip(*(element(i) for i in range(info.batch_size)), strict=True)
+    results = tuple(torch.stack(column) for column in columns)
+    return results, (0,) * len(results)
+
+
+_CONV = "int[] stride, int[] padding, int[] dilation, int groups"
+conv_relu_backward = define(
+    "conv2d_relu_backward(Tensor grad, Tensor output_or_mask, Tensor? input, Tensor weight, SymInt[] input_size, "
+    f"bool channels_last, {_CONV}, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    implementations={"reference": _backward_reference, "cpu": _backward_cpu},
+    fake=_backward_fake,
+    setup_context=_backward_setup_context,
+    backward=_backward_backward,
+    vmap=_backward_vmap,
+)
+conv_relu = define(
+    f"conv2d_relu(Tensor input, Tensor weight, Tensor? bias, {_CONV}, bool with_mask) -> (Tensor, Tensor)",
+    implementations={"reference": _reference, "cpu": _cpu},
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    vmap=_vmap,
+)
