@@ -1,0 +1,82 @@
+"""The build: with and without a compiler, and what a wheel holds."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup_py(*args, **env):
+    command = [sys.executable, "setup.py", "-q", *args]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def test_missing_compiler_is_reported_and_left_at_that(tmp_path):
+    result = setup_py("build_ext", "--build-lib", str(tmp_path), CXX="no-such-compiler", FASTCNN_BUILD_CPP="")
+    assert result.returncode == 0
+    assert "no C++ compiler ('no-such-compiler' not found)" in result.stderr
+    assert "plain PyTorch" in result.stderr
+    assert not list(tmp_path.rglob("_C*"))
+
+
+def test_missing_compiler_fails_where_the_library_is_asked_for(tmp_path):
+    result = setup_py("build_ext", "--build-lib", str(tmp_path), CXX="no-such-compiler", FASTCNN_BUILD_CPP="1")
+    assert result.returncode != 0
+    assert "FASTCNN_BUILD_CPP=1" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory):
+    target = tmp_path_factory.mktemp("wheel")
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(target)]
+    command = [sys.executable, "-m", "pip", "wheel", "-q", *options, str(ROOT)]
+    subprocess.run(command, env={**os.environ, "FASTCNN_BUILD_CPP": "0"}, check=True)
+    return next(target.glob("*.whl"))
+
+
+def test_wheel_holds_every_package_under_fastcnn(pure_wheel):
+    names = zipfile.ZipFile(pure_wheel).namelist()
+    sources = [p.relative_to(ROOT).as_posix() for p in (ROOT / "fastcnn").rglob("*.py")]
+    sources += [f"fastcnn/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "kernels").rglob("*.py")]
+    assert set(sources) <= set(names)
+    assert not [n for n in names if n.startswith("kernels/")]
+    assert [n for n in names if n.startswith("fastcnn/data/photographs/") and n.endswith(".jpg")]
+
+
+def test_without_cpp_the_package_works_and_says_so_once(pure_wheel, tmp_path):
+    zipfile.ZipFile(pure_wheel).extractall(tmp_path)
+    code = """
+import warnings, torch, fastcnn, fastcnn.functional as FF
+assert "cpu" not in fastcnn.backends.available()
+x = torch.randn(2, 8, 9, 9, requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y = FF.relu_lrn_max_pool2d(x, lrn=fastcnn.LRNParams(5), pool=fastcnn.PoolParams(3, 2))
+        y.sum().backward()
+    FF.conv2d_relu(x, torch.randn(4, 8, 3, 3))
+assert [w.category for w in caught] == [UserWarning], caught
+assert "plain PyTorch" in str(caught[0].message)
+try:
+    fastcnn.backends.use("cpu")
+except RuntimeError as error:
+    assert "not built" in str(error)
+else:
+    raise AssertionError
+print(fastcnn.__file__)
+"""
+    # the wheel's files, and nothing of an editable install of the source tree
+    isolate = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+"""
+    command = [sys.executable, "-c", isolate + code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert str(tmp_path) in result.stdout
