@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from fastcnn.bench.cases import Case, select
 from fastcnn.bench.inputs import make_inputs
 from fastcnn.bench.providers import Call, Provider, all_providers, build
-from fastcnn.bench.verify import check, expected_outputs
+from fastcnn.bench.verify import check, expected_outputs, tolerances
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,5 +34,6 @@ def call(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Call:
         outputs = call()
     except NotImplementedError as error:
         pytest.skip(f"{provider.name}: {error}")
-    check(outputs, expected_outputs(case, x, dy), case.mode)
+    expected = expected_outputs(case, x, dy)
+    check(outputs, expected, tolerances(case, x, dy, expected))
     return call

@@ -26,8 +26,20 @@ DType dtype_of(const Tensor& t) {
     case torch::headeronly::ScalarType::Half: return DType::float16;
     case torch::headeronly::ScalarType::BFloat16: return DType::bfloat16;
     case torch::headeronly::ScalarType::Float: return DType::float32;
-    default: return DType::float64;
+    case torch::headeronly::ScalarType::Double: return DType::float64;
+    default: STD_TORCH_CHECK(false, "not implemented for this dtype");
   }
+}
+
+// The ops can be called without fastcnn's own functions: what does not fit would be read or written out of bounds.
+void expect(const char* name, const Tensor& t, DType dtype, int64_t elements) {
+  STD_TORCH_CHECK(t.numel() == elements && dtype_of(t) == dtype, name, " must have ", elements,
+                  " elements of the dtype that goes with the input, but has ", t.numel());
+}
+
+void expect_bytes(const char* name, const Tensor& t, int64_t elements, int64_t size) {
+  STD_TORCH_CHECK(t.numel() == elements && static_cast<int64_t>(t.element_size()) == size, name, " must have ", elements,
+                  " elements of ", size, " bytes, but has ", t.numel(), " of ", t.element_size());
 }
 
 // Share `units` of a kernel out among torch's threads; a thread gets at least `grain` of them.
@@ -61,6 +73,7 @@ void run_lrn(const LRNTask& task, bool backward) {
 
 void lrn(Tensor x, Tensor out, bool channels_last, int64_t size, double alpha, double beta, double k, int64_t groups) {
   LRNTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});
+  expect("out", out, task.dtype, x.numel());
   task.out = prepare_output(out);
   run_lrn(task, false);
 }
@@ -68,6 +81,8 @@ void lrn(Tensor x, Tensor out, bool channels_last, int64_t size, double alpha, d
 void lrn_backward(Tensor dy, Tensor x, Tensor dx, bool channels_last, int64_t size, double alpha, double beta, double k,
                   int64_t groups) {
   LRNTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});
+  expect("grad", dy, task.dtype, x.numel());
+  expect("out", dx, task.dtype, x.numel());
   task.dy = dy.const_data_ptr();
   task.out = prepare_output(dx);
   run_lrn(task, true);
@@ -81,6 +96,9 @@ PoolAxis pool_axis(int64_t size, int i, const Ints& kernel, const Ints& stride, 
   const int64_t span = size + 2 * axis.padding - axis.dilation * (axis.kernel - 1) - 1;
   axis.out = (span + (ceil_mode ? axis.stride - 1 : 0)) / axis.stride + 1;
   if (ceil_mode && (axis.out - 1) * axis.stride >= size + axis.padding) --axis.out;
+  // Where there is one window its stride does not matter, and where it has one element neither does its dilation.
+  if (axis.out == 1) axis.stride = 1;
+  if (axis.kernel == 1) axis.dilation = 1;
   return axis;
 }
 
@@ -97,9 +115,19 @@ TailTask pool_task(const Tensor& map, bool channels_last, const Ints& kernel, co
   return task;
 }
 
+// Elements of the pooled map.
+int64_t out_elements(const TailTask& task) {
+  return task.pool ? task.shape.N * task.shape.C * task.pool.h.out * task.pool.w.out
+                   : task.shape.N * task.shape.image_stride();
+}
+
+DType wide(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
+
 void run_tail(TailTask& task, const Tensor& out, const std::optional<Tensor>& argmax) {
   const int64_t rows = task.shape.N * (task.pool ? task.pool.h.out : task.shape.H);
   const int64_t elements = task.shape.N * task.shape.image_stride();
+  expect("out", out, task.dtype, out_elements(task));
+  if (argmax) expect_bytes("argmax", *argmax, out_elements(task), task.pool.wide_argmax() ? 4 : 1);
   if (elements == 0) return;
   task.out = prepare_output(out);
   task.argmax = argmax ? prepare_output(*argmax) : nullptr;
@@ -109,6 +137,10 @@ void run_tail(TailTask& task, const Tensor& out, const std::optional<Tensor>& ar
 
 void run_tail_backward(TailTask& task, const Tensor& dy, const std::optional<Tensor>& argmax, const Tensor& dx) {
   const int64_t units = task.shape.N * task.blocks(), elements = task.shape.N * task.shape.image_stride();
+  expect("grad", dy, task.dtype, out_elements(task));
+  expect("out", dx, task.dtype, elements);
+  STD_TORCH_CHECK(argmax || !task.pool, "argmax must be given for a pool");
+  if (argmax) expect_bytes("argmax", *argmax, out_elements(task), task.pool.wide_argmax() ? 4 : 1);
   if (elements == 0) return;
   task.dy = dy.const_data_ptr();
   task.argmax = argmax ? const_cast<void*>(argmax->const_data_ptr()) : nullptr;
@@ -137,6 +169,7 @@ void relu_lrn_max_pool2d(Tensor x, std::optional<Tensor> bias, Tensor out, std::
   task.relu = relu;
   task.lrn = {size, alpha, beta, k, groups};
   task.x = x.const_data_ptr();
+  if (bias) expect("bias", *bias, wide(task.dtype), task.shape.C);
   task.bias = bias ? bias->const_data_ptr() : nullptr;
   run_tail(task, out, argmax);
 }
@@ -159,13 +192,15 @@ void relu_lrn_max_pool2d_backward(Tensor dy, Tensor x, std::optional<Tensor> bia
   task.relu = relu;
   task.lrn = {size, alpha, beta, k, groups};
   task.x = x.const_data_ptr();
+  if (bias) expect("bias", *bias, wide(task.dtype), task.shape.C);
   task.bias = bias ? bias->const_data_ptr() : nullptr;
-  const bool wide = task.dtype == DType::float64;
+  if (dbias) expect("the bias gradient", *dbias, wide(task.dtype), task.shape.C);
+  const bool is_double = task.dtype == DType::float64;
   const int64_t units = x.numel() ? task.shape.N * task.blocks() : 0, C = task.shape.C;
-  ScratchBlock partials(dbias ? units * C * (wide ? sizeof(double) : sizeof(float)) : 0);
+  ScratchBlock partials(dbias ? units * C * (is_double ? sizeof(double) : sizeof(float)) : 0);
   task.dbias = dbias ? partials.get() : nullptr;
   run_tail_backward(task, dy, argmax, dx);
-  if (dbias && wide) sum_partials<double>(partials.get(), units, C, *dbias);
+  if (dbias && is_double) sum_partials<double>(partials.get(), units, C, *dbias);
   else if (dbias) sum_partials<float>(partials.get(), units, C, *dbias);
 }
 
@@ -175,11 +210,14 @@ void run_mask(void (*kernel)(const MaskTask&, int64_t, int64_t, void*), const Ma
 }
 
 void relu_mask(Tensor y, Tensor mask) {
+  expect_bytes("mask", mask, (y.numel() + 7) / 8, 1);
   uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
   run_mask(kernels().relu_mask, {dtype_of(y), y.numel(), y.const_data_ptr(), bits, nullptr});
 }
 
 void relu_mask_backward(Tensor dy, Tensor mask, Tensor dx) {
+  expect_bytes("mask", mask, (dy.numel() + 7) / 8, 1);
+  expect("out", dx, dtype_of(dy), dy.numel());
   uint8_t* bits = static_cast<uint8_t*>(const_cast<void*>(mask.const_data_ptr()));
   run_mask(kernels().relu_mask_backward, {dtype_of(dy), dy.numel(), dy.const_data_ptr(), bits, prepare_output(dx)});
 }

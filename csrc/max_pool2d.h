@@ -1,6 +1,7 @@
 // Parameters of max pooling, and which window sees which row (or column).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace fastcnn {
@@ -11,6 +12,8 @@ struct PoolAxis {
   int64_t size = 0, out = 0;  // of the map, before and after
 
   int64_t element(int64_t o, int64_t i) const { return o * stride - padding + i * dilation; }
+  // Only this many elements of a window can lie inside the map, whatever its size.
+  int64_t reach() const { return std::min(kernel, (size + padding + dilation - 1) / dilation); }
   // The i of window o that lie inside the map are first(o) ... last(o) - 1.
   int64_t first(int64_t o) const {
     const int64_t start = element(o, 0);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -56,9 +57,13 @@ def check_bias(op: str, bias: Tensor | None, input: Tensor) -> None:
         )
 
 
-def _check_int(op: str, name: str, value: object) -> None:
-    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
-        raise TypeError(f"{op}(): argument '{name}' must be int, not {type(value).__name__}")
+def _int(op: str, name: str, value: Any) -> int:
+    """``value`` as an int; numbers of numpy are taken too, as torch takes them."""
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    raise TypeError(f"{op}(): argument '{name}' must be int, not {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -86,15 +91,19 @@ class LRNParams:
 
     def __post_init__(self) -> None:
         op = "local_response_norm"
-        _check_int(op, "size", self.size)
-        _check_int(op, "groups", self.groups)
+        object.__setattr__(self, "size", _int(op, "size", self.size))
+        object.__setattr__(self, "groups", _int(op, "groups", self.groups))
         for name, value in (("alpha", self.alpha), ("beta", self.beta), ("k", self.k)):
-            if not isinstance(value, float | int):
+            if not isinstance(value, float | int | Real):
                 raise TypeError(f"{op}(): argument '{name}' must be a number, not {type(value).__name__}")
         if self.size <= 0:
             raise RuntimeError(f"{op}(): size must be greater than zero, but got size={self.size}")
         if self.groups <= 0:
             raise ValueError(f"{op}(): groups must be greater than zero, but got groups={self.groups}")
+
+    def op_args(self) -> tuple[int, float, float, float, int]:
+        """``size, alpha, beta, k, groups`` as the registered ops take them."""
+        return self.size, float(self.alpha), float(self.beta), float(self.k), self.groups
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise ValueError if an input of this shape cannot be normalized."""
@@ -132,10 +141,14 @@ class PoolParams:
     ceil_mode: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ceil_mode, bool):
+            raise TypeError(f"max_pool2d(): argument 'ceil_mode' must be bool, not {type(self.ceil_mode).__name__}")
         kernel, stride, padding, dilation, _ = self.op_args()
         for name, pair in (("kernel_size", kernel), ("stride", stride), ("dilation", dilation)):
             if min(pair) <= 0:
                 raise RuntimeError(f"max_pool2d(): {name} should be greater than zero, but got {name}={pair}")
+            if max(pair) >= 2**31:
+                raise RuntimeError(f"max_pool2d(): {name} should be less than 2**31, but got {name}={pair}")
         if min(padding) < 0:
             raise RuntimeError(f"max_pool2d(): padding must be non-negative, but got padding={padding}")
         for p, size, d in zip(padding, kernel, dilation, strict=True):
@@ -150,7 +163,7 @@ class PoolParams:
         kernel = _pair("kernel_size", self.kernel_size)
         # torch takes an empty stride, like None, for "the kernel size"
         stride = kernel if self.stride is None or self.stride in ((), []) else _pair("stride", self.stride)
-        return kernel, stride, _pair("padding", self.padding), _pair("dilation", self.dilation), bool(self.ceil_mode)
+        return kernel, stride, _pair("padding", self.padding), _pair("dilation", self.dilation), self.ceil_mode
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the pooled map; RuntimeError if nothing is left of it."""
@@ -237,7 +250,7 @@ class ConvParams:
                 f"{op}(): input type ({input.dtype} on {input.device}) and weight type "
                 f"({weight.dtype} on {weight.device}) should be the same"
             )
-        _check_int(op, "groups", groups)
+        groups = _int(op, "groups", groups)
         if groups <= 0:
             raise RuntimeError(f"{op}(): groups must be greater than zero, but got groups={groups}")
         if weight.shape[0] == 0 or weight.shape[0] % groups:
@@ -286,13 +299,11 @@ class ConvParams:
 
 
 def _pair(name: str, value: object, op: str = "max_pool2d") -> list[int]:
-    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
-        return [value, value]  # type: ignore[list-item]
+    if isinstance(value, int | torch.SymInt | Integral) and not isinstance(value, bool):
+        return [_int(op, name, value)] * 2
     if not isinstance(value, Sequence) or isinstance(value, str):
         kind = type(value).__name__
         raise TypeError(f"{op}(): argument '{name}' must be int or a tuple of two ints, not {kind}")
     if len(value) not in (1, 2):
         raise RuntimeError(f"{op}(): {name} must either be a single int, or a tuple of two ints, but got {value}")
-    for v in value:
-        _check_int(op, name, v)
-    return [value[0], value[-1]]
+    return [_int(op, name, value[0]), _int(op, name, value[-1])]

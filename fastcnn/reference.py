@@ -148,5 +148,5 @@ def max_pool2d_backward(dy: Tensor, argmax: Tensor, size: tuple[int, int], pool:
         for j in range(kw):
             rows = slice(i * dh, i * dh + (oh - 1) * sh + 1, sh)
             columns = slice(j * dw, j * dw + (ow - 1) * sw + 1, sw)
-            padded[..., rows, columns] += dy * (argmax == i * kw + j)
+            padded[..., rows, columns] += torch.where(argmax == i * kw + j, dy, 0)
     return padded[..., ph : ph + size[0], pw : pw + size[1]]

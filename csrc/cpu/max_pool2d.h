@@ -88,7 +88,7 @@ inline Vec<A> load_strided(const A* p, int64_t any) {
 template <int stride, typename A>
 void pool_columns_nchw(const PoolAxis& w, const Tile& tile, const A* x, const PooledLayout& layout,
                        const PooledRow<A>& out, const PaddedRow<A>& padded) {
-  const bool clipped = w.padding > 0 || w.element(w.out - 1, w.kernel - 1) >= w.size;
+  const bool clipped = w.padding > 0 || w.element(w.out - 1, w.reach() - 1) >= w.size;
   for (int64_t c = 0; c < tile.channels; ++c) {
     const A* row = x + tile.in_scratch(c);
     if (clipped) {
@@ -98,7 +98,7 @@ void pool_columns_nchw(const PoolAxis& w, const Tile& tile, const A* x, const Po
     for (int64_t o = 0; o < w.out; o += kLanes<A>) {
       const A* window = row + w.element(o, 0);
       Maximum<A> best{load_strided<stride>(window, w.stride), load_as<IntVec<A>>(padded.firsts + o)};
-      for (int64_t i = 1; i < w.kernel; ++i) {
+      for (int64_t i = 1; i < w.reach(); ++i) {
         best.take(load_strided<stride>(window + i * w.dilation, w.stride), places<A>(i));
       }
       store(out.values + layout.start(c) + o, best.value);
@@ -109,7 +109,7 @@ void pool_columns_nchw(const PoolAxis& w, const Tile& tile, const A* x, const Po
 
 // How far behind a tile the functions of this file may read or write.
 inline int64_t pool_slack(const PoolAxis& w) {
-  return 2 * w.padding + w.kernel * w.dilation + (w.stride + 1) * kVectorBytes;
+  return 2 * w.padding + w.reach() * w.dilation + (w.stride + 1) * kVectorBytes;
 }
 
 // The maxima along W of the tile's row.
@@ -154,7 +154,7 @@ void gather_channels_last(const PoolAxis& w, const Covering<A>& covering, const 
   for (int64_t column = 0; column < w.size; ++column) {
     int64_t count = 0;
     for (int64_t i = 0; i < covering.count; ++i) {
-      for (int64_t kw = 0; kw < w.kernel; ++kw) {
+      for (int64_t kw = 0; kw < w.reach(); ++kw) {
         const int64_t shifted = column + w.padding - kw * w.dilation, o = shifted / w.stride;
         if (shifted < 0 || shifted % w.stride || o >= w.out) continue;
         const PooledRow<A>& row = covering.rows[i];
@@ -174,12 +174,12 @@ void gather_channels_last(const PoolAxis& w, const Covering<A>& covering, const 
 template <typename A>
 void gather_nchw(const PoolAxis& w, const Covering<A>& covering, const Tile& tile, const PooledLayout& layout,
                  Source<A>* sources, int64_t* counts, A* dx) {
-  const int64_t most = covering.count * w.kernel;
+  const int64_t most = covering.count * w.reach();
   for (int64_t phase = 0; phase < w.stride; ++phase) {
     Source<A>* mine = sources + phase * most;
     counts[phase] = 0;
     for (int64_t i = 0; i < covering.count; ++i) {
-      for (int64_t kw = 0; kw < w.kernel; ++kw) {
+      for (int64_t kw = 0; kw < w.reach(); ++kw) {
         const int64_t shifted = phase + w.padding - kw * w.dilation;
         if (shifted % w.stride) continue;
         const int64_t at = layout.start(0) + shifted / w.stride;

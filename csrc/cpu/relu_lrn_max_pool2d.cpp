@@ -58,7 +58,7 @@ struct Forward : Stage<T> {
   const PooledLayout layout{tile.channels_last, tile.groups, tile.group(), w.out, 0};
   A* const y;  // relu and LRN of a row
   // Rows pooled along W: row r of the map is in slot r % slots, if owners[slot] says so.
-  const int64_t slots = (h.kernel - 1) * h.dilation + 1;
+  const int64_t slots = std::min((h.reach() - 1) * h.dilation + 1, h.size);
   PooledRow<A> ring;
   int64_t* const owners;
   PaddedRow<A> padded;
@@ -138,11 +138,11 @@ struct Backward : Stage<T> {
   const PoolAxis &h = this->task.pool.h, &w = this->task.pool.w;
   // In NCHW the gather looks this far beyond the ends of a row of dy.
   const int64_t margin =
-      tile.channels_last ? 0 : (w.kernel * w.dilation + w.padding + w.size) / w.stride - w.out + 1 + kVectorBytes;
+      tile.channels_last ? 0 : (w.reach() * w.dilation + w.padding + w.size) / w.stride - w.out + 1 + kVectorBytes;
   const PooledLayout layout{tile.channels_last, tile.groups, tile.group(), w.out, margin};
   A *const d, *const summed;  // gradients of a row: what the pool passes on, and the result where there is a bias
   // Rows of dy in the compute type: row o is in slot o % slots, if owners[slot] says so.
-  const int64_t slots = (h.kernel - 1) * h.dilation / h.stride + 1;
+  const int64_t slots = std::min((h.reach() - 1) * h.dilation / h.stride + 1, h.out);
   PooledRow<A> ring;
   int64_t* const owners;
   Covering<A> covering;
@@ -156,7 +156,7 @@ struct Backward : Stage<T> {
         ring{scratch.take<A>(slots * layout.lanes()), scratch.take<Lane<A>>(slots * layout.lanes())},
         owners(scratch.take<int64_t>(slots)),
         covering{scratch.take<PooledRow<A>>(slots), scratch.take<int64_t>(slots), 0},
-        sources(scratch.take<Source<A>>(slots * w.kernel * w.stride)),
+        sources(scratch.take<Source<A>>(slots * w.reach() * w.stride)),
         counts(scratch.take<int64_t>(w.stride)) {}
 
   void prepare() const {
@@ -186,7 +186,7 @@ struct Backward : Stage<T> {
   template <typename Argmax>
   void gather_row(int64_t n, int64_t row) {
     covering.count = 0;
-    for (int64_t i = h.kernel - 1; i >= 0; --i) {
+    for (int64_t i = h.reach() - 1; i >= 0; --i) {
       const int64_t shifted = row + h.padding - i * h.dilation, o = shifted / h.stride;
       if (shifted < 0 || shifted % h.stride || o >= h.out) continue;
       covering.rows[covering.count] = dy_row<Argmax>(n, o);

@@ -1,24 +1,29 @@
-"""What is measured: operators as AlexNet uses them, shapes, dtypes, memory formats and modes."""
+"""What is measured: operators as AlexNet uses them, whole networks, shapes, dtypes, memory formats and modes."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
-from ..params import LRNParams, PoolParams
+from ..params import ConvParams, LRNParams, PoolParams
 
 Shape = tuple[int, int, int, int]
 
 LRN = LRNParams(size=5, alpha=1e-4, beta=0.75, k=2.0)
 POOL = PoolParams(kernel_size=3, stride=2)
+CONVOLUTION = ConvParams(stride=[1, 1], padding=[2, 2], dilation=[1, 1], groups=2)  # AlexNet's conv2
+OUT_CHANNELS = 256
 STAGES: dict[str, Shape] = {"stage1": (32, 96, 55, 55), "stage2": (32, 256, 27, 27)}
-OPS = ("lrn", "relu_lrn_max_pool2d")
+SHAPES: dict[str, Shape] = {**STAGES, "conv2": (32, 96, 27, 27)}  # what the tails, and conv2, get
+OPS = ("lrn", "max_pool2d", "conv2d_relu", "relu_lrn_max_pool2d")
+POOLING = ("max_pool2d", "relu_lrn_max_pool2d")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 MODES = ("forward", "backward", "forward+backward")
+ANY_FORMAT = "any format"  # of a network: each provider has the memory format that its name says
 
 
 @dataclass(frozen=True)
@@ -26,11 +31,12 @@ class Case:
     """One thing to measure, in one memory format; every provider that takes part is compared within it.
 
     Args:
-        op: name of the operator.
+        op: name of the operator, or of the network.
         shape: (N, C, H, W) of its input.
         dtype: a key of ``DTYPES``.
-        format: a key of ``FORMATS``.
-        mode: one of ``MODES``; "backward" is the gradient of a retained graph, without the forward.
+        format: a key of ``FORMATS``; for a network ANY_FORMAT.
+        mode: one of ``MODES``, where "backward" is the gradient of a retained graph, without the forward. For a network
+            see :mod:`fastcnn.bench.networks`.
         memory: "fresh" outputs are allocated by every call, which is the ordinary call and pays for page faults;
             "mapped" outputs are written again and again into the same memory, which shows the kernel alone.
     """
@@ -47,19 +53,38 @@ class Case:
         return f"{self.op} {self.mode}, {self.dtype} {self.format} {self.shape}{memory}"
 
     @property
+    def weight_shape(self) -> Shape | None:
+        """Of the convolution; None for an operator without weights. An odd number of channels has but one group."""
+        c = self.shape[1]
+        return (OUT_CHANNELS, c // self.groups, 5, 5) if self.op == "conv2d_relu" else None
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.shape[1] % 2 else CONVOLUTION.groups
+
+    @property
     def output_shape(self) -> Shape:
         n, c, h, w = self.shape
-        return (n, c, *POOL.output_size(h, w)) if self.op == "relu_lrn_max_pool2d" else self.shape
+        if self.op == "conv2d_relu":
+            return (n, OUT_CHANNELS, h, w)
+        return (n, c, *POOL.output_size(h, w)) if self.op in POOLING else self.shape
 
     def bytes_moved(self, element_size: int) -> int:
-        """What the operator must read and write at the least: each input and output once, a 1-byte argmax for a pool.
+        """What the operator must read and write at the least.
 
+        That is each input and output once, weights included, a 1-byte argmax for a pool, and for a convolution's
+        backward also its output, in whose place the ReLU mask stands.
         The same for every provider: the GB/s of one that writes intermediates counts only the bytes that were needed.
         """
         x, y = torch.Size(self.shape).numel(), torch.Size(self.output_shape).numel()
-        argmax = y if self.op == "relu_lrn_max_pool2d" else 0
-        forward = (x + y) * element_size
-        backward = (2 * x + y) * element_size + argmax
+        argmax = y if self.op in POOLING else 0
+        if self.weight_shape is not None:
+            w = torch.Size(self.weight_shape).numel()
+            forward, backward = (x + y + w) * element_size, (2 * x + 2 * y + 2 * w) * element_size
+        elif self.op == "max_pool2d":
+            forward, backward = (x + y) * element_size, (x + y) * element_size + argmax
+        else:
+            forward, backward = (x + y) * element_size, (2 * x + y) * element_size + argmax
         return {"forward": forward, "backward": backward, "forward+backward": forward + argmax + backward}[self.mode]
 
 
@@ -70,27 +95,36 @@ def select(
     dtypes: Collection[str] = (),
     formats: Collection[str] = (),
     modes: Collection[str] = (),
+    batch: int | None = None,
     full: bool = False,
 ) -> list[Case]:
     """The cases to run: those asked for where something is, otherwise the usual ones, with ``full`` all there are.
 
-    Usual are the shape of stage 1 and both formats; fp32, and bf16 for the tail's forward; LRN forward and backward
-    alone, also with mapped output memory, and the tail forward and with its backward.
+    Usual are the shape of stage 1 (conv2's for the convolution) and both formats; fp32, and bf16 for the tail's
+    forward; LRN forward and backward alone, also with mapped output memory, the others forward and with their backward.
+    ``batch`` takes the place of every N.
     """
     cases = []
-    for op, shape, mode, dtype, format in product(
-        ops or OPS,
-        shapes or (STAGES.values() if full else [STAGES["stage1"]]),
-        modes or MODES,
-        dtypes or ("fp32", "bf16"),
-        formats or FORMATS,
-    ):
+    for op, mode, dtype, format in product(ops or OPS, modes or MODES, dtypes or ("fp32", "bf16"), formats or FORMATS):
         usual_mode = mode == "forward" or (mode == "backward") == (op == "lrn")
         usual_dtype = dtype == "fp32" or (op, mode) == ("relu_lrn_max_pool2d", "forward")
         if not (full or ((modes or usual_mode) and (dtypes or usual_dtype))):
             continue
-        case = Case(op, shape, dtype, format, mode)
-        cases.append(case)
-        if mode != "forward+backward" and (op == "lrn" or (mode == "forward" and full)):
-            cases.append(Case(op, shape, dtype, format, mode, memory="mapped"))
+        for n, *rest in shapes or _usual_shapes(op, full):
+            case = Case(op, (batch or n, *rest), dtype, format, mode)
+            cases.append(case)
+            if _in_mapped_memory(case, full):
+                cases.append(replace(case, memory="mapped"))
     return cases
+
+
+def _usual_shapes(op: str, full: bool) -> list[Shape]:
+    if op == "conv2d_relu":
+        return [SHAPES["conv2"]]
+    return list(STAGES.values()) if full else [STAGES["stage1"]]
+
+
+def _in_mapped_memory(case: Case, full: bool) -> bool:
+    if case.op == "lrn":
+        return case.mode != "forward+backward"
+    return full and (case.op, case.mode) == ("relu_lrn_max_pool2d", "forward")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import data, reference
-from .cases import DTYPES, FORMATS, LRN, POOL, STAGES, Case, Shape
+from .cases import CONVOLUTION, DTYPES, FORMATS, LRN, POOL, SHAPES, Case, Shape
 
 SOURCES = ("random", "photographs")
 CHECKED_IMAGES = 4  # LRN and pooling act on each image alone, so the first few stand for the batch
@@ -21,20 +21,38 @@ _MEAN = (123.68, 116.78, 103.94)  # of ImageNet's pixels: red, green, blue
 def make_inputs(case: Case, source: str) -> tuple[Tensor, Tensor]:
     """The input of the case and the gradient of its output, both in the case's dtype and memory format.
 
-    Where the two largest values of a pooling window are too close to tell apart after rounding, the gradient is zero:
-    which of them gets it would depend on the last bit, and no comparison of input gradients could be exact.
+    Where the two largest values of a tail's pooling window are too close to tell apart after rounding, the gradient is
+    zero: which of them gets it would depend on the last bit, and no comparison of input gradients could be exact. So it
+    is where the sign of a convolution's sum is in doubt.
     """
     x = _features(case.shape, source).to(DTYPES[case.dtype], memory_format=FORMATS[case.format], copy=True)
     dy = torch.randn(case.output_shape, generator=_seeded(1))
     if case.op == "relu_lrn_max_pool2d" and case.mode != "forward":
         dy[:CHECKED_IMAGES] *= _decided(x[:CHECKED_IMAGES])
+    if case.op == "conv2d_relu" and case.mode != "forward":
+        z = F.conv2d(x.float(), *make_parameters(case, x.float()), *convolution_args(case))
+        dy *= z.abs() > 1e-4 * z.std()
     return x, dy.to(x.dtype).contiguous(memory_format=FORMATS[case.format])
+
+
+def make_parameters(case: Case, x: Tensor) -> tuple[Tensor, ...]:
+    """Weight and bias, if the operator has them: of the case's precision and format, and of ``x``'s dtype."""
+    if case.weight_shape is None:
+        return ()
+    weight, bias = _he_weight(case.weight_shape), torch.ones(case.weight_shape[0])
+    weight = weight.to(DTYPES[case.dtype], memory_format=FORMATS[case.format])
+    return weight.to(x.dtype), bias.to(x.dtype)
+
+
+def convolution_args(case: Case) -> tuple[list[int], list[int], list[int], int]:
+    """What follows weight and bias in a call of the case's convolution."""
+    return *CONVOLUTION.op_args()[:3], case.groups
 
 
 def check_source(shape: Shape, source: str) -> None:
     """Raise ValueError where the photographs give no feature maps of this shape."""
-    if source == "photographs" and shape[1:] not in [stage[1:] for stage in STAGES.values()]:
-        maps = " or ".join(f"N,{c},{h},{w}" for _, c, h, w in STAGES.values())
+    if source == "photographs" and shape[1:] not in [usual[1:] for usual in SHAPES.values()]:
+        maps = " or ".join(f"N,{c},{h},{w}" for _, c, h, w in SHAPES.values())
         raise ValueError(f"the photographs' feature maps are {maps}, not {','.join(map(str, shape))}")
 
 
@@ -44,25 +62,24 @@ def _features(shape: Shape, source: str) -> Tensor:
         return torch.randn(shape, generator=_seeded(0)) * 64  # the scale of conv1's outputs on raw pixels
     check_source(shape, source)
     with torch.no_grad():
-        x = _convolution(_images(shape[0]), (96, 3, 11, 11), stride=4)
-        if shape[1:] == STAGES["stage2"][1:]:
+        x = F.conv2d(images(shape[0]), _he_weight((96, 3, 11, 11)), stride=4)
+        if shape[1:] != SHAPES["stage1"][1:]:
             x = reference.relu_lrn_max_pool2d(x, lrn=LRN, pool=POOL)
-            x = _convolution(x, (256, 48, 5, 5), padding=2, groups=2)
+        if shape[1:] == SHAPES["stage2"][1:]:
+            x = F.conv2d(x, _he_weight((256, 48, 5, 5)), padding=2, groups=2)
     return x
 
 
-def _images(batch: int) -> Tensor:
-    """Raw pixels minus their mean, 227x227: the four photographs' corners, then the mirror images, repeated at need."""
-    photographs = data.photographs(256).float() - torch.tensor(_MEAN).view(3, 1, 1)
-    corners = [photographs[..., top : top + 227, left : left + 227] for top in (0, 29) for left in (0, 29)]
-    images = torch.cat([*corners, *(corner.flip(-1) for corner in corners)])
-    return images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch]
+def images(batch: int, size: int = 227) -> Tensor:
+    """Raw pixels minus their mean: the four photographs' corners, then the mirror images, repeated at need."""
+    photographs = data.photographs(size + 29).float() - torch.tensor(_MEAN).view(3, 1, 1)
+    corners = [photographs[..., top : top + size, left : left + size] for top in (0, 29) for left in (0, 29)]
+    crops = torch.cat([*corners, *(corner.flip(-1) for corner in corners)])
+    return crops.repeat(-(-batch // len(crops)), 1, 1, 1)[:batch]
 
 
-def _convolution(x: Tensor, weight_shape: Shape, *, stride: int = 1, padding: int = 0, groups: int = 1) -> Tensor:
-    """With He's initialization and no bias."""
-    weight = torch.randn(weight_shape, generator=_seeded(2)) * sqrt(2 / prod(weight_shape[1:]))
-    return F.conv2d(x, weight, None, stride, padding, groups=groups)
+def _he_weight(shape: Shape) -> Tensor:
+    return torch.randn(shape, generator=_seeded(2)) * sqrt(2 / prod(shape[1:]))
 
 
 def _decided(x: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .. import backends
 from .cases import Case
-from .inputs import make_inputs
+from .inputs import make_inputs, make_parameters
 from .providers import Call, Op, Provider, build
 from .rows import Row, add_ratios
-from .verify import Mismatch, check, expected_outputs
+from .verify import Mismatch, check, expected_outputs, tolerances
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,28 @@ class Budget:
         return rounds >= self.at_least and elapsed >= self.seconds
 
 
-def saved_bytes(op: Op, x: Tensor) -> int:
+def saved_bytes(op: Op, x: Tensor, *parameters: Tensor) -> int:
     """Memory that autograd holds between forward and backward of ``op``, its input included, each storage once."""
+    leaf = x.detach().requires_grad_()
+    return held_bytes(lambda: op(leaf, *parameters), parameters)
+
+
+def held_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Memory that autograd holds for the backward of what ``run`` returns, each storage once, without the parameters'.
+
+    A feature that the caller's loss saves counts, whoever computed it.
+    """
     storages = {}
+    never = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage  # kept, or the allocator could give its address to the next
+        if storage.data_ptr() not in never:
+            storages[storage.data_ptr()] = storage  # kept, or the allocator could give its address to the next
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = op(x.detach().requires_grad_())
+        output = run()
     del output
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -79,17 +91,22 @@ def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budg
     rows: list[Row] = []
     calls: dict[str, Call] = {}
 
+    @cache
+    def allowed(dtype: torch.dtype) -> list[float]:
+        return tolerances(case, x.to(dtype), dy.to(dtype), expected)
+
     def take_part(provider: Provider, name: str, x: Tensor, dy: Tensor) -> None:
         row = Row(**asdict(case), provider=name, bytes_moved=case.bytes_moved(x.element_size()))
         rows.append(row)
         try:
             call = build(provider, case, x, dy)
-            row.error, row.tolerance = check(call(), expected, case.mode)  # and the warm-up
+            row.error, row.tolerance = check(call(), expected, allowed(x.dtype))  # and the warm-up
             if case.mode != "forward":
                 with backends.use(provider.backend):
-                    row.saved_bytes = saved_bytes(provider.op(case.op), x)
+                    parameters = [parameter.requires_grad_() for parameter in make_parameters(case, x)]
+                    row.saved_bytes = saved_bytes(provider.op(case), x, *parameters)
         except Exception as error:
-            row.failure = _reason(error)
+            row.failure = reason(error)
         else:
             calls[name] = call
 
@@ -103,7 +120,7 @@ def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budg
     return rows
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     text = (str(error).strip() or "no message").splitlines()[0]
     return text if isinstance(error, Mismatch) else f"{type(error).__name__}: {text[:120]}"
 
@@ -114,11 +131,17 @@ def _add_times(rows: list[Row], calls: dict[str, Call], x: Tensor, budget: Budge
     copy_gb_per_s = 2 * x.nbytes / statistics.median(times["copy"]) / 1e9
     for row in rows:
         row.copy_gb_per_s = copy_gb_per_s
-        if row.provider not in calls:
-            continue
-        ms = sorted(1e3 * seconds for seconds in times[row.provider])
-        row.n, row.median_ms = len(ms), statistics.median(ms)
-        row.q1_ms, _, row.q3_ms = statistics.quantiles(ms, method="inclusive") if len(ms) > 1 else ms * 3
-        assert row.bytes_moved is not None
-        row.gb_per_s = row.bytes_moved / row.median_ms / 1e6
+        if row.provider in calls:
+            median_ms = add_median(row, times[row.provider])
+            assert row.bytes_moved is not None
+            row.gb_per_s = row.bytes_moved / median_ms / 1e6
     add_ratios(rows)
+
+
+def add_median(row: Row, seconds: Iterable[float]) -> float:
+    """Fill in the median of the times, in milliseconds, and their quartiles; return the median."""
+    ms = [1e3 * s for s in seconds]
+    median = statistics.median(ms)
+    row.n, row.median_ms = len(ms), median
+    row.q1_ms, _, row.q3_ms = statistics.quantiles(ms, method="inclusive") if len(ms) > 1 else ms * 3
+    return median

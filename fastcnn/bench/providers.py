@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import backends
 from .. import functional as FF
 from .cases import LRN, POOL, Case
+from .inputs import convolution_args, make_parameters
 
-Op = Callable[[Tensor], Tensor]
+Op = Callable[..., Tensor]  # of the input and, where there are any, the parameters
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -23,12 +24,12 @@ class Provider:
 
     Args:
         name: as shown and as given to ``--providers``.
-        op: name of an operator -> the function of its input.
+        op: case -> the operator as a function.
         backend: the backend to force, for fastcnn.
     """
 
     name: str
-    op: Callable[[str], Op]
+    op: Callable[[Case], Op]
     backend: str | None = None
 
     def takes_part(self, case: Case) -> bool:
@@ -44,28 +45,44 @@ def _torch_tail(x: Tensor) -> Tensor:
     return F.max_pool2d(_torch_lrn(F.relu(x)), *POOL.op_args())
 
 
-_TORCH = {"lrn": _torch_lrn, "relu_lrn_max_pool2d": _torch_tail}
-_FASTCNN: dict[str, Op] = {
-    "lrn": lambda x: FF.local_response_norm(x, LRN.size, LRN.alpha, LRN.beta, LRN.k),
-    "relu_lrn_max_pool2d": lambda x: FF.relu_lrn_max_pool2d(x, lrn=LRN, pool=POOL),
-}
+def torch_op(case: Case) -> Op:
+    """The operator in torch's own functions."""
+    conv = convolution_args(case)
+    ops: dict[str, Op] = {
+        "lrn": _torch_lrn,
+        "max_pool2d": lambda x: F.max_pool2d(x, *POOL.op_args()),
+        "conv2d_relu": lambda x, weight, bias: F.relu(F.conv2d(x, weight, bias, *conv)),
+        "relu_lrn_max_pool2d": _torch_tail,
+    }
+    return ops[case.op]
 
 
-def _compiled(op: str) -> Op:
-    return torch.compile(_TORCH[op], dynamic=False, fullgraph=True)
+def _fastcnn_op(case: Case) -> Op:
+    conv = convolution_args(case)
+    ops: dict[str, Op] = {
+        "lrn": lambda x: FF.local_response_norm(x, LRN.size, LRN.alpha, LRN.beta, LRN.k),
+        "max_pool2d": lambda x: FF.max_pool2d(x, *POOL.op_args()),
+        "conv2d_relu": lambda x, weight, bias: FF.conv2d_relu(x, weight, bias, *conv),
+        "relu_lrn_max_pool2d": lambda x: FF.relu_lrn_max_pool2d(x, lrn=LRN, pool=POOL),
+    }
+    return ops[case.op]
+
+
+def _compiled(case: Case) -> Op:
+    return torch.compile(torch_op(case), dynamic=False, fullgraph=True)
 
 
 def all_providers() -> dict[str, Provider]:
     """Those that can run here, by name: fastcnn's backends, the fastest first, then PyTorch."""
-    ours = [Provider(f"fastcnn.{backend}", _FASTCNN.__getitem__, backend) for backend in reversed(backends.available())]
-    torchs = [Provider("torch.eager", _TORCH.__getitem__), Provider("torch.compile", _compiled)]
+    ours = [Provider(f"fastcnn.{backend}", _fastcnn_op, backend) for backend in reversed(backends.available())]
+    torchs = [Provider("torch.eager", torch_op), Provider("torch.compile", _compiled)]
     return {provider.name: provider for provider in (*ours, *torchs)}
 
 
 def build(provider: Provider, case: Case, x: Tensor, dy: Tensor) -> Call:
-    """A function without arguments that runs the case once and returns what is checked: output, gradient or both."""
+    """A function without arguments that runs the case once and returns what is checked: output, gradients or both."""
     with backends.use(provider.backend):
-        run = _build_mapped(case, x, dy) if case.memory == "mapped" else _build(provider.op(case.op), case, x, dy)
+        run = _build_mapped(case, x, dy) if case.memory == "mapped" else build_call(provider.op(case), case, x, dy)
 
     def call() -> tuple[Tensor, ...]:
         with backends.use(provider.backend):
@@ -74,25 +91,27 @@ def build(provider: Provider, case: Case, x: Tensor, dy: Tensor) -> Call:
     return call
 
 
-def _build(op: Op, case: Case, x: Tensor, dy: Tensor) -> Call:
+def build_call(op: Op, case: Case, x: Tensor, dy: Tensor) -> Call:
+    """As :func:`build`, of an operator."""
+    parameters = make_parameters(case, x)
     if case.mode == "forward":
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (op(x),)
+                return (op(x, *parameters),)
 
         return forward
 
-    leaf = x.detach().requires_grad_()
+    leaves = [x.detach().requires_grad_(), *(p.requires_grad_() for p in parameters)]
     if case.mode == "backward":
         # inductor would otherwise reuse saved tensors as scratch memory, and refuse to run the same graph twice
         with torch._functorch.config.patch(donated_buffer=False):
-            output = op(leaf)
-        return lambda: torch.autograd.grad(output, leaf, dy, retain_graph=True)
+            output = op(*leaves)
+        return lambda: torch.autograd.grad(output, leaves, dy, retain_graph=True)
 
     def forward_backward() -> tuple[Tensor, ...]:
-        y = op(leaf)
-        return y.detach(), *torch.autograd.grad(y, leaf, dy)
+        y = op(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
     return forward_backward
 

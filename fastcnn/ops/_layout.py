@@ -33,6 +33,12 @@ def dense(x: Tensor, format: torch.memory_format) -> Tensor:
     return x.contiguous(memory_format=format)
 
 
+def output(y: Tensor, format: torch.memory_format) -> Tensor:
+    """``y`` with the very strides of a new tensor of that format, which those of empty and 1-wide ones need not be."""
+    new = torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=format)
+    return y if y.stride() == new.stride() else new.copy_(y)
+
+
 def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialized output of an op on ``x``: its device and format, and where not given its shape and dtype."""
     return torch.empty(

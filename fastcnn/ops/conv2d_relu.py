@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..params import ConvParams, IntOrPair, autocast
-from ._layout import dense, empty_output, format_of, is_channels_last, output_format
+from ._layout import dense, empty_output, format_of, is_channels_last, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
 
 
@@ -75,7 +75,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[T
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     *conv, with_mask = args
-    y = dense(torch.relu_(F.conv2d(x, weight, bias, *conv)), output_format(x))
+    y = output(torch.relu_(F.conv2d(x, weight, bias, *conv)), output_format(x))
     return y, _pack(y) if with_mask else _empty_mask(y, False)
 
 
@@ -109,7 +109,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Te
         y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
     else:
         y = torch.relu_(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
-    y = dense(y, format)
+    y = output(y, format)
     mask = _empty_mask(y, with_mask)
     if with_mask:
         torch.ops.fastcnn_cpu.relu_mask(y, mask)
@@ -137,7 +137,7 @@ def _convolution_backward(dz: Tensor, x: Tensor | None, weight: Tensor, *args: A
         dz, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needs
     )
     return (
-        dense(dx, format) if needs[0] else dz.new_empty(0),
+        output(dx, format) if needs[0] else dz.new_empty(0),
         torch.empty_like(weight).copy_(dw) if needs[1] else dz.new_empty(0),
         db if needs[2] else dz.new_empty(0),
     )
@@ -146,7 +146,8 @@ def _convolution_backward(dz: Tensor, x: Tensor | None, weight: Tensor, *args: A
 def _backward_reference(
     dy: Tensor, y_or_mask: Tensor, x: Tensor | None, weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _convolution_backward(dy * _passes(dy, y_or_mask, x, args[1]), x, weight, *args)
+    dz = torch.where(_passes(dy, y_or_mask, x, args[1]), dy, 0)
+    return _convolution_backward(dz, x, weight, *args)
 
 
 def _passes(dy: Tensor, y_or_mask: Tensor, x: Tensor | None, channels_last: bool) -> Tensor:

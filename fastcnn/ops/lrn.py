@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..params import LRNParams, check_input, opmath
-from ._layout import dense, empty_output, is_channels_last, output_format
+from ._layout import dense, empty_output, is_channels_last, output, output_format
 from ._operator import define, double_backward, fold_batch, unfold_batch
 
 
@@ -47,13 +47,14 @@ def local_response_norm(
     Source: Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks", 2012, 3.3.
     """
     check_input("local_response_norm", input)
-    LRNParams(size, alpha, beta, k, groups).check_shape(input.shape)
-    return lrn(input, size, float(alpha), float(beta), float(k), groups)
+    params = LRNParams(size, alpha, beta, k, groups)
+    params.check_shape(input.shape)
+    return lrn(input, *params.op_args())
 
 
 def _reference(x: Tensor, size: int, alpha: float, beta: float, k: float, groups: int) -> Tensor:
     y = reference.local_response_norm(x, size, alpha, beta, k, groups=groups)
-    return dense(y, output_format(x))
+    return output(y, output_format(x))
 
 
 def _cpu(x: Tensor, *lrn: Any) -> Tensor:
@@ -66,7 +67,7 @@ def _cpu(x: Tensor, *lrn: Any) -> Tensor:
 def _backward_reference(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
     wide = opmath(x.dtype)
     dx = reference.lrn_backward(dy.to(wide), x.to(wide), LRNParams(*lrn))
-    return dense(dx.to(x.dtype), output_format(x))
+    return output(dx.to(x.dtype), output_format(x))
 
 
 def _backward_cpu(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..params import IntOrPair, PoolParams, check_input, opmath, pooled_size
-from ._layout import dense, empty_output, format_of, is_channels_last, output_format
+from ._layout import dense, empty_output, format_of, is_channels_last, output, output_format
 from ._operator import define, fold_batch, needs_grad, unfold_batch
 
 
@@ -81,8 +81,8 @@ def _reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *pool, with_argmax = args
     y, argmax = reference.window_offsets(x, PoolParams(*pool))
     dtype = empty_argmax(x, [0] * 4, pool[0]).dtype
-    argmax = dense(argmax.to(dtype), output_format(x)) if with_argmax else x.new_empty(0, dtype=torch.uint8)
-    return dense(y, output_format(x)), argmax
+    argmax = output(argmax.to(dtype), output_format(x)) if with_argmax else x.new_empty(0, dtype=torch.uint8)
+    return output(y, output_format(x)), argmax
 
 
 def _cpu(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ def _backward_fake(dy: Tensor, argmax: Tensor, size: list[int], channels_last: b
 
 def _backward_reference(dy: Tensor, argmax: Tensor, size: list[int], channels_last: bool, *pool: Any) -> Tensor:
     dx = reference.max_pool2d_backward(dy.to(opmath(dy.dtype)), argmax, (size[0], size[1]), PoolParams(*pool))
-    return dense(dx.to(dy.dtype), format_of(channels_last))
+    return output(dx.to(dy.dtype), format_of(channels_last))
 
 
 def _backward_cpu(dy: Tensor, argmax: Tensor, size: list[int], channels_last: bool, *pool: Any) -> Tensor:

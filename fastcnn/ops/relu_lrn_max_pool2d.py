@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..params import LRNParams, PoolParams, check_bias, check_input, opmath, pooled_size
-from ._layout import dense, empty_output, is_channels_last, output_format
+from ._layout import dense, empty_output, is_channels_last, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
 from .lrn import local_response_norm
 from .max_pool2d import empty_argmax, max_pool2d
@@ -64,9 +64,7 @@ def relu_lrn_max_pool2d(
                 f"{op}(): expected an input with non-zero channels, height and width, but got size {list(input.shape)}"
             )
         pool.output_size(input.shape[2], input.shape[3])
-    lrn_args = (0, 0.0, 0.0, 0.0, 1)
-    if lrn is not None:
-        lrn_args = (lrn.size, float(lrn.alpha), float(lrn.beta), float(lrn.k), lrn.groups)
+    lrn_args = (0, 0.0, 0.0, 0.0, 1) if lrn is None else lrn.op_args()
     pool_args = ([], [], [], [], False) if pool is None else pool.op_args()
     with_argmax = pool is not None and needs_grad(input, bias)
     return tail(input, bias, relu, *lrn_args, *pool_args, with_argmax)[0]
@@ -98,7 +96,7 @@ def _empty_outputs(x: Tensor, *tail: Any, with_argmax: bool) -> tuple[Tensor, Te
     shape = list(x.shape)
     if kernel_size:
         shape[2:] = pooled_size(shape[2:], *tail[6:11])
-    argmax = empty_argmax(x, shape, kernel_size) if with_argmax else x.new_empty(0, dtype=torch.uint8)
+    argmax = empty_argmax(x, shape, kernel_size) if with_argmax and kernel_size else x.new_empty(0, dtype=torch.uint8)
     return empty_output(x, shape), argmax
 
 
@@ -112,13 +110,18 @@ def _reference(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tens
     format = output_format(x)
     if pool is None or not with_argmax:
         y = reference.relu_lrn_max_pool2d(x, bias, relu=relu, lrn=lrn, pool=pool)
-        return dense(y, format), x.new_empty(0, dtype=torch.uint8)
+        return output(y, format), x.new_empty(0, dtype=torch.uint8)
     wide = x.to(opmath(x.dtype))
     y, argmax = reference.window_offsets(
         reference.relu_lrn_max_pool2d(wide, None if bias is None else bias.to(wide.dtype), relu=relu, lrn=lrn), pool
     )
     dtype = empty_argmax(x, [0] * 4, tail[6]).dtype
-    return dense(y.to(x.dtype), format), dense(argmax.to(dtype), format)
+    return output(y.to(x.dtype), format), output(argmax.to(dtype), format)
+
+
+def _wide_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    check_bias("relu_lrn_max_pool2d", bias, x)
+    return None if bias is None else bias.to(opmath(x.dtype)).contiguous()
 
 
 def _cpu(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -127,9 +130,9 @@ def _cpu(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
     torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(
         dense(x, format),
-        None if bias is None else bias.to(opmath(x.dtype)).contiguous(),
+        _wide_bias(bias, x),
         y,
-        argmax if with_argmax else None,
+        argmax if argmax.numel() else None,
         is_channels_last(x),
         *tail,
     )
@@ -152,15 +155,15 @@ def _backward_reference(
     if lrn is not None:
         dz = reference.lrn_backward(dz, z, lrn)
     if relu:
-        dz = dz * ~(z <= 0)
+        dz = dz.masked_fill(z <= 0, 0)
     dbias = x.new_empty(0) if bias is None else dz.sum((0, 2, 3)).to(bias.dtype)
-    return dense(dz.to(x.dtype, copy=dz is dy), output_format(x)), dbias
+    return output(dz.to(x.dtype, copy=dz is dy), output_format(x)), dbias
 
 
 def _backward_cpu(dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any) -> tuple[Tensor, Tensor]:
     format = output_format(x)
     dx = empty_output(x)
-    wide_bias = None if bias is None else bias.to(opmath(x.dtype)).contiguous()
+    wide_bias = _wide_bias(bias, x)
     dbias = x.new_empty(0) if wide_bias is None else torch.empty_like(wide_bias)
     torch.ops.fastcnn_cpu.relu_lrn_max_pool2d_backward(
         dense(dy, format),
@@ -220,9 +223,11 @@ def _vmap(
     with_argmax = args[-1]
     if in_dims[1] is not None:  # a bias for each element of the batch
         assert bias is not None
+        dtype, wide = x.dtype, opmath(x.dtype)
         x = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x
-        bias = bias.movedim(in_dims[1], 0)
-        x, bias, in_dims = x + bias[:, None, :, None, None].to(x.dtype), None, (0, None)
+        x = x.to(wide) + bias.movedim(in_dims[1], 0)[:, None, :, None, None].to(wide)
+        (y, argmax), dims = _vmap(info, (0, None), x, None, *args)
+        return (y.to(dtype), argmax), dims
     y, argmax = torch.ops.fastcnn.relu_lrn_max_pool2d(fold_batch(x, in_dims[0], info.batch_size), bias, *args)
     y = unfold_batch(y, info.batch_size)
     return (y, unfold_batch(argmax, info.batch_size) if with_argmax else argmax), (0, 0 if with_argmax else None)
