@@ -162,7 +162,8 @@ class PoolParams:
         """``kernel_size, stride, padding, dilation, ceil_mode`` as the registered ops take them."""
         kernel = _pair("kernel_size", self.kernel_size)
         # torch takes an empty stride, like None, for "the kernel size"
-        stride = kernel if self.stride is None or self.stride in ((), []) else _pair("stride", self.stride)
+        same = self.stride is None or (isinstance(self.stride, Sequence) and len(self.stride) == 0)
+        stride = kernel if same else _pair("stride", self.stride)
         return kernel, stride, _pair("padding", self.padding), _pair("dilation", self.dilation), self.ceil_mode
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:

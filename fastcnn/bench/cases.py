@@ -110,8 +110,8 @@ def select(
         usual_dtype = dtype == "fp32" or (op, mode) == ("relu_lrn_max_pool2d", "forward")
         if not (full or ((modes or usual_mode) and (dtypes or usual_dtype))):
             continue
-        for n, *rest in shapes or _usual_shapes(op, full):
-            case = Case(op, (batch or n, *rest), dtype, format, mode)
+        for n, c, h, w in shapes or _usual_shapes(op, full):
+            case = Case(op, (batch or n, c, h, w), dtype, format, mode)
             cases.append(case)
             if _in_mapped_memory(case, full):
                 cases.append(replace(case, memory="mapped"))

@@ -30,7 +30,8 @@ def make_inputs(case: Case, source: str) -> tuple[Tensor, Tensor]:
     if case.op == "relu_lrn_max_pool2d" and case.mode != "forward":
         dy[:CHECKED_IMAGES] *= _decided(x[:CHECKED_IMAGES])
     if case.op == "conv2d_relu" and case.mode != "forward":
-        z = F.conv2d(x.float(), *make_parameters(case, x.float()), *convolution_args(case))
+        weight, bias = make_parameters(case, x.float())
+        z = F.conv2d(x.float(), weight, bias, *convolution_args(case))
         dy *= z.abs() > 1e-4 * z.std()
     return x, dy.to(x.dtype).contiguous(memory_format=FORMATS[case.format])
 

@@ -1,0 +1,169 @@
+"""Who runs a network: fastcnn, PyTorch as it is and compiled, and other runtimes where they are installed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import peers
+from .cases import DTYPES, Case
+from .networks import Laps
+from .providers import Call
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class NetworkProvider:
+    """Someone who runs networks.
+
+    Args:
+        name: as shown and as given to ``--providers``.
+        fused: from the layers of fastcnn, not torch's.
+        channels_last: weights and images in this format, otherwise NCHW.
+        compile: through torch.compile, for inference with freezing.
+        export: another runtime: (network, images, dtype) -> its forward.
+        backend: the backend to force, for fastcnn; None leaves the choice to it.
+    """
+
+    name: str
+    fused: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    export: Callable[[nn.Module, Tensor, torch.dtype], Forward] | None = None
+    backend: str | None = None
+
+    def takes_part(self, case: Case) -> bool:
+        """The other runtimes only infer."""
+        return self.export is None or case.mode == "inference"
+
+
+def network_providers() -> dict[str, NetworkProvider]:
+    """By name: fastcnn, then PyTorch, then the others, installed or not."""
+    every = (
+        NetworkProvider("fastcnn", fused=True, channels_last=True),
+        NetworkProvider("fastcnn NCHW", fused=True),
+        NetworkProvider("torch.eager"),
+        NetworkProvider("torch.eager channels_last", channels_last=True),
+        NetworkProvider("torch.compile", compile=True),
+        NetworkProvider("onnxruntime", export=peers.onnxruntime),
+        NetworkProvider("openvino", export=peers.openvino),
+    )
+    return {provider.name: provider for provider in every}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A provider, ready to run a case.
+
+    Args:
+        check: run once; what is compared with the plain network in float64, see ``network_verify``.
+        call: run once as it is timed.
+        forward: the forward whose memory for backward is counted; None in inference.
+        network: the parameters and their format.
+        laps: of the calls, in training.
+    """
+
+    check: Call
+    call: Call
+    forward: Call | None
+    network: nn.Module
+    laps: Laps | None = None
+
+
+def prepare(provider: NetworkProvider, case: Case, network: nn.Module, x: Tensor, labels: Tensor) -> Entry:
+    """Of a network of the provider's own layers, in evaluation mode and in fp32, and of images in fp32."""
+    dtype = DTYPES[case.dtype]
+    if provider.export is not None:
+        run = provider.export(network, x, dtype)
+        return Entry(lambda: (run(x),), lambda: (run(x),), None, network)
+    format = torch.channels_last if provider.channels_last else torch.contiguous_format
+    network = network.to(dtype=dtype, memory_format=format)
+    x = x.to(dtype=dtype).contiguous(memory_format=format)
+    if case.mode == "inference":
+        infer = _inference(provider, network, x)
+        return Entry(infer, infer, None, network)
+    run = torch.compile(network, dynamic=False) if provider.compile else network
+    if case.mode == "input gradient":
+        return _input_gradient(run, network, x)
+    return _training(run, network, x, labels)
+
+
+def _inference(provider: NetworkProvider, network: nn.Module, x: Tensor) -> Call:
+    run = torch.compile(network, dynamic=False) if provider.compile else network
+
+    def call() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (run(x),)
+
+    if provider.compile:
+        import torch._inductor.config
+
+        with torch._inductor.config.patch(freezing=True):
+            call()
+    return call
+
+
+def _input_gradient(run: Forward, network: nn.Module, x: Tensor) -> Entry:
+    leaf = x.detach().requires_grad_()
+
+    def call() -> tuple[Tensor, ...]:
+        losses = run(leaf)
+        return losses.detach(), *torch.autograd.grad(losses.sum(), leaf)
+
+    return Entry(call, call, lambda: (run(leaf),), network)
+
+
+def _training(run: Forward, network: nn.Module, x: Tensor, labels: Tensor) -> Entry:
+    """The check has a loss of the first images alone, and no dropout; a step has both, and a learning rate of zero.
+
+    So every step does all of its work, on the network that was checked.
+    """
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+    laps = Laps()
+
+    def forward() -> tuple[Tensor, ...]:
+        return (F.cross_entropy(run(x), labels),)
+
+    def check() -> tuple[Tensor, ...]:
+        network.eval()
+        optimizer.zero_grad()
+        loss = checked_loss(run(x), labels)
+        loss.backward()
+        gradients = gradient_vector(network)
+        optimizer.zero_grad()
+        network.train()
+        return loss.detach(), gradients
+
+    def step() -> tuple[Tensor, ...]:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        (loss,) = forward()
+        between = time.perf_counter()
+        loss.backward()
+        update = time.perf_counter()
+        optimizer.step()
+        laps.forward.append(between - start)
+        laps.backward.append(update - between)
+        laps.update.append(time.perf_counter() - update)
+        return (loss.detach(),)
+
+    return Entry(check, step, forward, network, laps)
+
+
+CHECKED = 2  # images
+
+
+def checked_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of the first images alone, though all of them run."""
+    return F.cross_entropy(logits[:CHECKED], labels[:CHECKED])
+
+
+def gradient_vector(network: nn.Module) -> Tensor:
+    """Every parameter's gradient, in the order of the parameters."""
+    return torch.cat([p.grad.reshape(-1) for p in network.parameters() if p.grad is not None])

@@ -1,0 +1,62 @@
+"""Other runtimes, none of which fastcnn needs: they run the network of torch's layers, exported to ONNX.
+
+``pip install fastcnn[peers]`` brings them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NotInstalled(Exception):
+    """A runtime that is not here."""
+
+
+def onnxruntime(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:
+    """The forward of the network in onnxruntime; fp32 only."""
+    if dtype != torch.float32:
+        raise NotImplementedError("its CPU provider computes in fp32 only")
+    with _installed("onnxruntime"), tempfile.TemporaryDirectory() as folder:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        model = _exported(network, x, Path(folder))
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def openvino(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:
+    """The forward of the network in OpenVINO, computing in ``dtype`` from and to fp32."""
+    with _installed("openvino"), tempfile.TemporaryDirectory() as folder:
+        import openvino
+
+        config = {
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = openvino.Core().compile_model(_exported(network, x, Path(folder)), "CPU", config)
+    return lambda x: torch.from_numpy(compiled(x.numpy(), share_inputs=True)[0])
+
+
+def _exported(network: nn.Module, x: Tensor, folder: Path) -> str:
+    with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its progress
+        torch.onnx.export(network, (x,), str(folder / "network.onnx"), dynamo=True, verbose=False)
+    return str(folder / "network.onnx")
+
+
+@contextlib.contextmanager
+def _installed(runtime: str) -> Any:
+    try:
+        yield
+    except ImportError as error:
+        raise NotInstalled(f"not installed: pip install fastcnn[peers] brings {runtime} ({error.name})") from None
