@@ -58,14 +58,13 @@ class BuildWithNinja(build_ext):
         compiler = find_compiler()
         version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True)
 
-        includes = [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
         common = ["-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
         # GCC 12 takes its own _mm512_undefined_ps for a mistake.
         common += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
-        library_flags = [
-            *(f"-isystem {path}" for path in includes),
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-            *(["-DFASTCNN_X86"] if X86 else []),
+        library_flags = [*(f"-isystem {path}" for path in include_paths()), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        # Apart, because torch has a pybind11 of its own that refuses the stable ABI.
+        module_flags = [
+            *(f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])),
             _define("FASTCNN_COMPILER", version.stdout.splitlines()[0]),
             _define("FASTCNN_TORCH_VERSION", torch.__version__),
             _define("FASTCNN_CAPABILITIES", ", ".join(CAPABILITIES)),
@@ -88,8 +87,9 @@ class BuildWithNinja(build_ext):
                 for capability, flags in CAPABILITIES.items():
                     define = f"-DFASTCNN_CAPABILITY={capability}"
                     compile(f"cpu/{kernel}.cpp", [*common, *kernel_flags, *flags, define], f".{capability}")
-            compile("cpu/capability.cpp", [*common, *library_flags])
+            compile("cpu/capability.cpp", [*common, *(["-DFASTCNN_X86"] if X86 else [])])
             compile("library.cpp", [*common, *library_flags])
+            compile("module.cpp", [*common, *module_flags])
             undefined = ["-undefined dynamic_lookup"] if sys.platform == "darwin" else []
             link = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", *undefined]
             n.build(str(target), "link", objects, variables={"flags": " ".join(link)})

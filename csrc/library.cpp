@@ -1,13 +1,9 @@
-// The private ops fastcnn_cpu::*, on the LibTorch stable ABI, and through pybind11 what the build is and can do.
+// The private ops fastcnn_cpu::*, on the LibTorch stable ABI.
 // Python allocates every output and has checked every argument; the tensors are dense in the format it names.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -251,18 +247,3 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) {
 
 }  // namespace
 }  // namespace fastcnn
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "The C++ half of fastcnn: importing it registers torch.ops.fastcnn_cpu.";
-  m.def("build_info", [] {
-    pybind11::dict info;
-    info["compiler"] = FASTCNN_COMPILER;
-    info["torch"] = FASTCNN_TORCH_VERSION;
-    info["capabilities"] = FASTCNN_CAPABILITIES;
-    return info;
-  }, "Compiler, the torch this was built beside, and the CPU capabilities that were compiled.");
-  m.def("cpu_capabilities", &fastcnn::capabilities, "Names of the compiled capabilities this machine has, best last.");
-  m.def("cpu_capability", &fastcnn::capability, "Name of the capability in use.");
-  m.def("set_cpu_capability", &fastcnn::set_capability, pybind11::arg("name"),
-        "Use the kernels compiled for this capability. Raises ValueError if they are not here or cannot run.");
-}

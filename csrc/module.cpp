@@ -1,0 +1,20 @@
+// The Python module fastcnn._C: what the build is and can do. Importing it also registers the ops of library.cpp.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/capability.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ half of fastcnn: importing it registers torch.ops.fastcnn_cpu.";
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = FASTCNN_COMPILER;
+    info["torch"] = FASTCNN_TORCH_VERSION;
+    info["capabilities"] = FASTCNN_CAPABILITIES;
+    return info;
+  }, "Compiler, the torch this was built beside, and the CPU capabilities that were compiled.");
+  m.def("cpu_capabilities", &fastcnn::capabilities, "Names of the compiled capabilities this machine has, best last.");
+  m.def("cpu_capability", &fastcnn::capability, "Name of the capability in use.");
+  m.def("set_cpu_capability", &fastcnn::set_capability, pybind11::arg("name"),
+        "Use the kernels compiled for this capability. Raises ValueError if they are not here or cannot run.");
+}
