@@ -200,9 +200,12 @@ def pooled_size(
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast as autocast does for a convolution, if it is on where the first tensor is: all but float64 to its dtype."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device = first.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.double else t for t in tensors
     )
@@ -244,8 +247,10 @@ class ConvParams:
             raise RuntimeError(
                 f"{op}(): expected 3D (unbatched) or 4D (batched) input, but got input of size {list(input.shape)}"
             )
-        if weight.dim() != 4:
-            raise RuntimeError(f"{op}(): expected a 4D weight, but got weight of size {list(weight.shape)}")
+        if weight.dim() != 4 or 0 in weight.shape[2:]:
+            raise RuntimeError(
+                f"{op}(): expected a 4D weight that is not empty, but got weight of size {list(weight.shape)}"
+            )
         if weight.dtype != input.dtype or weight.device != input.device:
             raise RuntimeError(
                 f"{op}(): input type ({input.dtype} on {input.device}) and weight type "

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
@@ -18,8 +19,8 @@ import fastcnn.data
 import fastcnn.functional as FF
 from fastcnn.bench import measure as measuring
 from fastcnn.bench import report
-from fastcnn.bench.cases import LRN, POOL, STAGES, Case, select
-from fastcnn.bench.inputs import CHECKED_IMAGES, make_inputs
+from fastcnn.bench.cases import LRN, OPS, POOL, SHAPES, STAGES, Case, select
+from fastcnn.bench.inputs import CHECKED_IMAGES, convolution_args, make_inputs, make_parameters
 from fastcnn.bench.measure import Budget, measure, saved_bytes, time_rounds
 from fastcnn.bench.providers import Provider, all_providers
 from fastcnn.bench.rows import Row, add_ratios
@@ -60,7 +61,8 @@ def text_of(*tables: object) -> str:
 
 def test_usual_cases_are_those_of_the_first_stage() -> None:
     cases = select()
-    assert {case.shape for case in cases} == {STAGES["stage1"]}
+    assert {case.shape for case in cases if case.op != "conv2d_relu"} == {STAGES["stage1"]}
+    assert {case.shape for case in cases if case.op == "conv2d_relu"} == {(32, 96, 27, 27)}
     assert {case.format for case in cases} == {"NCHW", "channels_last"}
     assert {(c.op, c.mode, c.memory, c.dtype) for c in cases} == {
         ("lrn", "forward", "fresh", "fp32"),
@@ -70,7 +72,13 @@ def test_usual_cases_are_those_of_the_first_stage() -> None:
         ("relu_lrn_max_pool2d", "forward", "fresh", "fp32"),
         ("relu_lrn_max_pool2d", "forward", "fresh", "bf16"),
         ("relu_lrn_max_pool2d", "forward+backward", "fresh", "fp32"),
+        *((op, m, "fresh", "fp32") for op in ("max_pool2d", "conv2d_relu") for m in ("forward", "forward+backward")),
     }
+
+
+def test_batch_replaces_every_n() -> None:
+    assert {case.shape[0] for case in select(batch=7, full=True)} == {7}
+    assert select(ops=["lrn"], shapes=[SMALL], batch=7)[0].shape == (7, *SMALL[1:])
 
 
 def test_full_holds_every_usual_case_once() -> None:
@@ -92,6 +100,9 @@ def test_what_is_asked_for_replaces_the_usual() -> None:
         ("lrn", "forward+backward", 4 * 500),
         ("relu_lrn_max_pool2d", "forward", 4 * (100 + 16)),
         ("relu_lrn_max_pool2d", "forward+backward", 4 * (100 + 16) + 16 + 16 + 4 * (16 + 100 + 100)),
+        ("max_pool2d", "forward+backward", 4 * (100 + 16) + 16 + 16 + 4 * (16 + 100)),
+        ("conv2d_relu", "forward", 4 * (100 + 6400 + 256 * 2 * 25)),
+        ("conv2d_relu", "backward", 2 * 4 * (100 + 6400 + 256 * 2 * 25)),
     ],
 )
 def test_bytes_moved_counts_each_tensor_once(op: str, mode: str, expected: int) -> None:
@@ -101,9 +112,9 @@ def test_bytes_moved_counts_each_tensor_once(op: str, mode: str, expected: int) 
 # Inputs
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", SHAPES)
 def test_photographs_give_the_feature_maps_of_each_stage(stage: str) -> None:
-    shape = (3, *STAGES[stage][1:])
+    shape = (3, *SHAPES[stage][1:])
     x, dy = make_inputs(Case("relu_lrn_max_pool2d", shape, "bf16"), "photographs")
     assert (x.shape, x.dtype) == (shape, torch.bfloat16)
     assert x.is_contiguous(memory_format=torch.channels_last)
@@ -137,7 +148,7 @@ def test_windows_without_a_clear_maximum_get_no_gradient(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("mode", ["forward", "backward", "forward+backward"])
 @pytest.mark.parametrize("format", ["NCHW", "channels_last"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("op", ["lrn", "relu_lrn_max_pool2d"])
+@pytest.mark.parametrize("op", OPS)
 def test_right_outputs_get_a_time(op: str, dtype: str, format: str, mode: str) -> None:
     providers = [p for name, p in all_providers().items() if name.startswith("fastcnn.")]
     rows = measure(Case(op, SMALL, dtype, format, mode), providers, "random", ONCE)
@@ -149,6 +160,32 @@ def test_right_outputs_get_a_time(op: str, dtype: str, format: str, mode: str) -
         assert r.error is not None
         assert r.tolerance is not None
         assert r.error <= r.tolerance
+
+
+@pytest.mark.usefixtures("best_backend")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, weight, bias: F.relu(F.conv2d(x, weight, bias, padding=2, groups=2)) * 1.0001,
+        lambda x, weight, bias: F.relu(F.conv2d(x, weight, bias.detach() + bias * 0, padding=2, groups=2)),
+        lambda x, weight, bias: F.relu(F.conv2d(x, weight.roll(128, 0), bias, padding=2, groups=2)),
+    ],
+    ids=["output", "bias gradient", "swapped towers"],
+)
+def test_wrong_convolutions_are_found(wrong: Callable[..., Tensor]) -> None:
+    case = Case("conv2d_relu", SMALL, mode="forward+backward")
+    failed, good = measure(case, [provider(wrong), all_providers()["torch.eager"]], "random", ONCE)
+    assert "error" in (failed.failure or "")
+    assert (failed.median_ms, good.failure) == (None, None)
+
+
+@pytest.mark.usefixtures("best_backend")
+def test_convolutions_signs_in_doubt_get_no_gradient() -> None:
+    case = Case("conv2d_relu", SMALL, mode="forward+backward")
+    x, dy = make_inputs(case, "random")
+    z = F.conv2d(x, *make_parameters(case, x), *convolution_args(case))
+    assert (dy == 0).sum() < 0.01 * dy.numel()
+    assert not dy[z.abs() < 5e-5 * z.std()].any()
 
 
 def nan_at_one_place(x: Tensor) -> Tensor:
@@ -320,6 +357,8 @@ def test_saved_bytes_count_each_storage_once() -> None:
     assert saved_bytes(lambda x: x.exp() * x.view(100).view(10, 10), x) == 800
     assert saved_bytes(lambda x: x[0] * 2.0, x) == 0
     assert saved_bytes(lambda x: x[0] * x[1], x) == 400  # a view keeps the whole alive
+    weight = torch.randn(10, 10, requires_grad=True)
+    assert saved_bytes(lambda x, weight: x @ weight, x, weight) == 400  # a parameter is there anyway
 
 
 @pytest.mark.usefixtures("best_backend")

@@ -111,13 +111,13 @@ def test_threads_are_set_and_stated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--op", "conv"], ["--op", "'conv'", "lrn, relu_lrn_max_pool2d"]),
+        (["--op", "conv"], ["--op", "'conv'", "lrn, max_pool2d, conv2d_relu, relu_lrn_max_pool2d"]),
         (["--providers", "fastcnn.abacus"], ["--providers", "'fastcnn.abacus'", "fastcnn.reference", "torch.eager"]),
         (["--dtype", "int8"], ["--dtype", "'int8'", "fp32, bf16, fp16"]),
         (["--format", "NHWC"], ["--format", "'NHWC'", "NCHW, channels_last"]),
         (["--mode", "sideways"], ["--mode", "'sideways'", "forward, backward, forward+backward"]),
         (["--input", "paintings"], ["--input", "'paintings'", "random, photographs"]),
-        (["--shape", "1,2,3"], ["--shape", "'1,2,3'", "N,C,H,W", "stage1, stage2"]),
+        (["--shape", "1,2,3"], ["--shape", "'1,2,3'", "N,C,H,W", "stage1, stage2, conv2"]),
         (["--shape", "1,2,2,9"], ["--shape", "'1,2,2,9'", "at least 3"]),
         (["--shape", "2,4,7,7", "--input", "photographs"], ["--input", "N,96,55,55 or N,256,27,27", "2,4,7,7"]),
         (["--repeats", "0"], ["--repeats"]),
@@ -125,7 +125,46 @@ def test_threads_are_set_and_stated(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_values_are_named_with_what_is_allowed(options: list[str], said: list[str]) -> None:
-    result = fastcnn_command("bench", "kernels", *options)
+    assert_refused(fastcnn_command("bench", "kernels", *options), said)
+
+
+def assert_refused(result: Result, said: list[str]) -> None:
     assert result.exit_code == 2
     output = " ".join(re.sub(r"\x1b\[[0-9;]*m|│", "", result.output).split())  # without colours, frame, broken lines
     assert [words for words in said if words not in output] == []
+
+
+# bench models
+
+
+@pytest.mark.usefixtures("best_backend")
+def test_bench_models_prints_tables_and_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("PIL")
+    monkeypatch.setattr("fastcnn.bench.network_measure.MATMUL", 64)
+    who = ("--providers", "fastcnn", "--providers", "torch.eager")
+    options = ("--size", 67, "--batch", 2, "--dtype", "fp32", "--repeats", 1, "--out", tmp_path)
+    result = fastcnn_command("bench", "models", *who, *options)
+    assert result.exit_code == 0, result.output
+    for title in ("alexnet inference, input (2, 3, 67, 67)", "alexnet training step", "vgg16-features input gradient"):
+        assert title in result.output
+    assert "matrix product" in result.output
+    document = json.loads((tmp_path / "models.json").read_text())
+    assert [r["failure"] for r in document["rows"]] == [None] * 6
+    assert all(r["images_per_s"] and r["vs_eager"] and r["gflop_per_s"] for r in document["rows"])
+    assert document["header"]["matmul_gflop_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "lenet"], ["--model", "'lenet'", "alexnet, vgg16-features"]),
+        (["--mode", "sleep"], ["--mode", "'sleep'", "inference, training step, input gradient"]),
+        (["--dtype", "fp16"], ["--dtype", "'fp16'", "fp32, bf16"]),
+        (["--providers", "caffe"], ["--providers", "'caffe'", "fastcnn", "torch.eager", "openvino"]),
+        (["--size", "63"], ["--size", "63", "alexnet needs at least 64"]),
+        (["--mode", "training step", "--dtype", "bf16"], ["no network", "--mode"]),
+        (["--batch", "0"], ["--batch"]),
+    ],
+)
+def test_bench_models_refuses(options: list[str], said: list[str]) -> None:
+    assert_refused(fastcnn_command("bench", "models", *options), said)

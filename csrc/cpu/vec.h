@@ -117,7 +117,7 @@ FASTCNN_INLINE void store(Half* p, Vec<float> v) {
 
 template <typename A>
 FASTCNN_INLINE Vec<A> broadcast(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // exact also for -0
 }
 
 FASTCNN_INLINE Vec<float> sqrt(Vec<float> v) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,17 +12,21 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from . import report
 from .cases import DTYPES, FORMATS, MODES, OPS, SHAPES, Case, Shape, select
 from .inputs import SOURCES, check_source
 from .measure import Budget, measure
-from .providers import Provider, all_providers
+from .network_measure import measure_network
+from .network_providers import network_providers
+from .networks import NETWORK_DTYPES, NETWORK_MODES, NETWORKS, check_size, select_networks
+from .providers import all_providers
 from .rows import Row
 
 bench = typer.Typer(no_args_is_help=True)
 
-_NARROWEST = 100  # columns that the tables need; where there is no terminal rich would take 80
+_NARROWEST = 120  # columns that the tables need; where there is no terminal rich would take 80
 
 
 @bench.callback()
@@ -82,47 +86,107 @@ def kernels(
     if time is not None:
         budget = Budget(time, budget.at_least, repeats)
 
-    rows = _measure_all(cases, [here[name] for name in names], input, budget)
-    document = report.report(rows, command=" ".join(["fastcnn", *sys.argv[1:]]), source=input)
-    report.write_json(out / "kernels.json", document)
+    chosen = [here[name] for name in names]
+    rows = _measure_all(cases, lambda case: measure(case, chosen, input, budget))
+    _report("kernels", rows, input, out, as_json, with_summaries=True)
+
+
+@bench.command(name="models")
+def networks(
+    model: Annotated[list[str] | None, typer.Option(help=f"{', '.join(NETWORKS)}. Repeat for more.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help=", ".join(NETWORK_MODES))] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at a time. Repeat for more.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(NETWORK_DTYPES)}; only inference runs in another than fp32.")
+    ] = None,
+    providers: Annotated[
+        list[str] | None, typer.Option(help=f"Who takes part, of {', '.join(network_providers())}.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width of the images; the network's own.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds of each case.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch and fastcnn.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the plots.")] = Path("results"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds, fp32, and only fastcnn (channels_last) and PyTorch.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure whole networks on photographs: AlexNet's inference and training, VGG-16's features with frozen weights.
+
+    "fastcnn" runs in channels_last. torch.compile infers with frozen weights. onnxruntime and OpenVINO only infer, and
+    are optional: `pip install fastcnn[peers]`. Training has dropout; for its check it is off. The saved MB are what
+    autograd keeps for backward without the parameters, the peak is the growth of the process during a call.
+    """
+    cases = select_networks(
+        networks=_among("--model", model, NETWORKS),
+        modes=_among("--mode", mode, NETWORK_MODES),
+        batches=batch or (),
+        dtypes=_among("--dtype", dtype, NETWORK_DTYPES),
+        size=size,
+        quick=quick,
+    )
+    if not cases:
+        raise typer.BadParameter("no network has this combination of --model, --mode and --dtype")
+    for case in cases:
+        try:
+            check_size(case.op, case.shape[-1])
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--size") from None
+    here = network_providers()
+    names = _among("--providers", providers, here)
+    if not names:
+        names = [name for name, one in here.items() if not quick or not (one.export or name == "fastcnn NCHW")]
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen, budget = [here[name] for name in names], Budget(1.0, 3, repeats) if quick else Budget(4.0, 7, repeats)
+    rows = _measure_all(cases, lambda case: measure_network(case, chosen, budget))
+    _report("models", rows, "photographs", out, as_json)
+
+
+def _report(
+    name: str, rows: Sequence[Row], source: str, out: Path, as_json: bool, *, with_summaries: bool = False
+) -> None:
+    """Write ``<name>.json`` and the plots; print the tables, or the JSON."""
+    document = report.report(rows, command=" ".join(["fastcnn", *sys.argv[1:]]), source=source)
+    report.write_json(out / f"{name}.json", document)
     if as_json:
         typer.echo(json.dumps(document, indent=1))
     else:
-        _print(document["header"], rows)
-    _plot(out, document, rows)
+        _print(document["header"], [*report.tables(rows), *(report.summaries(rows) if with_summaries else ())])
+    _plot(name, out, document, rows)
 
 
-def _measure_all(cases: Sequence[Case], providers: Sequence[Provider], source: str, budget: Budget) -> list[Row]:
+def _measure_all(cases: Sequence[Case], measure: Callable[[Case], list[Row]]) -> list[Row]:
     rows: list[Row] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=str(case))
-            rows += measure(case, providers, source, budget)
+            rows += measure(case)
             progress.advance(task)
     return rows
 
 
-def _print(header: dict[str, Any], rows: Sequence[Row]) -> None:
+def _print(header: dict[str, Any], tables: Sequence[Table]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, _NARROWEST)
     console.print(report.setting(header), "", markup=False)
-    for table in (*report.tables(rows), *report.summaries(rows)):
+    for table in tables:
         console.print(table)
         console.print()
 
 
-def _plot(out: Path, document: dict[str, Any], rows: Sequence[Row]) -> None:
+def _plot(name: str, out: Path, document: dict[str, Any], rows: Sequence[Row]) -> None:
     try:
         from .plots import write_plots
 
-        plots = write_plots(out, document, rows)
+        plots = write_plots(out, document, rows, name)
     except ImportError as error:
         typer.echo(f"no plots: {error}; `pip install fastcnn[bench]` brings what they need", err=True)
         plots = []
-    typer.echo(f"written: {', '.join(map(str, (out / 'kernels.json', *plots)))}", err=True)
+    typer.echo(f"written: {', '.join(map(str, (out / f'{name}.json', *plots)))}", err=True)
 
 
 def _among(option: str, values: Iterable[str] | None, allowed: Collection[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch._inductor.config as inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from .networks import Laps
 from .providers import Call
 
 Forward = Callable[[Tensor], Tensor]
+CHECKED = 2  # images
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,6 @@ class NetworkProvider:
         channels_last: weights and images in this format, otherwise NCHW.
         compile: through torch.compile, for inference with freezing.
         export: another runtime: (network, images, dtype) -> its forward.
-        backend: the backend to force, for fastcnn; None leaves the choice to it.
     """
 
     name: str
@@ -36,7 +37,6 @@ class NetworkProvider:
     channels_last: bool = False
     compile: bool = False
     export: Callable[[nn.Module, Tensor, torch.dtype], Forward] | None = None
-    backend: str | None = None
 
     def takes_part(self, case: Case) -> bool:
         """The other runtimes only infer."""
@@ -83,7 +83,7 @@ def prepare(provider: NetworkProvider, case: Case, network: nn.Module, x: Tensor
         run = provider.export(network, x, dtype)
         return Entry(lambda: (run(x),), lambda: (run(x),), None, network)
     format = torch.channels_last if provider.channels_last else torch.contiguous_format
-    network = network.to(dtype=dtype, memory_format=format)
+    network = network.to(dtype).to(memory_format=format)  # type: ignore[call-overload]
     x = x.to(dtype=dtype).contiguous(memory_format=format)
     if case.mode == "inference":
         infer = _inference(provider, network, x)
@@ -102,9 +102,7 @@ def _inference(provider: NetworkProvider, network: nn.Module, x: Tensor) -> Call
             return (run(x),)
 
     if provider.compile:
-        import torch._inductor.config
-
-        with torch._inductor.config.patch(freezing=True):
+        with inductor.patch(freezing=True):
             call()
     return call
 
@@ -135,10 +133,10 @@ def _training(run: Forward, network: nn.Module, x: Tensor, labels: Tensor) -> En
         optimizer.zero_grad()
         loss = checked_loss(run(x), labels)
         loss.backward()
-        gradients = gradient_vector(network)
+        outputs = loss.detach(), *gradients(network)
         optimizer.zero_grad()
         network.train()
-        return loss.detach(), gradients
+        return outputs
 
     def step() -> tuple[Tensor, ...]:
         start = time.perf_counter()
@@ -156,14 +154,11 @@ def _training(run: Forward, network: nn.Module, x: Tensor, labels: Tensor) -> En
     return Entry(check, step, forward, network, laps)
 
 
-CHECKED = 2  # images
-
-
 def checked_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Of the first images alone, though all of them run."""
     return F.cross_entropy(logits[:CHECKED], labels[:CHECKED])
 
 
-def gradient_vector(network: nn.Module) -> Tensor:
-    """Every parameter's gradient, in the order of the parameters."""
-    return torch.cat([p.grad.reshape(-1) for p in network.parameters() if p.grad is not None])
+def gradients(network: nn.Module) -> list[Tensor]:
+    """Of every parameter."""
+    return [p.grad for p in network.parameters() if p.grad is not None]

@@ -40,6 +40,10 @@ class Laps:
     backward: list[float] = field(default_factory=list)
     update: list[float] = field(default_factory=list)
 
+    def clear(self) -> None:
+        for part in (self.forward, self.backward, self.update):
+            part.clear()
+
 
 class ConvThenReLU2d(nn.Conv2d):
     """The two of torch."""
@@ -93,7 +97,9 @@ def select_networks(
     """
 
     def cases() -> Iterator[Case]:
-        for network, dtype in product(networks or NETWORKS, dtypes or (NETWORK_DTYPES[:1] if quick else NETWORK_DTYPES)):
+        for network, dtype in product(
+            networks or NETWORKS, dtypes or (NETWORK_DTYPES[:1] if quick else NETWORK_DTYPES)
+        ):
             for mode in _MODES[network]:
                 if (modes and mode not in modes) or (dtype != "fp32" and mode != "inference"):
                     continue

@@ -1,4 +1,4 @@
-"""Two plots: how many times faster than eager, and how close to the copy bandwidth."""
+"""Two plots: how many times faster than eager, and how close to the rate of a copy, or of a matrix product."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cases import Case
+from .cases import ANY_FORMAT, Case
 from .report import SECONDARY, setting
 from .rows import Row
 
@@ -15,20 +15,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {
+    "fastcnn": "#d1495b",
+    "fastcnn NCHW": "#e58f9b",
     "fastcnn.cpu": "#d1495b",
     "fastcnn.reference": "#edae49",
     "torch.compile": "#30638e",
     "torch.eager": "#9aa5b1",
+    "torch.eager channels_last": "#c3cad1",
+    "onnxruntime": "#66a182",
+    "openvino": "#8d96a3",
 }
 
 
-def write_plots(folder: Path, document: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
-    """Write ``kernels_speedup.png`` and ``kernels_roofline.png``, each only if there is something to show in it.
+def write_plots(folder: Path, document: dict[str, Any], rows: Sequence[Row], name: str = "kernels") -> list[Path]:
+    """Write ``<name>_speedup.png`` and ``<name>_roofline.png``, each only if there is something to show in it.
 
     Args:
         folder: where to.
         document: the report, for its header.
         rows: what to show; providers that ran a 16-bit case in fp32 are left out.
+        name: what was measured, "kernels" or "models".
     """
     header = document["header"]
     machine = setting(header)
@@ -52,15 +58,24 @@ def write_plots(folder: Path, document: dict[str, Any], rows: Sequence[Row]) -> 
         axes.axvline(1, color="black", linewidth=1.2, label="torch.eager")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}x")
-        axes.set_xlabel("in the same memory format and the same run, log scale")
-        finish(figure, axes, "Times faster than torch eager", "kernels_speedup.png")
+        same = "in the same run" if name == "models" else "in the same memory format and the same run"
+        axes.set_xlabel(f"{same}, log scale")
+        finish(figure, axes, "Times faster than torch eager", f"{name}_speedup.png")
 
     timed = [row for row in rows if row.gb_per_s]
     if timed:
         figure, axes = _bars(timed, lambda row: row.gb_per_s or 0, "{:.1f}", start=0)
         axes.axvline(header["copy_gb_per_s"], color="black", linewidth=1.2, label="copy")
         axes.set_xlabel("GB/s: bytes that the operator must read and write / time")
-        finish(figure, axes, "Bandwidth reached", "kernels_roofline.png")
+        finish(figure, axes, "Bandwidth reached", f"{name}_roofline.png")
+
+    computed = [row for row in rows if row.gflop_per_s]
+    if computed:
+        figure, axes = _bars(computed, lambda row: row.gflop_per_s or 0, "{:.0f}", start=0)
+        if header["matmul_gflop_per_s"]:
+            axes.axvline(header["matmul_gflop_per_s"], color="black", linewidth=1.2, label="fp32 matrix product")
+        axes.set_xlabel("GFLOP/s: operations that the network needs / time")
+        finish(figure, axes, "Arithmetic rate reached", f"{name}_roofline.png")
     return paths
 
 
@@ -98,4 +113,5 @@ def _bars(rows: Sequence[Row], value: Callable[[Row], float], text: str, *, star
 def _label(case: Case, with_shape: bool) -> str:
     shape = f" {case.shape}" if with_shape else ""
     memory = ", mapped output" if case.memory == "mapped" else ""
-    return f"{case.op} {case.mode}{shape}\n{case.dtype} {case.format}{memory}"
+    format = "" if case.format == ANY_FORMAT else f" {case.format}"
+    return f"{case.op} {case.mode}{shape}\n{case.dtype}{format}{memory}"

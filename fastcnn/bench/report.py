@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from .cases import ANY_FORMAT
 from .environment import environment
 from .rows import Row
 
@@ -23,13 +24,18 @@ SECONDARY = " (fp32)"  # ends the name of a provider that stands beside a 16-bit
 
 def report(rows: Sequence[Row], *, command: str, source: str) -> dict[str, Any]:
     """Header and rows, ready for JSON. Bandwidths are in 1e9 bytes a second."""
-    copies = [row.copy_gb_per_s for row in rows if row.copy_gb_per_s]
+
+    def median(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value]
+        return statistics.median(known) if known else None
+
     header = {
         **environment(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "input": source,
-        "copy_gb_per_s": statistics.median(copies) if copies else None,
+        "copy_gb_per_s": median(row.copy_gb_per_s for row in rows),
+        "matmul_gflop_per_s": median(row.matmul_gflop_per_s for row in rows if row.dtype == "fp32"),
     }
     return {"header": header, "rows": [asdict(row) for row in rows]}
 
@@ -41,15 +47,16 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 def setting(header: dict[str, Any]) -> str:
     """In a line, what the figures were taken on."""
-    copy = header["copy_gb_per_s"]
+    copy, matmul = header["copy_gb_per_s"], header["matmul_gflop_per_s"]
+    rates = f", copy: {copy:.1f} GB/s" if copy else f", fp32 matrix product: {matmul:.0f} GFLOP/s" if matmul else ""
     return (
         f"{header['cpu']}, {header['threads']} threads, kernels for {header['cpu_capability'] or 'none'}, "
-        f"torch {header['torch']}, input: {header['input']}" + (f", copy: {copy:.1f} GB/s" if copy else "")
+        f"torch {header['torch']}, input: {header['input']}{rates}"
     )
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """One table for each operator, mode and shape; in it the providers of each case under a heading of their own."""
+    """One table for each operator or network, mode and shape; in it the providers of each case under a heading."""
     titles = _grouped(rows, lambda row: f"{row.op} {row.mode}, input {row.shape}")
     return [_table(title, members) for title, members in titles.items()]
 
@@ -63,44 +70,42 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[R
 
 def _new_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
 def _table(title: str, rows: list[Row]) -> Table:
-    table = _new_table(title, "median ms", "spread", "vs eager", "vs compile", "GB/s", "of copy", "saved MB")
-    notes = []
+    columns = _NETWORK_COLUMNS if rows[0].is_network else _KERNEL_COLUMNS
+    table = _new_table(title, *columns)
+    notes, laps = [], []
     for case, members in groupby(rows, key=lambda row: row.case):
         mapped = ", mapped" if case.memory == "mapped" else ""
-        table.add_row(f"{case.dtype} {case.format}{mapped}", style="cyan")
+        format = "" if case.format == ANY_FORMAT else f" {case.format}"
+        table.add_row(f"{case.dtype}{format}{mapped}", style="cyan")
         for row in members:
-            table.add_row(f"  {row.provider}", *_figures(row), style="bold" if is_ours(row) else "")
+            figures = [figure(row) for figure in columns.values()] if row.median_ms else [_missing(row)]
+            table.add_row(f"  {row.provider}", *figures, style="bold" if is_ours(row) else "")
             if row.failure is not None:
-                notes.append(f"{row.provider}, {case.dtype} {case.format}: failed: {row.failure}")
-    if notes:
-        table.caption, table.caption_justify = Text("\n".join(notes), style="red"), "left"
+                failed = "" if row.failure.startswith("not installed") else "failed: "
+                notes.append(f"{row.provider}, {case.dtype}{format}: {failed}{row.failure}")
+            if row.forward_ms is not None:
+                parts = f"forward {row.forward_ms:.0f}, backward {row.backward_ms:.0f}, update {row.update_ms:.0f} ms"
+                laps.append(f"  {row.provider}: {parts}")
+    if notes or laps:
+        lines = [Text(line, style="dim") for line in laps] + [Text(note, style="red") for note in notes]
+        table.caption, table.caption_justify = Text("\n").join(lines), "left"
     return table
 
 
 def is_ours(row: Row) -> bool:
     """Whether fastcnn ran the case in its own dtype."""
-    return row.provider.startswith("fastcnn.") and not row.provider.endswith(SECONDARY)
+    return row.provider.startswith("fastcnn") and not row.provider.endswith(SECONDARY)
 
 
-def _figures(row: Row) -> list[str]:
-    if row.median_ms is None or row.q1_ms is None or row.q3_ms is None or row.gb_per_s is None:
-        return ["[red]failed[/red]"]
-    return [
-        f"{row.median_ms:.2f}",
-        f"{(row.q3_ms - row.q1_ms) / row.median_ms:.0%}",
-        _ratio(row.vs_eager),
-        _ratio(row.vs_compile),
-        f"{row.gb_per_s:.1f}",
-        _of_copy(row),
-        "" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.1f}",
-    ]
+def _missing(row: Row) -> str:
+    return "not installed" if (row.failure or "").startswith("not installed") else "[red]failed[/red]"
 
 
 def _ratio(value: float | None) -> str:
@@ -109,6 +114,50 @@ def _ratio(value: float | None) -> str:
 
 def _of_copy(row: Row) -> str:
     return f"{row.gb_per_s / row.copy_gb_per_s:.0%}" if row.gb_per_s and row.copy_gb_per_s else ""
+
+
+def _spread(row: Row) -> str:
+    if row.q1_ms is None or row.q3_ms is None or row.median_ms is None:
+        return ""
+    return f"{(row.q3_ms - row.q1_ms) / row.median_ms:.0%}"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:.1f}"
+
+
+def _percentage(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+_Columns = dict[str, Callable[[Row], str]]
+_COMMON: _Columns = {
+    "median ms": lambda row: _number(row.median_ms, 2),
+    "spread": _spread,
+    "vs eager": lambda row: _ratio(row.vs_eager),
+    "vs compile": lambda row: _ratio(row.vs_compile),
+}
+_KERNEL_COLUMNS: _Columns = {
+    **_COMMON,
+    "GB/s": lambda row: _number(row.gb_per_s),
+    "of copy": _of_copy,
+    "saved MB": lambda row: _megabytes(row.saved_bytes),
+}
+_NETWORK_COLUMNS: _Columns = {
+    "images/s": lambda row: _number(row.images_per_s),
+    **_COMMON,
+    "GFLOP/s": lambda row: _number(row.gflop_per_s, 0),
+    "of mm": lambda row: (
+        _percentage(row.gflop_per_s / row.matmul_gflop_per_s) if row.gflop_per_s and row.matmul_gflop_per_s else ""
+    ),
+    "saved MB": lambda row: _megabytes(row.saved_bytes),
+    "of eager's": lambda row: _percentage(row.saved_vs_eager),
+    "peak MB": lambda row: "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
+}
 
 
 def summaries(rows: Sequence[Row]) -> list[Table]:

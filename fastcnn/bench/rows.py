@@ -10,7 +10,10 @@ from .cases import Case, Shape
 
 @dataclass
 class Row:
-    """One provider in one case. Without a time where ``failure`` says why; ratios are how many times faster this is."""
+    """One provider in one case. Without a time where ``failure`` says why; ratios are how many times faster this is.
+
+    Operators are measured in bytes moved, networks in operations (``flop``); ``saved_vs_eager`` is a fraction.
+    """
 
     op: str
     shape: Shape
@@ -32,18 +35,35 @@ class Row:
     copy_gb_per_s: float | None = None
     vs_eager: float | None = None
     vs_compile: float | None = None
+    flop: int | None = None
+    images_per_s: float | None = None
+    gflop_per_s: float | None = None
+    matmul_gflop_per_s: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    update_ms: float | None = None
+    saved_vs_eager: float | None = None
+    peak_bytes: int | None = None
 
     @property
     def case(self) -> Case:
         return Case(self.op, self.shape, self.dtype, self.format, self.mode, self.memory)
 
+    @property
+    def is_network(self) -> bool:
+        return self.flop is not None
+
 
 def add_ratios(rows: Sequence[Row]) -> None:
     """Fill in how many times faster than torch each row is, in its own case; torch's fp32 stands in for its 16 bits."""
+    saved = {row.case: row.saved_bytes for row in rows if row.provider == "torch.eager"}
     medians = {(row.case, row.provider): row.median_ms for row in rows if row.failure is None}
     for row in rows:
         if row.median_ms is None:
             continue
+        eagers = saved.get(row.case)
+        if eagers and row.saved_bytes is not None:
+            row.saved_vs_eager = row.saved_bytes / eagers
         for field, torchs in (("vs_eager", "torch.eager"), ("vs_compile", "torch.compile")):
             baseline = medians.get((row.case, torchs)) or medians.get((row.case, f"{torchs} (fp32)"))
             setattr(row, field, baseline / row.median_ms if baseline else None)

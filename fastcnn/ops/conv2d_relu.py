@@ -49,7 +49,7 @@ def conv2d_relu(
     conv, asymmetric = ConvParams.of(input, weight, bias, stride, padding, dilation, groups)
     if asymmetric:
         input = F.pad(input, asymmetric)
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    batched = input if input.dim() == 4 else input.contiguous().unsqueeze(0)
     frozen = needs_grad(input) and not needs_grad(weight, bias)
     y = conv_relu(batched, weight, bias, *conv.op_args(), frozen)[0]
     return y if input.dim() == 4 else y.squeeze(0)
@@ -79,10 +79,14 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tu
     return y, _pack(y) if with_mask else _empty_mask(y, False)
 
 
+def _flat(y: Tensor) -> Tensor:
+    """In the order of memory, which for a dense tensor is a view."""
+    return (y.permute(0, 2, 3, 1) if is_channels_last(y) else y).reshape(-1)
+
+
 def _pack(y: Tensor) -> Tensor:
     """One bit an element, in the order of memory: whether ReLU passes the gradient."""
-    flat = (y.permute(0, 2, 3, 1) if is_channels_last(y) else y).reshape(-1)
-    bits = F.pad(~(flat <= 0), (0, -y.numel() % 8)).view(-1, 8)
+    bits = F.pad(~(_flat(y) <= 0), (0, -y.numel() % 8)).view(-1, 8)
     return (bits << torch.arange(8, device=y.device)).sum(1).to(torch.uint8)
 
 
@@ -101,11 +105,28 @@ def _onednn_runs(x: Tensor) -> bool:
     return x.dtype == torch.float32 or (x.dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
+def _cannot_be_nan(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """oneDNN's ReLU makes 0 of NaN, so it may run only where all is finite and no sum can overflow.
+
+    That is one read of the input, next to nothing beside a convolution. A NaN makes every comparison false.
+    """
+
+    def magnitude(t: Tensor | None) -> float:
+        if t is None or not t.numel():
+            return 0.0
+        low, high = torch.aminmax(_flat(t))
+        return max(-low.item(), high.item()) if high == high else float("nan")
+
+    terms = weight[0].numel()
+    return magnitude(x) * magnitude(weight) * terms + magnitude(bias) < 1e38
+
+
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     stride, padding, dilation, groups, with_mask = args
     format = output_format(x)
     x = dense(x, format)
-    if _onednn_runs(x):
+    bias = None if bias is None else bias.contiguous()
+    if _onednn_runs(x) and _cannot_be_nan(x, weight, bias):
         y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
     else:
         y = torch.relu_(F.conv2d(x, weight, bias, stride, padding, dilation, groups))

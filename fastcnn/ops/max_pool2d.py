@@ -55,7 +55,7 @@ def max_pool2d(
             f"but got size {list(input.shape)}"
         )
     pool.output_size(input.shape[-2], input.shape[-1])
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    batched = input if input.dim() == 4 else input.contiguous().unsqueeze(0)
     y, argmax = pooled(batched, *pool.op_args(), return_indices or needs_grad(input))
     y = y if input.dim() == 4 else y.squeeze(0)
     if not return_indices:
@@ -136,8 +136,8 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
     (argmax,) = ctx.saved_tensors
     pool = PoolParams(*ctx.pool)
-    flat = reference.flat_indices(argmax, ddx.shape[-1], pool).flatten(-2)
-    return ddx.flatten(-2).gather(-1, flat).unflatten(-1, argmax.shape[-2:]), *(None,) * 8
+    flat = reference.flat_indices(argmax, ddx.shape[-1], pool).reshape(*argmax.shape[:2], -1)
+    return ddx.reshape(*ddx.shape[:2], -1).gather(-1, flat).view(argmax.shape), *(None,) * 8
 
 
 def _vmap(info: Any, in_dims: Any, x: Tensor, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:

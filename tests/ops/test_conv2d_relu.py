@@ -313,34 +313,35 @@ def test_same_bits_in_every_run(each_backend, format, frozen):
 # -- composes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
-@pytest.mark.parametrize("with_mask", [False, True], ids=["output", "mask"])
-@pytest.mark.parametrize("format", FORMATS, ids=ident)
+@pytest.mark.parametrize(
+    ("format", "with_mask", "with_bias"),
+    [(FORMATS[0], False, True), (FORMATS[1], False, False), (FORMATS[0], True, False), (FORMATS[1], True, True)],
+    ids=["output-bias", "output-channels_last", "mask", "mask-channels_last-bias"],
+)
 def test_opcheck(each_backend, format, with_mask, with_bias):
     x, w, b = randn(2, 4, 5, 6, format=format), randn(6, 2, 3, 3, seed=1), randn(6, seed=2) if with_bias else None
     conv = [1, 2], [1, 0], [1, 1], 2
     y, mask = OP(x, w, b, *conv, with_mask)
+    w, b = (w, b) if with_mask else (leaf(w), leaf(b))
     torch.library.opcheck(OP, (leaf(x), w, b, *conv, with_mask))
-    torch.library.opcheck(OP, (leaf(x), leaf(w), leaf(b), *conv, with_mask))
+    y, w = y.detach(), w.detach()
     dy, channels_last = randn(*y.shape, seed=3), format == torch.channels_last
     saved, needs = ((mask, None), [True, False, False]) if with_mask else ((y, x), [True, True, with_bias])
     tail = list(x.shape), channels_last, *conv, needs
-    torch.library.opcheck(BACKWARD, (dy, *saved, w, *tail))
     torch.library.opcheck(BACKWARD, (leaf(dy), saved[0], leaf(saved[1]), leaf(w), *tail))
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=ident)
 def test_opcheck_of_narrow_dtypes(each_backend, dtype):
     x, w, b = randn(1, 2, 4, 5, dtype=dtype), randn(3, 2, 3, 3, dtype=dtype, seed=1), randn(3, dtype=dtype, seed=2)
-    for with_mask in (False, True):
-        torch.library.opcheck(OP, (leaf(x), w, b, *PLAIN, with_mask), rtol=3e-2, atol=3e-2)
+    torch.library.opcheck(OP, (leaf(x), w, b, *PLAIN, True), rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (0, 1), (0, 1, 2)], ids=["frozen", "no_bias_gradient", "all"])
 def test_gradcheck_and_gradgradcheck(each_backend, wanted):
     tensors = [
-        randn(1, 4, 4, 4, dtype=torch.float64),
-        randn(4, 2, 3, 3, dtype=torch.float64, seed=1),
+        randn(1, 4, 3, 3, dtype=torch.float64),
+        randn(4, 2, 2, 3, dtype=torch.float64, seed=1),
         randn(4, dtype=torch.float64, seed=2),
     ]
 
@@ -354,8 +355,7 @@ def test_gradcheck_and_gradgradcheck(each_backend, wanted):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-@pytest.mark.parametrize("padding", [1, "same"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dynamic", "padding"), [(False, 1), (True, "same")])
 def test_compile_without_graph_break(each_backend, dynamic, padding, frozen):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -688,7 +688,7 @@ def test_dtypes_that_only_the_convolution_of_torch_has_raise(each_backend, dtype
 
 
 def test_another_device_raises(each_backend):
-    with pytest.raises(RuntimeError, match="on cpu.*on meta"):
+    with pytest.raises(RuntimeError, match=r"on cpu.*on meta"):
         FF.conv2d_relu(X, W.to("meta"))
     with pytest.raises(RuntimeError, match="input on cpu and bias on meta"):
         FF.conv2d_relu(X, W, torch.zeros(6, device="meta"))

@@ -1,0 +1,115 @@
+"""Check a network, then take the times: every provider of a case in turn, one call each a round."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from .cases import DTYPES, Case
+from .inputs import images
+from .measure import Budget, add_median, held_bytes, reason, time_rounds
+from .network_providers import Entry, NetworkProvider, prepare
+from .network_verify import check_network, expected_of_network
+from .networks import count_flop, make_network
+from .peers import NotInstalled
+from .rows import Row, add_ratios
+
+MATMUL = 2048  # height and width of the matrices whose product stands for the machine's rate
+
+
+def measure_network(case: Case, providers: Iterable[NetworkProvider], budget: Budget) -> list[Row]:
+    """A row for each provider that takes part in the case: checked, and if right then timed, on photographs.
+
+    A torch provider that fails in 16 bits also runs in fp32, in the row named "... (fp32)".
+    """
+    torch.compiler.reset()  # a new shape is a new compilation, and there is a limit to those of one function
+    rows: list[Row] = []
+    entries: dict[str, Entry] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain, fused = make_network(case, plain=True), make_network(case, plain=False)
+        fused.load_state_dict(plain.state_dict())
+        x = images(case.shape[0], case.shape[2])
+        labels = torch.randint(1000, case.shape[:1])
+        flop = count_flop(case, plain)
+        expected = expected_of_network(case, plain, x, labels)
+
+        def take_part(provider: NetworkProvider, name: str, case: Case, row_case: Case) -> None:
+            row = Row(**asdict(row_case), provider=name, flop=flop)
+            rows.append(row)
+            try:
+                entry = prepare(provider, case, deepcopy(fused if provider.fused else plain), x, labels)
+                row.error, row.tolerance = check_network(case, entry.check(), expected)
+                entry.call()  # the warm-up
+                if entry.forward is not None:
+                    row.saved_bytes = held_bytes(entry.forward, entry.network.parameters())
+                row.peak_bytes = peak_bytes(entry.call)
+            except NotInstalled as error:
+                row.failure = str(error)
+            except Exception as error:
+                row.failure = reason(error)
+            else:
+                entries[name] = entry
+
+        for provider in providers:
+            if not provider.takes_part(case):
+                continue
+            take_part(provider, provider.name, case, case)
+            failed = provider.name.startswith("torch.") and rows[-1].failure is not None
+            if failed and case.dtype != "fp32":
+                take_part(provider, f"{provider.name} (fp32)", replace(case, dtype="fp32"), case)
+        if entries:
+            _add_times(case, rows, entries, budget)
+    return rows
+
+
+def _add_times(case: Case, rows: list[Row], entries: dict[str, Entry], budget: Budget) -> None:
+    a, b = torch.randn(2, MATMUL, MATMUL).to(DTYPES[case.dtype])
+    product = torch.mm(a, b)
+    for entry in entries.values():
+        if entry.laps is not None:
+            entry.laps.clear()
+    calls = {name: entry.call for name, entry in entries.items()}
+    times = time_rounds({**calls, "matmul": lambda: (torch.mm(a, b, out=product),)}, budget)
+    rate = 2 * MATMUL**3 / statistics.median(times["matmul"]) / 1e9
+    for row in rows:
+        row.matmul_gflop_per_s = rate
+        if row.provider not in entries:
+            continue
+        median_ms = add_median(row, times[row.provider])
+        assert row.flop is not None
+        row.images_per_s, row.gflop_per_s = 1e3 * case.shape[0] / median_ms, row.flop / median_ms / 1e6
+        laps = entries[row.provider].laps
+        if laps is not None:
+            row.forward_ms, row.backward_ms, row.update_ms = (
+                1e3 * statistics.median(part) for part in (laps.forward, laps.backward, laps.update)
+            )
+    add_ratios(rows)
+
+
+def peak_bytes(run: Callable[[], object]) -> int | None:
+    """By how much the process's memory grows at most during a call, beyond what it holds before; None if unknown.
+
+    What a runtime keeps for itself from call to call is therefore not in it. Only Linux tells.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and not given back would hide growth
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+        run()
+        return max(_status("VmHWM") - before, 0)
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no {field}")
