@@ -22,8 +22,9 @@ $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f)
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest -q
 
-bench: setup  ## check the kernels on photographs, time them beside PyTorch, write results/
+bench: setup  ## check kernels and AlexNet on photographs, time them beside PyTorch, write results/
 	$(BIN)/fastcnn bench kernels --input photographs --quick --out $(OUT)
+	$(BIN)/fastcnn bench models --quick --out $(OUT)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

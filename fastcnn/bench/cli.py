@@ -26,7 +26,7 @@ from .rows import Row
 
 bench = typer.Typer(no_args_is_help=True)
 
-_NARROWEST = 120  # columns that the tables need; where there is no terminal rich would take 80
+_NARROWEST = 132  # columns that the tables need; where there is no terminal rich would take 80
 
 
 @bench.callback()
@@ -113,8 +113,9 @@ def networks(
 ) -> None:
     """Measure whole networks on photographs: AlexNet's inference and training, VGG-16's features with frozen weights.
 
-    "fastcnn" runs in channels_last. torch.compile infers with frozen weights. onnxruntime and OpenVINO only infer, and
-    are optional: `pip install fastcnn[peers]`. Training has dropout; for its check it is off. The saved MB are what
+    "fastcnn" and torch.compile run in channels_last; torch.compile infers with frozen weights.
+    onnxruntime and OpenVINO only infer, and are optional: `pip install fastcnn[peers]`.
+    Training has dropout; for its check it is off. The saved MB are what
     autograd keeps for backward without the parameters, the peak is the growth of the process during a call.
     """
     cases = select_networks(
