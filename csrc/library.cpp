@@ -70,7 +70,7 @@ void run_lrn(const LRNTask& task, bool backward) {
 void lrn(Tensor x, Tensor out, bool channels_last, int64_t size, double alpha, double beta, double k, int64_t groups) {
   LRNTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});
   expect("out", out, task.dtype, x.numel());
-  task.out = prepare_output(out);
+  task.out = out.mutable_data_ptr();
   run_lrn(task, false);
 }
 
@@ -80,7 +80,7 @@ void lrn_backward(Tensor dy, Tensor x, Tensor dx, bool channels_last, int64_t si
   expect("grad", dy, task.dtype, x.numel());
   expect("out", dx, task.dtype, x.numel());
   task.dy = dy.const_data_ptr();
-  task.out = prepare_output(dx);
+  task.out = dx.mutable_data_ptr();
   run_lrn(task, true);
 }
 
@@ -125,8 +125,8 @@ void run_tail(TailTask& task, const Tensor& out, const std::optional<Tensor>& ar
   expect("out", out, task.dtype, out_elements(task));
   if (argmax) expect_bytes("argmax", *argmax, out_elements(task), task.pool.wide_argmax() ? 4 : 1);
   if (elements == 0) return;
-  task.out = prepare_output(out);
-  task.argmax = argmax ? prepare_output(*argmax) : nullptr;
+  task.out = out.mutable_data_ptr();
+  task.argmax = argmax ? argmax->mutable_data_ptr() : nullptr;
   parallel(kernels().relu_lrn_max_pool2d, task, rows, grain(elements / rows),
            kernels().relu_lrn_max_pool2d_scratch_bytes(task));
 }
@@ -140,7 +140,7 @@ void run_tail_backward(TailTask& task, const Tensor& dy, const std::optional<Ten
   if (elements == 0) return;
   task.dy = dy.const_data_ptr();
   task.argmax = argmax ? const_cast<void*>(argmax->const_data_ptr()) : nullptr;
-  task.out = prepare_output(dx);
+  task.out = dx.mutable_data_ptr();
   parallel(kernels().relu_lrn_max_pool2d_backward, task, units, grain(elements / units),
            kernels().relu_lrn_max_pool2d_scratch_bytes(task));
 }
@@ -215,7 +215,7 @@ void relu_mask_backward(Tensor dy, Tensor mask, Tensor dx) {
   expect_bytes("mask", mask, (dy.numel() + 7) / 8, 1);
   expect("out", dx, dtype_of(dy), dy.numel());
   uint8_t* bits = static_cast<uint8_t*>(const_cast<void*>(mask.const_data_ptr()));
-  run_mask(kernels().relu_mask_backward, {dtype_of(dy), dy.numel(), dy.const_data_ptr(), bits, prepare_output(dx)});
+  run_mask(kernels().relu_mask_backward, {dtype_of(dy), dy.numel(), dy.const_data_ptr(), bits, dx.mutable_data_ptr()});
 }
 
 #define FASTCNN_LRN "int size, float alpha, float beta, float k, int groups"

@@ -47,7 +47,12 @@ struct TensorSource {
   FASTCNN_INLINE auto operator()(int64_t r) const {
     return [from = x + tile.in_memory(r, channel_stride), n = tile.run(), ahead = ahead](
                int64_t i) FASTCNN_INLINE_LAMBDA {
-      __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from + i) + ahead * sizeof(T)));
+      // A vector of 16-bit elements is half a line: every other one asks.
+      if (sizeof(T) == sizeof(A) || (i & kLanes<A>) == 0) {
+        if (sizeof(T) == sizeof(A) || i % (2 * kLanes<A>) == 0) {  // 16-bit vectors are half a line
+        __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from + i) + ahead * sizeof(T)));
+      }
+      }
       return n < kLanes<A> ? load_first(from, n) : load(from + i);
     };
   }

@@ -65,7 +65,14 @@ FASTCNN_INLINE Vec<float> load(const float* p) { return load_as<Vec<float>>(p); 
 FASTCNN_INLINE Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
 
 FASTCNN_INLINE Vec<float> load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  // Each element to the upper half of its lane, in one shuffle: widening and shifting takes two instructions.
+  const __m512i upper = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,  //
+                                         7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, upper, _mm512_castsi256_si512(load_as<__m256i>(p)));
+#else
   return (Vec<float>)(__builtin_convertvector(load_as<UInt16>(p), UInt32) << 16);
+#endif
 }
 
 FASTCNN_INLINE Vec<float> load(const Half* p) {
