@@ -50,7 +50,7 @@ def network_providers() -> dict[str, NetworkProvider]:
         NetworkProvider("fastcnn NCHW", fused=True),
         NetworkProvider("torch.eager"),
         NetworkProvider("torch.eager channels_last", channels_last=True),
-        # from NCHW weights inductor's own choice of layouts gives AlexNet's convolutions zero gradients (torch 2.13)
+        # from NCHW weights it fails the check: with torch 2.13 AlexNet's convolutions get zero gradients at batch 32
         NetworkProvider("torch.compile", channels_last=True, compile=True),
         NetworkProvider("onnxruntime", export=peers.onnxruntime),
         NetworkProvider("openvino", export=peers.openvino),
