@@ -27,7 +27,7 @@ void run(const LRNTask& task, int64_t begin, int64_t end, void* block) {
   const int64_t pixels = tile_pixels(task), per_image = tiles_per_image(task), stride = shape.channel_stride();
   const int64_t ahead = shape.channels_last ? 2048 : (1024 / pixels + 1) * stride;
   Scratch scratch(block);
-  const TileLRN<A> lrn(task.lrn, tile_of(task, pixels), scratch);
+  const TileLRN<A> lrn(task.lrn, tile_of(task, pixels), scratch, !backward && sizeof(T) == 2);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t start = unit % per_image * pixels;
     const int64_t at = unit / per_image * shape.image_stride() + start * shape.pixel_stride();

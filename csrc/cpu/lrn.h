@@ -13,13 +13,16 @@
 namespace fastcnn::FASTCNN_CAPABILITY {
 
 // s^-beta, and s^-(beta+1) from it. The usual exponents need no pow.
-enum class Power { half, three_quarters, one, any };
+enum class Power { half, three_quarters, coarse_three_quarters, one, any };
 
 template <Power power, typename A>
 FASTCNN_INLINE Vec<A> inverse_power(Vec<A> s, A beta, Vec<A>* over_s = nullptr) {
   Vec<A> t;
   if constexpr (power == Power::any) {
     for (int i = 0; i < kLanes<A>; ++i) t[i] = std::pow(s[i], -beta);
+    if (over_s) *over_s = t / s;
+  } else if constexpr (power == Power::coarse_three_quarters && std::is_same_v<A, float>) {
+    t = coarse_inverse_power(s);
     if (over_s) *over_s = t / s;
   } else if constexpr (power == Power::one) {
     t = 1 / s;
@@ -50,11 +53,13 @@ FASTCNN_INLINE Vec<A> sum_of_five(Vec<A> before, Vec<A> at, Vec<A> after) {
 template <typename A>
 class TileLRN {
  public:
-  // `tile` has pad() zeros between its runs. The scratch is the same for every tile of at most as many pixels.
-  TileLRN(const LRN& lrn, const Tile& tile, Scratch& scratch)
+  // The scratch is the same for every tile of at most as many pixels. `coarse` is for results that are rounded to 16 bits
+  // at once: s^-3/4 then has 13 bits, two more than they can hold.
+  TileLRN(const LRN& lrn, const Tile& tile, Scratch& scratch, bool coarse = false)
       : before_(lrn.before(tile.group())),
         after_(lrn.after(tile.group())),
         beta_value_(lrn.beta),
+        coarse_(coarse),
         scale_(static_cast<A>(lrn.alpha / lrn.size)),
         beta_(static_cast<A>(lrn.beta)),
         k_(static_cast<A>(lrn.k)),
@@ -93,6 +98,7 @@ class TileLRN {
   template <typename F>
   void with_power(F f) const {
     if (beta_value_ == 0.5) return f.template operator()<Power::half>();
+    if (beta_value_ == 0.75 && coarse_) return f.template operator()<Power::coarse_three_quarters>();
     if (beta_value_ == 0.75) return f.template operator()<Power::three_quarters>();
     if (beta_value_ == 1) return f.template operator()<Power::one>();
     return f.template operator()<Power::any>();
@@ -314,6 +320,7 @@ class TileLRN {
 
   int64_t before_, after_;
   double beta_value_;
+  bool coarse_;
   A scale_, beta_, k_, slope_;  // s = k + scale * sum(x^2); slope is the factor of the sum in backward
   A* buffers_[3];
 };
