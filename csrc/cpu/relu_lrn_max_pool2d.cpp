@@ -36,7 +36,7 @@ struct Stage {
         tile{t.shape.channels_last, t.shape.C, t.lrn.groups, t.shape.W},
         out(out_shape(t)),
         bias(scratch.take<A>(tile.channels + kVectorBytes)),
-        lrn(t.lrn, tile, scratch, sizeof(T) == 2 && !t.dy && !t.argmax) {}  // an argmax is chosen of unrounded values
+        lrn(t.lrn, tile, scratch, sizeof(T) == 2 && !t.dy) {}
 
   A* take_tile(Scratch& scratch) const { return scratch.take<A>(tile.lanes() + pool_slack(task.pool.w)); }
 
