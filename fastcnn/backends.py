@@ -7,13 +7,16 @@ inside each op, on real tensors.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Collection
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 NAMES = ("reference", "cpu", "triton", "cuda")
@@ -30,14 +33,59 @@ except ImportError as error:
     )
 
 
+# Where a tensor is -> the backends that are made for it, the fastest first.
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+# Triton reads it when the kernels are imported; one of its own words for yes.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+_HOW_TO_INTERPRET = (
+    "with TRITON_INTERPRET=1 in the environment, CPU tensors run its kernels in Triton's interpreter (slowly)"
+)
+
+
+def why_not(name: str, device: torch.device) -> str:
+    """Why the backend cannot run on tensors of this device, or an empty string if it can."""
+    if name == "reference":
+        return ""
+    if name == "cpu":
+        return _why_no_cpu if device.type == "cpu" else "it is for CPU tensors"
+    if name == "triton":
+        return _why_no_triton(device.type, device.index)
+    return _WHY_NO_CUDA
+
+
+_WHY_NO_CUDA = "this version of fastcnn has no CUDA kernels yet"
+
+
+@functools.cache
+def _why_no_triton(device: str, index: int | None) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` on Linux x86-64 installs it"
+    if INTERPRETING:
+        return "" if device == "cpu" else "TRITON_INTERPRET is set, and the interpreter runs on CPU tensors"
+    if device != "cuda" or torch.version.cuda is None:
+        return f"it is for tensors on an NVIDIA GPU; {_HOW_TO_INTERPRET}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and 8.0 is needed"
+    return ""
+
+
+def _devices(type: str) -> list[torch.device]:
+    if type == "cuda":
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [torch.device(type)]
+
+
 def status() -> dict[str, str]:
     """Each backend's name -> why it cannot run here, or an empty string if it can."""
-    return {
-        "reference": "",
-        "cpu": _why_no_cpu,
-        "triton": "this version of fastcnn has no Triton kernels yet",
-        "cuda": "this version of fastcnn has no CUDA kernels yet",
-    }
+    return {name: _why_nowhere(name) for name in NAMES}
+
+
+def _why_nowhere(name: str) -> str:
+    reasons = [why_not(name, device) for type in ("cuda", "cpu") for device in _devices(type)]
+    return "" if "" in reasons else reasons[0]
 
 
 def available() -> tuple[str, ...]:
@@ -46,11 +94,11 @@ def available() -> tuple[str, ...]:
 
 
 def _check(name: str) -> str:
-    why_not = status().get(name)
-    if why_not is None:
+    if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; allowed are {', '.join(NAMES)}")
-    if why_not:
-        raise RuntimeError(f"backend {name!r} cannot run here: {why_not}. Available are {', '.join(available())}")
+    why = _why_nowhere(name)
+    if why:
+        raise RuntimeError(f"backend {name!r} cannot run here: {why}. Available are {', '.join(available())}")
     return name
 
 
@@ -88,26 +136,33 @@ class use:
         _forced = self._previous
 
 
-_warned = False
+_warned: set[str] = set()
 
 
 def choose(op: str, implementations: Collection[str], tensor: Tensor) -> str:
     """The backend that runs ``op``, one of ``implementations``, on a tensor like this one."""
-    device = tensor.device.type
+    device = tensor.device
     if _forced is not None:
-        runs = _forced in implementations and (_forced == "reference" or (_forced == "cpu") == (device == "cpu"))
-        if not runs:
-            works = [n for n in implementations if n == "reference" or (n == "cpu" and device == "cpu" and _C)]
-            raise RuntimeError(
-                f"fastcnn::{op}: the forced backend {_forced!r} cannot run on {device} tensors; "
-                f"{' or '.join(works)} can"
-            )
-        return _forced
-    if device == "cpu" and "cpu" in implementations:
-        if _C is not None:
-            return "cpu"
-        global _warned
-        if not _warned:
-            _warned = True
-            warnings.warn(f"fastcnn runs in plain PyTorch: {_why_no_cpu}", stacklevel=2)
+        if _forced not in implementations:
+            why = "it has no such operator"
+        else:
+            why = why_not(_forced, device)
+            if not why:
+                return _forced
+        works = [name for name in implementations if not why_not(name, device)]
+        raise RuntimeError(
+            f"fastcnn::{op}: the forced backend {_forced!r} cannot run on {device.type} tensors; "
+            f"{' or '.join(works)} can ({why})"
+        )
+    reasons = []
+    for name in _PREFERRED.get(device.type, ()):
+        if name in implementations:
+            why = why_not(name, device)
+            if not why:
+                return name
+            reasons.append(why)
+    if reasons and device.type not in _warned:
+        _warned.add(device.type)
+        where = "" if device.type == "cpu" else f" on {device.type} tensors"
+        warnings.warn(f"fastcnn runs in plain PyTorch{where}: {'; '.join(reasons)}", stacklevel=2)
     return "reference"

@@ -117,7 +117,7 @@ def test_bad_backend_in_the_environment_raises_on_import(name, error):
 def test_without_the_cpp_library_it_says_so_once_and_runs_in_plain_pytorch(monkeypatch):
     monkeypatch.setattr(backends, "_C", None)
     monkeypatch.setattr(backends, "_why_no_cpu", "there is no compiler")
-    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "_warned", set())
     x = randn(1, 3, 4, 4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,0 +1,47 @@
+"""What the launchers of Triton kernels share. Triton is imported by the first of them: fastcnn works without it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def kernels(op: str) -> Any:
+    """The module ``fastcnn.kernels.<op>``."""
+    return importlib.import_module(f"fastcnn.kernels.{op}")
+
+
+def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: Any) -> None:
+    """Run ``programs`` of ``kernel``, on the device of its first argument and that device's current stream."""
+    if programs == 0:
+        return
+    with _on_device_of(args[0]):
+        # The default of enable_fp_fusion differs between versions of Triton; a fused multiply-add only rounds less.
+        kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+
+
+def _on_device_of(x: Tensor) -> torch.cuda.device:
+    return torch.cuda.device(x.device.index if x.is_cuda else -1)  # -1: stay where we are
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Number of multiprocessors; those of an H100 in the interpreter, so that it runs what a GPU would."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def acc_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of the dtype in which tensors of ``dtype`` are computed."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
