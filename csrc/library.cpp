@@ -38,12 +38,32 @@ void expect_bytes(const char* name, const Tensor& t, int64_t elements, int64_t s
                   " elements of ", size, " bytes, but has ", t.numel(), " of ", t.element_size());
 }
 
-// Share `units` of a kernel out among torch's threads; a thread gets at least `grain` of them.
+// An output, whose units are written image by image: `units` of them to an image.
+struct Output {
+  explicit Output(const Tensor& t, int64_t units = 1)
+      : data(static_cast<char*>(t.mutable_data_ptr())), bytes(t.numel() * t.element_size()), units_per_image(units) {}
+  char* data;
+  int64_t bytes, units_per_image;
+};
+
+// Share `units` of a kernel out among torch's threads; a thread gets at least `grain` of them. It does them in pieces of
+// whole images whose output stays in cache between being mapped and being written.
 template <typename Task>
 void parallel(void (*kernel)(const Task&, int64_t, int64_t, void*), const Task& task, int64_t units, int64_t grain,
-              int64_t scratch_bytes) {
+              int64_t scratch_bytes, const Output& out) {
+  constexpr int64_t kPiece = 1 << 20;
+  const int64_t images = units / out.units_per_image, pieces = std::max<int64_t>(1, out.bytes / kPiece);
+  const int64_t step = std::max<int64_t>(1, images / pieces) * out.units_per_image;
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    if (begin < end) kernel(task, begin, end, ScratchBlock(scratch_bytes).get());
+    if (begin >= end) return;
+    const ScratchBlock scratch(scratch_bytes);
+    if (pieces == 1) return kernel(task, begin, end, scratch.get());
+    const double unit_bytes = static_cast<double>(out.bytes) / units;
+    for (int64_t next; begin < end; begin = next) {
+      next = std::min((begin / step + 1) * step, end);
+      map_for_writing(out.data + static_cast<int64_t>(begin * unit_bytes), out.data + static_cast<int64_t>(next * unit_bytes));
+      kernel(task, begin, next, scratch.get());
+    }
   });
 }
 
@@ -59,29 +79,27 @@ LRNTask lrn_task(const Tensor& x, bool channels_last, const LRN& lrn) {
   return {dtype_of(x), shape, lrn, x.const_data_ptr(), nullptr, nullptr};
 }
 
-void run_lrn(const LRNTask& task, bool backward) {
+void run_lrn(LRNTask& task, const Tensor& out, bool backward) {
+  expect("out", out, task.dtype, task.shape.N * task.shape.image_stride());
   if (task.shape.N * task.shape.image_stride() == 0) return;
+  task.out = out.mutable_data_ptr();
   const auto& k = kernels();
   const int64_t units = k.lrn_units(task);
   parallel(backward ? k.lrn_backward : k.lrn, task, units, grain(task.shape.N * task.shape.image_stride() / units),
-           k.lrn_scratch_bytes(task));
+           k.lrn_scratch_bytes(task), Output(out, task.shape.channels_last ? 1 : units / task.shape.N));
 }
 
 void lrn(Tensor x, Tensor out, bool channels_last, int64_t size, double alpha, double beta, double k, int64_t groups) {
   LRNTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});
-  expect("out", out, task.dtype, x.numel());
-  task.out = out.mutable_data_ptr();
-  run_lrn(task, false);
+  run_lrn(task, out, false);
 }
 
 void lrn_backward(Tensor dy, Tensor x, Tensor dx, bool channels_last, int64_t size, double alpha, double beta, double k,
                   int64_t groups) {
   LRNTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});
   expect("grad", dy, task.dtype, x.numel());
-  expect("out", dx, task.dtype, x.numel());
   task.dy = dy.const_data_ptr();
-  task.out = dx.mutable_data_ptr();
-  run_lrn(task, true);
+  run_lrn(task, dx, true);
 }
 
 using Ints = std::vector<int64_t>;
@@ -128,7 +146,7 @@ void run_tail(TailTask& task, const Tensor& out, const std::optional<Tensor>& ar
   task.out = out.mutable_data_ptr();
   task.argmax = argmax ? argmax->mutable_data_ptr() : nullptr;
   parallel(kernels().relu_lrn_max_pool2d, task, rows, grain(elements / rows),
-           kernels().relu_lrn_max_pool2d_scratch_bytes(task));
+           kernels().relu_lrn_max_pool2d_scratch_bytes(task), Output(out, rows / task.shape.N));
 }
 
 void run_tail_backward(TailTask& task, const Tensor& dy, const std::optional<Tensor>& argmax, const Tensor& dx) {
@@ -142,7 +160,7 @@ void run_tail_backward(TailTask& task, const Tensor& dy, const std::optional<Ten
   task.argmax = argmax ? const_cast<void*>(argmax->const_data_ptr()) : nullptr;
   task.out = dx.mutable_data_ptr();
   parallel(kernels().relu_lrn_max_pool2d_backward, task, units, grain(elements / units),
-           kernels().relu_lrn_max_pool2d_scratch_bytes(task));
+           kernels().relu_lrn_max_pool2d_scratch_bytes(task), Output(dx, task.blocks()));
 }
 
 void max_pool2d(Tensor x, Tensor out, std::optional<Tensor> argmax, bool channels_last, Ints kernel, Ints stride,
@@ -200,22 +218,22 @@ void relu_lrn_max_pool2d_backward(Tensor dy, Tensor x, std::optional<Tensor> bia
   else if (dbias) sum_partials<float>(partials.get(), units, C, *dbias);
 }
 
-void run_mask(void (*kernel)(const MaskTask&, int64_t, int64_t, void*), const MaskTask& task) {
+void run_mask(void (*kernel)(const MaskTask&, int64_t, int64_t, void*), const MaskTask& task, const Tensor& out) {
   const int64_t units = (task.count + MaskTask::kElements - 1) / MaskTask::kElements;
-  if (units) parallel(kernel, task, units, grain(MaskTask::kElements), 0);
+  if (units) parallel(kernel, task, units, grain(MaskTask::kElements), 0, Output(out));
 }
 
 void relu_mask(Tensor y, Tensor mask) {
   expect_bytes("mask", mask, (y.numel() + 7) / 8, 1);
   uint8_t* bits = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  run_mask(kernels().relu_mask, {dtype_of(y), y.numel(), y.const_data_ptr(), bits, nullptr});
+  run_mask(kernels().relu_mask, {dtype_of(y), y.numel(), y.const_data_ptr(), bits, nullptr}, mask);
 }
 
 void relu_mask_backward(Tensor dy, Tensor mask, Tensor dx) {
   expect_bytes("mask", mask, (dy.numel() + 7) / 8, 1);
   expect("out", dx, dtype_of(dy), dy.numel());
   uint8_t* bits = static_cast<uint8_t*>(const_cast<void*>(mask.const_data_ptr()));
-  run_mask(kernels().relu_mask_backward, {dtype_of(dy), dy.numel(), dy.const_data_ptr(), bits, dx.mutable_data_ptr()});
+  run_mask(kernels().relu_mask_backward, {dtype_of(dy), dy.numel(), dy.const_data_ptr(), bits, dx.mutable_data_ptr()}, dx);
 }
 
 #define FASTCNN_LRN "int size, float alpha, float beta, float k, int groups"

@@ -87,10 +87,11 @@ inline Vec<A> load_strided(const A* p, int64_t any) {
 
 template <int stride, typename A>
 void pool_columns_nchw(const PoolAxis& w, const Tile& tile, const A* x, const PooledLayout& layout,
-                       const PooledRow<A>& out, const PaddedRow<A>& padded) {
+                       const PooledRow<A>& out, const PaddedRow<A>& padded, int64_t ahead) {
   const bool clipped = w.padding > 0 || w.element(w.out - 1, w.reach() - 1) >= w.size;
   for (int64_t c = 0; c < tile.channels; ++c) {
     const A* row = x + tile.in_scratch(c);
+    if (ahead) for (int64_t i = 0; i < w.size; i += kVectorBytes / sizeof(A)) __builtin_prefetch(row + ahead + i);
     if (clipped) {
       std::memcpy(padded.row + w.padding, row, w.size * sizeof(A));
       row = padded.row + w.padding;
@@ -115,11 +116,11 @@ inline int64_t pool_slack(const PoolAxis& w) {
 // The maxima along W of the tile's row.
 template <typename A>
 void pool_columns(const PoolAxis& w, const Tile& tile, const A* x, const PooledLayout& layout, const PooledRow<A>& out,
-                  const PaddedRow<A>& padded) {
+                  const PaddedRow<A>& padded, int64_t ahead) {
   if (tile.channels_last) return pool_columns_channels_last(w, tile, x, layout, out);
-  if (w.stride == 1) return pool_columns_nchw<1>(w, tile, x, layout, out, padded);
-  if (w.stride == 2) return pool_columns_nchw<2>(w, tile, x, layout, out, padded);
-  pool_columns_nchw<0>(w, tile, x, layout, out, padded);
+  if (w.stride == 1) return pool_columns_nchw<1>(w, tile, x, layout, out, padded, ahead);
+  if (w.stride == 2) return pool_columns_nchw<2>(w, tile, x, layout, out, padded, ahead);
+  pool_columns_nchw<0>(w, tile, x, layout, out, padded, ahead);
 }
 
 // A window on dy whose gradient an input element gets where the window's maximum is at `place`.

@@ -83,13 +83,30 @@ struct Forward : Stage<T> {
     else copy<A>(tile, this->x(n, row), sink);
   }
 
+  // Whether a row of NCHW can be pooled where it lies: nothing comes before the pool, and the vectors that reach beyond the
+  // row's end stay inside the tensor.
+  bool untouched(int64_t n, int64_t row) const {
+    const Shape& s = task.shape;
+    const int64_t end = row_offset(s, n, row) + (s.C - 1) * s.channel_stride() + s.W;
+    return !s.channels_last && !task.lrn && !task.relu && !task.bias &&
+           end + pool_slack(w) + kVectorBytes <= s.N * s.image_stride();
+  }
+
   void pool_along_width(int64_t n, int64_t row) const {
-    const int64_t slot = row % slots, owner = n * h.size + row;
+    const int64_t slot = row % slots, owner = n * h.size + row, at = slot * layout.lanes();
     if (owners[slot] == owner) return;
     owners[slot] = owner;
+    const PooledRow<A> pooled{ring.values + at, ring.places + at};
+    if constexpr (std::is_same_v<T, A>) {
+      if (untouched(n, row)) {
+        Tile in_place = tile;
+        in_place.pad = task.shape.channel_stride() - w.size;
+        const A* from = static_cast<const A*>(task.x) + row_offset(task.shape, n, row);
+        return pool_columns(w, in_place, from - in_place.pad, layout, pooled, padded, this->ahead);
+      }
+    }
     normalize(n, row, TileSink<A>{tile, y});
-    const int64_t at = slot * layout.lanes();
-    pool_columns(w, tile, y, layout, {ring.values + at, ring.places + at}, padded);
+    pool_columns(w, tile, y, layout, pooled, padded, 0);
   }
 
   template <typename Argmax>

@@ -49,9 +49,7 @@ struct TensorSource {
                int64_t i) FASTCNN_INLINE_LAMBDA {
       // A vector of 16-bit elements is half a line: every other one asks.
       if (sizeof(T) == sizeof(A) || (i & kLanes<A>) == 0) {
-        if (sizeof(T) == sizeof(A) || i % (2 * kLanes<A>) == 0) {  // 16-bit vectors are half a line
         __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from + i) + ahead * sizeof(T)));
-      }
       }
       return n < kLanes<A> ? load_first(from, n) : load(from + i);
     };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,3 +46,20 @@ def acc_dtype(dtype: torch.dtype) -> Any:
 def cdiv(a: int, b: int) -> int:
     """``a / b``, rounded up."""
     return -(-a // b)
+
+
+def index_dtype(items: int) -> Any:
+    """Triton's name of the dtype in which so many items, and a block beyond them, can be counted."""
+    import triton.language as tl
+
+    return tl.int32 if items < 2**31 - 2**16 else tl.int64
+
+
+def check_same(op: str, name: str, value: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> None:
+    """Raise if a tensor handed to an op directly would be read out of bounds: it must match another one."""
+    shape = list(like.shape if shape is None else shape)
+    if list(value.shape) != shape or value.dtype != like.dtype or value.device != like.device:
+        raise RuntimeError(
+            f"{op}(): expected {name} of size {shape}, {like.dtype} on {like.device}, "
+            f"but got size {list(value.shape)}, {value.dtype} on {value.device}"
+        )

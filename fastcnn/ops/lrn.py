@@ -11,6 +11,7 @@ from .. import reference
 from ..params import LRNParams, check_input, opmath
 from ._layout import dense, empty_output, is_channels_last, output, output_format
 from ._operator import define, double_backward, fold_batch, unfold_batch
+from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch
 
 
 def local_response_norm(
@@ -77,6 +78,105 @@ def _backward_cpu(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
     return dx
 
 
+# Of the Triton kernels: lanes in a program, and warps that they are spread over. The first is the default.
+FORWARD_CONFIGS = [(256, 4), (128, 4), (512, 8), (512, 4)]
+BACKWARD_CONFIGS = [(128, 4), (256, 8), (256, 4), (64, 2)]
+
+# The longest window that a Triton program keeps in registers.
+LONGEST_NEAR = 16
+
+
+def triton_window(channels: int, size: int, alpha: float, beta: float, k: float, groups: int) -> dict[str, Any]:
+    """The parameters of the normalization as the Triton kernels take them; ``channels`` of the input, not 0."""
+    channels //= groups
+    quarters = int(max(-32, min(32, 4 * beta)))
+    return {
+        "CHANNELS": channels,
+        "BEFORE": min(size // 2, channels - 1),
+        "AFTER": min((size - 1) // 2, channels - 1),
+        "SCALE": alpha / size,
+        "K": k,
+        "QUARTERS": quarters,
+        "REST": beta - quarters / 4,
+    }
+
+
+def is_near(window: dict[str, Any]) -> bool:
+    """Whether this window of :func:`triton_window` fits into registers."""
+    return window["BEFORE"] + 1 + window["AFTER"] <= LONGEST_NEAR
+
+
+def vector(channels: int, x: Tensor) -> int:
+    """How many of so many channels_last channels to load at once: a divisor, of at most 16 bytes."""
+    return min(channels & -channels, 16 // x.element_size())
+
+
+def _run(x: Tensor, window: dict[str, Any], most_planes: int, config: tuple[int, int], kernel: Any, *args: Any) -> None:
+    """Launch one of the near kernels; ``most_planes`` is the most channels that a lane owns where a plane is a load."""
+    channels, channels_last = window["CHANNELS"], is_channels_last(x)
+    v = vector(channels, x) if channels_last else cdiv(channels, cdiv(channels, most_planes))
+    block, num_warps = config
+    pixels = x.numel() // x.shape[1]
+    parts = x.shape[1] // channels * cdiv(channels, v)
+    launch(
+        kernel,
+        cdiv(pixels * parts, block) if channels_last else cdiv(pixels, block) * parts,
+        *args,
+        pixels,
+        pixels // x.shape[0],
+        C=x.shape[1],
+        CHANNELS_LAST=channels_last,
+        V=v,
+        BLOCK=block,
+        INDEX=index_dtype(pixels * parts if channels_last else pixels * parts // min(parts, block)),
+        ACC=acc_dtype(x.dtype),
+        num_warps=num_warps,
+        **window,
+    )
+
+
+def _run_far(x: Tensor, window: dict[str, Any], kernel: Any, *args: Any, **constants: Any) -> None:
+    stride = 1 if is_channels_last(x) else x[0, 0].numel()
+    before, after = window["BEFORE"], window["AFTER"]
+    constants |= {name: window[name] for name in ("CHANNELS", "SCALE", "K", "QUARTERS", "REST")}
+    launch(
+        kernel,
+        cdiv(x.numel(), 256),
+        *(*args, x.numel(), stride, before, after),
+        BLOCK=256,
+        ACC=acc_dtype(x.dtype),
+        num_warps=4,
+        **constants,
+    )
+
+
+def _triton(x: Tensor, *lrn: Any, config: tuple[int, int] = FORWARD_CONFIGS[0]) -> Tensor:
+    x, y = dense(x, output_format(x)), empty_output(x)
+    if x.numel() == 0:
+        return y
+    window = triton_window(x.shape[1], *lrn)
+    if is_near(window):
+        _run(x, window, 24, config, kernels("lrn").forward, x, y)
+    else:
+        _run_far(x, window, kernels("lrn").forward_far, x, x, y, GRADIENT=False)
+    return y
+
+
+def _backward_triton(dy: Tensor, x: Tensor, *lrn: Any, config: tuple[int, int] = BACKWARD_CONFIGS[0]) -> Tensor:
+    check_same("lrn_backward", "grad", dy, x)
+    dy, x, dx = dense(dy, output_format(x)), dense(x, output_format(x)), empty_output(x)
+    if x.numel() == 0:
+        return dx
+    window = triton_window(x.shape[1], *lrn)
+    if is_near(window):
+        _run(x, window, 16, config, kernels("lrn").backward, dy, x, dx)
+    else:
+        terms = torch.empty_like(x, dtype=opmath(x.dtype))
+        _run_far(x, window, kernels("lrn").forward_far, x, dy, terms, GRADIENT=True)
+        _run_far(x, window, kernels("lrn").backward_far, dy, x, terms, dx)
+    return dx
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *ctx.lrn = inputs
     ctx.save_for_backward(x)
@@ -117,7 +217,7 @@ def _backward_vmap(
 
 lrn_backward = define(
     "lrn_backward(Tensor grad, Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor",
-    implementations={"reference": _backward_reference, "cpu": _backward_cpu},
+    implementations={"reference": _backward_reference, "cpu": _backward_cpu, "triton": _backward_triton},
     fake=lambda dy, x, *lrn: empty_output(x),
     setup_context=_backward_setup_context,
     backward=_backward_backward,
@@ -125,7 +225,7 @@ lrn_backward = define(
 )
 lrn = define(
     "lrn(Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor",
-    implementations={"reference": _reference, "cpu": _cpu},
+    implementations={"reference": _reference, "cpu": _cpu, "triton": _triton},
     fake=lambda x, *lrn: empty_output(x),
     setup_context=_setup_context,
     backward=_backward,
