@@ -1,0 +1,332 @@
+"""Local response normalization: ``y = x * s**-beta`` with ``s = k + scale * sum(x**2)`` over the window of channels.
+
+``scale = alpha / size``. Backward: ``dx = dy * s**-beta - 2 * scale * beta * x * sum(t)`` with ``t = dy * x *
+s**(-beta-1)``, summed over the windows that hold the channel. Forward moves 2 elements an element, x and y; backward 3,
+x, dy and dx.
+
+A lane of a program owns one pixel and ``V`` channels, each channel a tensor of its own over the lanes (a *plane*), so
+that a window sum adds registers and nothing is shared between lanes. Each lane also loads the few planes on both sides
+that its windows reach; they are in the cache, because the neighbouring lane or program owns them.
+
+- channels_last: consecutive lanes own consecutive vectors of V channels, 16 bytes where the channels of a group are a
+  multiple of that. No lane idles, whatever C.
+- NCHW: consecutive lanes own consecutive pixels, so that every plane is one coalesced load.
+"""
+
+import triton
+import triton.language as tl
+
+from .rounding import rounded
+
+
+@triton.jit
+def split(x, V: tl.constexpr):
+    """The V columns of ``x``."""
+    if V == 1:
+        return (tl.reshape(x, (x.shape[0],)),)
+    else:
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], V // 2, 2)))
+        evens, odds = split(even, V // 2), split(odd, V // 2)
+        columns = ()
+        for i in tl.static_range(V // 2):
+            columns = columns + (evens[i], odds[i])
+        return columns
+
+
+@triton.jit
+def join(columns, V: tl.constexpr):
+    """The inverse of :func:`split`; V is a power of 2."""
+    if V == 1:
+        return tl.reshape(columns[0], (columns[0].shape[0], 1))
+    else:
+        both = tl.join(join(columns[0::2], V // 2), join(columns[1::2], V // 2))
+        return tl.reshape(both, (columns[0].shape[0], V))
+
+
+@triton.jit
+def load_planes(
+    x,
+    at,
+    first,
+    mask,
+    stride,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Channels ``first - BEFORE ... first + V - 1 + AFTER`` of each lane, as they are in memory; 0 outside the group.
+
+    ``at`` is where the lane's first own channel is, ``first`` its number among the ``CHANNELS`` of its group.
+    """
+    planes = ()
+    if CHANNELS_LAST:
+        BACK: tl.constexpr = (BEFORE + V - 1) // V
+        AHEAD: tl.constexpr = (AFTER + V - 1) // V
+        for i in tl.static_range(-BACK, AHEAD + 1):
+            inside = mask & (first + i * V >= 0) & (first + i * V < CHANNELS)
+            vector = (at + i * V)[:, None] + tl.arange(0, V)[None, :]
+            planes = planes + split(tl.load(x + vector, inside[:, None], 0.0), V)
+        planes = planes[BACK * V - BEFORE : (BACK + 1) * V + AFTER]
+    else:
+        for i in tl.static_range(-BEFORE, V + AFTER):
+            inside = mask & (first + i >= 0) & (first + i < CHANNELS)
+            planes = planes + (tl.load(x + at + i * stride, inside, 0.0),)
+    return planes
+
+
+@triton.jit
+def store_planes(
+    y, planes, at, first, mask, stride, CHANNELS: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """Store each lane's own V channels."""
+    if CHANNELS_LAST:
+        vector = at[:, None] + tl.arange(0, V)[None, :]
+        tl.store(y + vector, rounded(join(planes, V), y.dtype.element_ty), mask[:, None])
+    else:
+        for i in tl.static_range(V):
+            tl.store(y + at + i * stride, rounded(planes[i], y.dtype.element_ty), mask & (first + i < CHANNELS))
+
+
+@triton.jit
+def cast_planes(planes, ACC: tl.constexpr):
+    wide = ()
+    for i in tl.static_range(len(planes)):
+        wide = wide + (planes[i].to(ACC),)
+    return wide
+
+
+@triton.jit
+def powers(s, QUARTERS: tl.constexpr, REST: tl.constexpr):
+    """``s**-beta`` and ``s**(-beta-1)``, where beta is QUARTERS/4 + REST: without REST no power is computed.
+
+    Both parts have one sign, so that no 0 meets an infinity.
+    """
+    r = 1 / tl.sqrt(s) if s.dtype == tl.float64 else tl.rsqrt(s)
+    half = r if QUARTERS > 0 else tl.sqrt(s)
+    p = tl.full(s.shape, 1, s.dtype)
+    if QUARTERS % 2 != 0:
+        p = tl.sqrt(half)
+    for _ in tl.static_range((QUARTERS if QUARTERS > 0 else -QUARTERS) // 2):
+        p = p * half
+    if REST != 0:
+        p = p * tl.exp2(-REST * tl.log2(s))
+    return p, p * r * r
+
+
+@triton.jit
+def sum_of_squares(x, START: tl.constexpr, SIZE: tl.constexpr):
+    """Over the planes START ... START + SIZE - 1."""
+    total = x[START] * x[START]
+    for i in tl.static_range(1, SIZE):
+        total += x[START + i] * x[START + i]
+    return total
+
+
+@triton.jit
+def normalize(
+    x,
+    V: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """V channels of y from those of x and BEFORE and AFTER neighbours."""
+    y = ()
+    for c in tl.static_range(V):
+        p, _ = powers(K + SCALE * sum_of_squares(x, c, BEFORE + 1 + AFTER), QUARTERS, REST)
+        y = y + (x[BEFORE + c] * p,)
+    return y
+
+
+@triton.jit
+def normalize_backward(
+    dy,
+    x,
+    first,
+    V: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    REST: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """V channels of dx from those of dy with AFTER and BEFORE neighbours, of x with BEFORE + AFTER on both sides."""
+    REACH: tl.constexpr = BEFORE + AFTER
+    t = ()
+    direct = ()
+    for c in tl.static_range(V + REACH):
+        p, q = powers(K + SCALE * sum_of_squares(x, c, REACH + 1), QUARTERS, REST)
+        ratio = dy[c] * x[c + BEFORE] * q
+        if K <= 0 or SCALE < 0:  # outside of the group dy = 0, but q need not be finite
+            ratio = tl.where((first + c - AFTER >= 0) & (first + c - AFTER < CHANNELS), ratio, 0.0)
+        t = t + (ratio,)
+        direct = direct + (dy[c] * p,)
+    dx = ()
+    for c in tl.static_range(V):
+        total = t[c]
+        for i in tl.static_range(1, REACH + 1):
+            total += t[c + i]
+        dx = dx + (direct[c + AFTER] - 2 * SCALE * (QUARTERS / 4 + REST) * x[c + REACH] * total,)
+    return dx
+
+
+@triton.jit
+def lanes(
+    pixels,
+    S,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What each lane owns: ``at`` in memory, ``first`` channel in its group, and whether it owns anything."""
+    PARTS: tl.constexpr = (CHANNELS + V - 1) // V  # of a group
+    TOTAL: tl.constexpr = C // CHANNELS * PARTS
+    pid = tl.program_id(0).to(INDEX)
+    if CHANNELS_LAST:
+        lane = pid * BLOCK + tl.arange(0, BLOCK)
+        return lane.to(tl.int64) * V, lane % PARTS * V, lane < pixels * TOTAL
+    else:
+        part = (pid % TOTAL).to(tl.int32)
+        first = part % PARTS * V
+        pixel = pid // TOTAL * BLOCK + tl.arange(0, BLOCK)
+        n = pixel // S
+        at = (n.to(tl.int64) * C + (part // PARTS * CHANNELS + first)) * S + (pixel - n * S)
+        return at, first + tl.zeros([BLOCK], tl.int32), pixel < pixels
+
+
+@triton.jit
+def forward(
+    x,
+    y,
+    pixels,
+    S,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    REST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    at, first, mask = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
+    stride = tl.cast(S, tl.int64)
+    planes = cast_planes(load_planes(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST), ACC)
+    planes = normalize(planes, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST)
+    store_planes(y, planes, at, first, mask, stride, CHANNELS, V, CHANNELS_LAST)
+
+
+@triton.jit
+def backward(
+    dy,
+    x,
+    dx,
+    pixels,
+    S,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    REST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    REACH: tl.constexpr = BEFORE + AFTER
+    at, first, mask = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
+    stride = tl.cast(S, tl.int64)
+    xs = cast_planes(load_planes(x, at, first, mask, stride, REACH, REACH, CHANNELS, V, CHANNELS_LAST), ACC)
+    dys = cast_planes(load_planes(dy, at, first, mask, stride, AFTER, BEFORE, CHANNELS, V, CHANNELS_LAST), ACC)
+    planes = normalize_backward(dys, xs, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
+    store_planes(dx, planes, at, first, mask, stride, CHANNELS, V, CHANNELS_LAST)
+
+
+@triton.jit
+def sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+    """As :func:`sum_of_squares`, one channel a lane and its window in a loop."""
+    total = tl.zeros(at.shape, ACC)
+    for i in range(-BEFORE, AFTER + 1):
+        value = tl.load(x + at + i * stride, mask & (c + i >= 0) & (c + i < CHANNELS), 0.0).to(ACC)
+        total += value * value
+    return total
+
+
+@triton.jit
+def forward_far(
+    x,
+    dy,
+    y,
+    elements,
+    stride,
+    BEFORE,
+    AFTER,
+    CHANNELS: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    REST: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """For windows too long for registers: y, or with GRADIENT the terms t of backward."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < elements
+    c = at // stride % CHANNELS
+    s = K + SCALE * sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS, ACC)
+    p, q = powers(s, QUARTERS, REST)
+    value = tl.load(x + at, mask, 0.0).to(ACC)
+    value = value * tl.load(dy + at, mask, 0.0).to(ACC) * q if GRADIENT else value * p
+    tl.store(y + at, rounded(value, y.dtype.element_ty), mask)
+
+
+@triton.jit
+def backward_far(
+    dy,
+    x,
+    t,
+    dx,
+    elements,
+    stride,
+    BEFORE,
+    AFTER,
+    CHANNELS: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dx from the terms t of :func:`forward_far`."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < elements
+    c = at // stride % CHANNELS
+    s = K + SCALE * sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS, ACC)
+    p, _ = powers(s, QUARTERS, REST)
+    total = tl.zeros(at.shape, ACC)
+    for i in range(-AFTER, BEFORE + 1):
+        total += tl.load(t + at + i * stride, mask & (c + i >= 0) & (c + i < CHANNELS), 0.0)
+    value = tl.load(dy + at, mask, 0.0).to(ACC) * p
+    value -= 2 * SCALE * (QUARTERS / 4 + REST) * tl.load(x + at, mask, 0.0).to(ACC) * total
+    tl.store(dx + at, rounded(value, dx.dtype.element_ty), mask)
