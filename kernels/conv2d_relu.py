@@ -40,7 +40,7 @@ def conv2d_relu_kernel(
     DW: tl.constexpr,
     ROW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -53,7 +53,6 @@ def conv2d_relu_kernel(
     PIXELS: tl.constexpr = 0 if CHANNELS_LAST else 1  # their axis in a tile
     OTHER: tl.constexpr = 1 - PIXELS
     K: tl.constexpr = KH * KW * C
-    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     O_BLOCKS: tl.constexpr = (OC + BLOCK_O - 1) // BLOCK_O
 
     # programs of the same pixels come one after another, so that they find x in the cache
@@ -113,7 +112,7 @@ def bias_relu_kernel(
     OC: tl.constexpr,
     AREA: tl.constexpr,
     RECTIFY: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """With RECTIFY, in place ``y = relu(y + b)``; and a bit an element in ``mask``: whether ReLU passes the gradient.
@@ -121,7 +120,7 @@ def bias_relu_kernel(
     ``y`` is SIZE dense elements, whose channel, one of OC, changes every AREA of them (1 in channels_last). ``b`` and
     ``mask`` may be None. Element i is bit i % 8 of byte i // 8.
     """
-    byte = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    byte = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     i = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     z = tl.load(y + i, mask=i < SIZE, other=0.0)
     if RECTIFY:
@@ -135,9 +134,9 @@ def bias_relu_kernel(
 
 
 @triton.jit
-def mask_backward_kernel(dy, mask, dz, SIZE, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def mask_backward_kernel(dy, mask, dz, SIZE, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """``dz = dy`` where its bit is set, else 0; both of SIZE dense elements."""
-    byte = tl.program_id(0).to(tl.int64 if WIDE else tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    byte = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     i = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
     bits = tl.load(mask + byte, mask=byte * 8 < SIZE, other=0).to(tl.int32)
     passes = (bits[:, None] >> tl.arange(0, 8)[None, :]) & 1
@@ -156,7 +155,7 @@ def relu_backward_kernel(
     AREA,
     STEPS,
     CHANNELS_LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    INDEX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -169,7 +168,7 @@ def relu_backward_kernel(
     COLUMNS: tl.constexpr = BLOCK_COLUMNS if CHANNELS_LAST else 1
     blocks = tl.cdiv(OC, COLUMNS)
     row = tl.program_id(0) // blocks
-    first = row.to(tl.int64 if WIDE else tl.int32) * STEPS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first = row.to(INDEX) * STEPS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_COLUMNS)
     channel = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)

@@ -20,13 +20,12 @@ from .. import backends
 from .._version import __version__
 from . import conv2d_relu as op
 from ._layout import dense, empty_output, format_of, is_channels_last, output, output_format
-from ._triton import cdiv, kernels, launch
+from ._triton import cdiv, check_same, index_dtype, kernels, launch
 from ._tuning import Memory, Tuner, cache_folder, milliseconds
 
 Run = Callable[..., tuple[Tensor, Tensor]]  # of the op's arguments
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_INT32 = 2**31 - 2**20  # below, no index into a tensor overflows, those of a program's last block included
 _BLOCK = 256  # bytes of the bit mask, of 8 elements each, a program works on
 _PARTIAL = 1024  # sums of a channel, at most, that the second stage of the bias gradient adds
 
@@ -83,7 +82,7 @@ def configurations(weight: Tensor, groups: int) -> list[Config]:
     """Those that make sense for a weight, the default first; blocks are no longer than what they must cover."""
     ieee = weight.dtype == torch.float32 and precision(weight.dtype) == "ieee"
     configs = _IEEE if ieee else _FEW_CHANNELS if weight.shape[1] % 8 else _CONFIGS
-    outputs, k = _block(weight.shape[0] // groups), _block(weight[0].numel())
+    outputs, k = _block(weight.shape[0] // groups), _block(weight.numel() // weight.shape[0])
     k_factor = 2 if weight.dtype == torch.float32 and not ieee else 1
     fitted = (Config(c.pixels, min(c.outputs, outputs), min(c.k // k_factor, k), c.warps, c.stages) for c in configs)
     return list(dict.fromkeys(fitted))
@@ -96,6 +95,9 @@ def _block(size: int) -> int:
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     """Output, and the bit mask if it is wanted."""
+    check_same("conv2d_relu", "weight", weight, x, [*weight.shape[:1], x.shape[1] // args[3], *weight.shape[2:]])
+    if bias is not None:
+        check_same("conv2d_relu", "bias", bias, x, weight.shape[:1])
     if x.dtype not in _DTYPES or x.numel() == 0:
         return op._reference(x, weight, bias, *args)
     if x.dtype == torch.bfloat16 and not x.is_cuda:
@@ -207,7 +209,7 @@ def triton(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, config: C
         *(x, rows, bias, y, pixels, *x.shape[2:], *y.shape[2:]),
         *(groups, weight.shape[1], outputs, *weight.shape[2:], *stride, *padding, *dilation, rows.shape[1]),
         CHANNELS_LAST=is_channels_last(x),
-        WIDE=max(x.numel(), y.numel()) > _INT32,
+        INDEX=index_dtype(max(x.numel(), y.numel())),
         PRECISION=precision(x.dtype),
         BLOCK_P=config.pixels,
         BLOCK_O=config.outputs,
@@ -236,7 +238,7 @@ def _bias_relu(y: Tensor, bias: Tensor | None, with_mask: bool, *, rectify: bool
             OC=y.shape[1],
             AREA=1 if is_channels_last(y) else y.shape[2] * y.shape[3],
             RECTIFY=rectify,
-            WIDE=y.numel() > _INT32,
+            INDEX=index_dtype(y.numel()),
             BLOCK=_BLOCK,
             num_warps=4,
         )
@@ -253,8 +255,10 @@ def backward(
     format = format_of(channels_last)
     dy = dense(dy, format)
     if x is None:
-        dz = _mask_backward(dy, output_or_mask)
-        return op._convolution_backward(dz, x, weight, *args)
+        bits = dy.new_empty(0, dtype=torch.uint8)
+        check_same("conv2d_relu_backward", "output_or_mask", output_or_mask, bits, [cdiv(dy.numel(), 8)])
+        return op._convolution_backward(_mask_backward(dy, output_or_mask), x, weight, *args)
+    check_same("conv2d_relu_backward", "output_or_mask", output_or_mask, dy)
     dz, db = _relu_backward(dy, dense(output_or_mask, format), channels_last, needs[2])
     dx, dw, _ = op._convolution_backward(dz, x, weight, size, channels_last, *conv, [*needs[:2], False])
     return dx, dw, db
@@ -266,7 +270,7 @@ def _mask_backward(dy: Tensor, mask: Tensor) -> Tensor:
         kernels("conv2d_relu").mask_backward_kernel,
         cdiv(dy.numel(), 8 * _BLOCK),
         *(dy, mask, dz, dy.numel()),
-        WIDE=dy.numel() > _INT32,
+        INDEX=index_dtype(dy.numel()),
         BLOCK=_BLOCK,
         num_warps=4,
     )
@@ -293,7 +297,7 @@ def _relu_backward(dy: Tensor, y: Tensor, channels_last: bool, with_bias: bool) 
         sums * (cdiv(o, columns) if channels_last else o),
         *(dy, y, dz, partial, count, o, h * w, steps),
         CHANNELS_LAST=channels_last,
-        WIDE=dy.numel() > _INT32,
+        INDEX=index_dtype(dy.numel()),
         BLOCK_ROWS=rows,
         BLOCK_COLUMNS=columns,
         num_warps=4,
