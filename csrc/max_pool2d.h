@@ -11,6 +11,17 @@ struct PoolAxis {
   int64_t kernel = 0, stride = 1, padding = 0, dilation = 1;
   int64_t size = 0, out = 0;  // of the map, before and after
 
+  // By torch's rule; with ceil_mode no window starts in the padding behind.
+  static PoolAxis of(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
+    PoolAxis axis{kernel, stride, padding, dilation, size, 0};
+    const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
+    axis.out = (span + (ceil_mode ? stride - 1 : 0)) / stride + 1;
+    if (ceil_mode && (axis.out - 1) * stride >= size + padding) --axis.out;
+    // Where there is one window its stride does not matter, and where it has one element neither does its dilation.
+    if (axis.out == 1) axis.stride = 1;
+    if (axis.kernel == 1) axis.dilation = 1;
+    return axis;
+  }
   int64_t element(int64_t o, int64_t i) const { return o * stride - padding + i * dilation; }
   // Only this many elements of a window can lie inside the map, whatever its size.
   int64_t reach() const { return std::min(kernel, (size + padding + dilation - 1) / dilation); }

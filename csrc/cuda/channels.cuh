@@ -1,0 +1,104 @@
+// A thread computes a run of consecutive channels of one pixel, as many as fill 16 bytes. In channels_last the lanes of a
+// warp take neighbouring runs, and a run is one access; in NCHW they take neighbouring pixels.
+#pragma once
+
+#include "arguments.cuh"
+
+namespace fastcnn::cuda {
+
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+inline constexpr int kRun = 16 / sizeof(T);
+
+template <int bytes>
+struct Word;
+template <>
+struct Word<1> { using type = uint8_t; };
+template <>
+struct Word<2> { using type = uint16_t; };
+template <>
+struct Word<4> { using type = uint32_t; };
+template <>
+struct Word<8> { using type = uint2; };
+template <>
+struct Word<16> { using type = uint4; };
+
+// n elements moved in accesses of 16 bytes, or in one where they are fewer. p must be aligned to that.
+template <typename T, int n>
+struct Pack {
+  static constexpr int kBytes = sizeof(T) * n, kAccess = kBytes < 16 ? kBytes : 16;
+  using Access = typename Word<kAccess>::type;
+  union {
+    T element[n];
+    Access word[kBytes / kAccess];
+  };
+  FASTCNN_DEVICE Pack() {}
+  FASTCNN_DEVICE explicit Pack(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kBytes / kAccess; ++i) word[i] = reinterpret_cast<const Access*>(p)[i];
+  }
+  FASTCNN_DEVICE void store(T* p) const {
+#pragma unroll
+    for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<Access*>(p)[i] = word[i];
+  }
+};
+
+// The thread's run: channels c ... c + count - 1 of a group's first ... last - 1.
+struct Run {
+  int c, count, first, last;
+
+  FASTCNN_DEVICE Run(const Arguments& a, int index, int length) {
+    const int group = index / a.runs_per_group;
+    first = group * a.group;
+    last = first + a.group;
+    c = first + (index - group * a.runs_per_group) * length;
+    count = min(length, last - c);
+  }
+  FASTCNN_DEVICE bool holds(int channel) const { return channel >= first && channel < last; }
+};
+
+// f(j, element of channel c - before + j) for the run and its neighbours, length + before + after channels in all, where
+// the group has them. x is the pixel's first channel.
+template <bool channels_last, int length, int before, int after, typename T, typename F>
+FASTCNN_DEVICE void for_each_channel(const Arguments& a, const T* x, int64_t stride, const Run& run, F f) {
+  if (channels_last && a.vectors) {
+    constexpr int left = (before + length - 1) / length, right = (after + length - 1) / length;
+#pragma unroll
+    for (int v = -left; v <= right; ++v) {
+      const int c = run.c + v * length;
+      if (!run.holds(c)) continue;
+      const Pack<T, length> pack(x + c);
+#pragma unroll
+      for (int i = 0; i < length; ++i) {
+        const int j = v * length + i + before;
+        if (j >= 0 && j < before + length + after) f(j, pack.element[i]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < before + length + after; ++j) {
+      const int c = run.c - before + j;
+      if (run.holds(c)) f(j, x[channels_last ? c : c * stride]);
+    }
+  }
+}
+
+// Store value(i) as channel c + i, for the whole run.
+template <bool channels_last, int length, typename T, typename F>
+FASTCNN_DEVICE void store_run(const Arguments& a, T* out, int64_t stride, const Run& run, F value) {
+  if (channels_last && a.vectors) {
+    Pack<T, length> pack;
+#pragma unroll
+    for (int i = 0; i < length; ++i) pack.element[i] = value(i);
+    pack.store(out + run.c);
+  } else {
+#pragma unroll
+    for (int i = 0; i < length; ++i) {
+      if (i < run.count) out[channels_last ? run.c + i : (run.c + i) * stride] = value(i);
+    }
+  }
+}
+
+}  // namespace fastcnn::cuda

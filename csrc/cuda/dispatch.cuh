@@ -1,0 +1,36 @@
+// From what a task says at run time to the types and constants that kernels are compiled for.
+#pragma once
+
+#include <type_traits>
+
+#include "lrn.cuh"
+
+namespace fastcnn::cuda {
+
+// f(T{}, channels_last as a constant)
+template <typename F>
+void with_dtype_and_format(const Task& task, F f) {
+  const auto with_format = [&](auto t) {
+    if (task.shape.channels_last) f(t, std::true_type());
+    else f(t, std::false_type());
+  };
+  switch (task.dtype) {
+    case DType::float16: return with_format(Half());
+    case DType::bfloat16: return with_format(BFloat16());
+    case DType::float32: return with_format(float());
+    case DType::float64: return with_format(double());
+  }
+}
+
+// f(Norm as a constant), of a task with LRN. Doubles take the general way.
+template <typename T, typename F>
+void with_norm(const Task& task, F f) {
+  if constexpr (!std::is_same_v<T, double>) {
+    if (task.lrn.size == 5 && task.lrn.beta == 0.75) return f(std::integral_constant<Norm, Norm::five>());
+  }
+  f(std::integral_constant<Norm, Norm::any>());
+}
+
+inline bool empty(const Task& task) { return task.shape.N * task.shape.image_stride() == 0; }
+
+}  // namespace fastcnn::cuda

@@ -1,0 +1,100 @@
+// The kernels that compute a map of the input's own size: LRN and ReLU forward, and backward of all three operators.
+// Units of pixels are dealt out to blocks; see share_out().
+#pragma once
+
+#include "dispatch.cuh"
+#include "lrn.cuh"
+#include "max_pool2d.cuh"
+
+namespace fastcnn::cuda {
+
+// f(n, pixel) for the thread's pixels.
+template <bool channels_last, typename F>
+FASTCNN_DEVICE void for_each_pixel(const Arguments& a, int64_t pixels, F f) {
+  for (int64_t unit = blockIdx.x; unit < a.units; unit += gridDim.x) {
+    const int64_t n = unit / a.chunks;
+    const int64_t pixel = (unit - n * a.chunks) * a.pixels_per_block + (channels_last ? threadIdx.y : threadIdx.x);
+    if (pixel < pixels) f(n, pixel);
+  }
+}
+
+template <bool channels_last>
+FASTCNN_DEVICE int run_of_thread(const Arguments& a) {
+  return blockIdx.y * a.runs_per_block + (channels_last ? threadIdx.x : threadIdx.y);
+}
+
+template <typename T, bool channels_last, Norm norm>
+__global__ void __launch_bounds__(kThreads, 1) forward(const Arguments a) {
+  const int index = run_of_thread<channels_last>(a);
+  if (index >= a.runs) return;
+  const Run run(a, index, kRun<T>);
+  const Normalized<T, channels_last, norm> input(a, run);
+  for_each_pixel<channels_last>(a, a.pixels, [&](int64_t n, int64_t pixel) {
+    const int64_t at = n * a.C * a.pixels + pixel * (channels_last ? a.C : 1);
+    Compute<T> y[kRun<T>];
+    input.load(static_cast<const T*>(a.x) + at, y);
+    store_run<channels_last, kRun<T>>(a, static_cast<T*>(a.out) + at, a.pixels, run,
+                                      [&](int i) { return narrow<T>(y[i]); });
+  });
+}
+
+// The bias gradient's first stage: of each block, the sum of dx over its pixels, in the order of its threads.
+template <bool channels_last, typename A, int length>
+FASTCNN_DEVICE void add_up(const Arguments& a, const A (&sums)[length]) {
+  A* shared = dynamic_shared<A>();  // [pixel][run][channel of the run]
+  const int run = channels_last ? threadIdx.x : threadIdx.y, pixel = channels_last ? threadIdx.y : threadIdx.x;
+  const int row = a.runs_per_block * length;
+#pragma unroll
+  for (int i = 0; i < length; ++i) shared[pixel * row + run * length + i] = sums[i];
+  __syncthreads();
+  const int threads = a.runs_per_block * a.pixels_per_block;
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < row; i += threads) {
+    const int index = blockIdx.y * a.runs_per_block + i / length;
+    if (index >= a.runs) break;
+    const Run mine(a, index, length);
+    if (i % length >= mine.count) continue;
+    A sum = 0;
+    for (int p = 0; p < a.pixels_per_block; ++p) sum += shared[p * row + i];
+    static_cast<A*>(a.partials)[static_cast<int64_t>(blockIdx.x) * a.C + mine.c + i % length] = sum;
+  }
+}
+
+template <typename T, bool channels_last, Norm norm, bool pooled>
+__global__ void __launch_bounds__(kThreads, 1) backward(const Arguments a) {
+  using A = Compute<T>;
+  using Gradient = std::conditional_t<pooled, PoolGradient<T, channels_last, kReach<norm>>,
+                                      TensorGradient<T, channels_last, kReach<norm>>>;
+  const int index = run_of_thread<channels_last>(a);
+  A sums[kRun<T>] = {};
+  if (index < a.runs) {
+    const Run run(a, index, kRun<T>);
+    const Differentiated<T, channels_last, norm> input(a, run);
+    for_each_pixel<channels_last>(a, a.pixels, [&](int64_t n, int64_t pixel) {
+      const int64_t at = n * a.C * a.pixels + pixel * (channels_last ? a.C : 1);
+      A dx[kRun<T>];
+      input.load(static_cast<const T*>(a.x) + at, Gradient(a, run, n, pixel), dx);
+#pragma unroll
+      for (int i = 0; i < kRun<T>; ++i) sums[i] += dx[i];
+      store_run<channels_last, kRun<T>>(a, static_cast<T*>(a.out) + at, a.pixels, run,
+                                        [&](int i) { return narrow<T>(dx[i]); });
+    });
+  }
+  if (a.partials) add_up<channels_last>(a, sums);
+}
+
+template <typename T, bool channels_last, Norm norm>
+void launch_forward(const char* name, const Task& task, Stream stream) {
+  Arguments a = arguments(task, kRun<T>);
+  const Launch shape = share_out(a, channels_last, a.pixels, 0);
+  launch<&forward<T, channels_last, norm>>(name, shape.grid, shape.block, 0, stream, a);
+}
+
+template <typename T, bool channels_last, Norm norm, bool pooled>
+void launch_backward(const char* name, const Task& task, Stream stream) {
+  Arguments a = arguments(task, kRun<T>);
+  const Launch shape = share_out(a, channels_last, a.pixels, task.shape.W);
+  const size_t shared = task.partials ? kThreads * kRun<T> * sizeof(Compute<T>) : 0;
+  launch<&backward<T, channels_last, norm, pooled>>(name, shape.grid, shape.block, shared, stream, a);
+}
+
+}  // namespace fastcnn::cuda

@@ -1,0 +1,25 @@
+from collections.abc import Iterator
+
+import pytest
+
+from .emulator import Emulator, why_not
+
+
+def _emulator(sanitizer: str) -> Iterator[Emulator]:
+    if why_not():
+        pytest.skip(why_not())
+    emulator = Emulator(sanitizer)
+    yield emulator
+    emulator.close()
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[Emulator]:
+    """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    yield from _emulator("address")
+
+
+@pytest.fixture(scope="session")
+def thread() -> Iterator[Emulator]:
+    """The kernels under ThreadSanitizer."""
+    yield from _emulator("thread")

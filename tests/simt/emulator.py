@@ -1,0 +1,233 @@
+"""The CUDA kernels of csrc/cuda, compiled as C++ with a sanitizer and run on the CPU by tests/simt/emulator.h."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ninja
+import pybind11
+import torch
+from torch import Tensor
+
+from fastcnn import LRNParams, PoolParams
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+SANITIZERS = {"address": "address,undefined", "thread": "thread"}
+_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
+}
+
+
+def why_not() -> str:
+    """Why the emulator cannot be built here; empty if it can."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "the emulator's sanitizers are those of Linux on x86-64"
+    return "" if shutil.which("g++") and "/" in _library("libasan.so") else "there is no g++ with sanitizers"
+
+
+def _library(name: str) -> str:
+    return subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def build(sanitizer: str) -> Path:
+    """Compile what changed, and return the module's path."""
+    directory = ROOT / "build" / "simt" / sanitizer
+    directory.mkdir(parents=True, exist_ok=True)
+    includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(HERE)]
+    flags = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", *(f"-isystem {i}" for i in includes)]
+    flags += ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags += ["-Wno-tsan", "-DFASTCNN_SIMT_EMULATOR", f"-DFASTCNN_MODULE=simt_{sanitizer}"]
+    sources = [
+        HERE / "emulator.cpp",
+        HERE / "module.cpp",
+        HERE / "planted.cu",
+        *sorted((ROOT / "csrc/cuda").glob("*.cu")),
+    ]
+    target = directory / f"simt_{sanitizer}.so"
+    with open(directory / "build.ninja", "w") as file:
+        n = ninja.ninja_syntax.Writer(file, width=120)
+        n.rule("cxx", f"g++ -MMD -MF $out.d {' '.join(flags)} -x c++ -c $in -o $out", depfile="$out.d", deps="gcc")
+        n.rule("link", f"g++ -shared -fsanitize={SANITIZERS[sanitizer]} $in -o $out")
+        objects = [str(directory / f"{source.stem}.o") for source in sources]
+        for source, target_object in zip(sources, objects, strict=True):
+            n.build(target_object, "cxx", str(source))
+        n.build(str(target), "link", objects)
+    run = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", directory], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return target
+
+
+class SanitizerError(Exception):
+    """A sanitizer ended the emulator; the message is its report."""
+
+
+class Emulator:
+    """The operators under one sanitizer, in a process that starts when first needed and again after an error."""
+
+    def __init__(self, sanitizer: str) -> None:
+        self._sanitizer = sanitizer
+        self._path = build(sanitizer)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
+        self._stderr.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # The sanitizer's runtime before any other, and C++'s with it: it looks up __cxa_throw when it starts.
+        preload = f"{_library(f'lib{self._sanitizer[0]}san.so')} {_library('libstdc++.so.6')}"
+        environment = {**os.environ, **_OPTIONS, "LD_PRELOAD": preload}
+        command = [sys.executable, "-S", str(HERE / "worker.py"), self._path.stem, str(self._path)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr, env=environment)
+
+    def call(self, function: str, task: tuple[Any, ...] | None, *buffers: Any) -> list[bytes]:
+        """Run ``function`` and return the bytes of its outputs, the buffers given by their size.
+
+        Args:
+            function: of tests/simt/module.cpp; without a ``task``, the name of a kernel in planted.cu.
+            buffers: None, ``(bytes, offset)`` of an input, or ``(size, offset)`` of an output; offsets are from an
+                address divisible by 16.
+
+        Raises:
+            SanitizerError: the sanitizer found an error.
+            RuntimeError: the emulator did, or the operator.
+        """
+        if self._process is None:
+            self._process = self._start()
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            pickle.dump((function, task, buffers), process.stdin)
+            process.stdin.flush()
+            reply = pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            process.wait()
+            self._process = None
+            self._stderr.seek(0)
+            report = self._stderr.read().decode(errors="replace")
+            self._stderr.seek(0)
+            self._stderr.truncate()
+            raise SanitizerError(report) from None
+        if isinstance(reply, str):
+            raise RuntimeError(reply)
+        return reply
+
+    # -- the operators, as fastcnn/ops calls them ---------------------------------------------------------------------
+
+    def forward(
+        self,
+        name: str,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        relu: bool = False,
+        lrn: LRNParams | None = None,
+        pool: PoolParams | None = None,
+        with_argmax: bool = True,
+        offset: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y, and the argmax where there is a pool; ``offset`` bytes misalign every tensor."""
+        shape = [*x.shape[:2], *(pool.output_size(x.shape[2], x.shape[3]) if pool else x.shape[2:])]
+        channels_last = _channels_last(x)
+        y = torch.empty(shape, dtype=x.dtype)
+        argmax = torch.empty(shape, dtype=_argmax_dtype(pool)) if pool and with_argmax else None
+        task = _task(x.dtype, x.shape, channels_last, relu, lrn, pool)
+        results = self.call(name, task, _in(x, offset), _in(bias, 0), _out(y, offset), _out(argmax, offset))
+        outputs = [_tensor(r, t, channels_last) for r, t in zip(results, (y, argmax), strict=False) if t is not None]
+        return outputs[0], outputs[1] if argmax is not None else None
+
+    def backward(
+        self,
+        name: str,
+        dy: Tensor,
+        x: Tensor,
+        bias: Tensor | None = None,
+        argmax: Tensor | None = None,
+        *,
+        relu: bool = False,
+        lrn: LRNParams | None = None,
+        pool: PoolParams | None = None,
+        offset: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """dx, and the bias gradient where there is a bias; x itself is not handed over where no part reads it."""
+        channels_last = _channels_last(x)
+        task = _task(x.dtype, x.shape, channels_last, relu, lrn, pool)
+        read = _in(x, offset) if relu or lrn else None
+        buffers = (
+            _in(_like(dy, x), offset),
+            read,
+            _in(bias, 0),
+            None if argmax is None else _in(_like(argmax, x), offset),
+        )
+        results = self.call(name, task, *buffers, _out(x, offset), _out(bias, 0))
+        dx = _tensor(results[0], x, channels_last)
+        return dx, None if bias is None else _tensor(results[1], bias, False)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
+
+
+def _argmax_dtype(pool: PoolParams) -> torch.dtype:
+    kh, kw = pool.op_args()[0]
+    return torch.int32 if kh * kw > 256 else torch.uint8
+
+
+def _task(
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    channels_last: bool,
+    relu: bool,
+    lrn: LRNParams | None,
+    pool: PoolParams | None,
+) -> tuple[Any, ...]:
+    lrn_args = lrn.op_args() if lrn else (0, 0.0, 0.0, 0.0, 1)
+    pool_args = pool.op_args() if pool else ([], [], [], [], False)
+    return (_DTYPES.index(dtype), list(shape), channels_last, relu, lrn_args, *pool_args)
+
+
+def _in(t: Tensor | None, offset: int) -> tuple[bytes, int] | None:
+    """The elements in the order of memory."""
+    if t is None:
+        return None
+    t = t.detach()
+    if t.dim() == 4 and _channels_last(t):
+        t = t.permute(0, 2, 3, 1)
+    return t.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), offset
+
+
+def _out(t: Tensor | None, offset: int) -> tuple[int, int] | None:
+    return None if t is None else (t.numel() * t.element_size(), offset)
+
+
+def _tensor(data: bytes, like: Tensor, channels_last: bool) -> Tensor:
+    flat = torch.tensor(bytearray(data), dtype=torch.uint8).view(like.dtype)
+    if not channels_last:
+        return flat.view(like.shape)
+    n, c, h, w = like.shape
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)

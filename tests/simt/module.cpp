@@ -1,0 +1,86 @@
+// What tests/simt/emulator.py loads, once for each sanitizer: the CUDA operators on buffers of their own.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "../../csrc/cuda/kernels.h"
+#include "planted.h"
+
+namespace {
+
+namespace py = pybind11;
+using fastcnn::DType;
+using fastcnn::cuda::Task;
+
+// Memory of exactly this size, at `offset` from an address every alignment divides. Outputs start as 0xff: NaN, or no place.
+struct Buffer {
+  int64_t size, offset;
+  std::unique_ptr<unsigned char[]> memory;
+
+  explicit Buffer(int64_t size, int64_t offset = 0) : size(size), offset(offset), memory(new unsigned char[offset + size]) {
+    std::memset(data(), 0xff, size);
+  }
+  explicit Buffer(const std::string& bytes, int64_t offset = 0) : Buffer(static_cast<int64_t>(bytes.size()), offset) {
+    std::memcpy(data(), bytes.data(), bytes.size());
+  }
+  unsigned char* data() const { return memory.get() + offset; }
+};
+
+void* data(const Buffer* buffer) { return buffer ? buffer->data() : nullptr; }
+
+using Ints = std::vector<int64_t>;
+
+Task task(int dtype, const Ints& shape, bool channels_last, bool relu,
+          std::tuple<int64_t, double, double, double, int64_t> lrn, const Ints& kernel, const Ints& stride,
+          const Ints& padding, const Ints& dilation, bool ceil_mode) {
+  Task t{};
+  t.dtype = static_cast<DType>(dtype);
+  t.shape = {shape[0], shape[1], shape[2], shape[3], channels_last};
+  t.relu = relu;
+  std::apply([&](auto... part) { t.lrn = {part...}; }, lrn);
+  const auto axis = [&](int i) {
+    return fastcnn::PoolAxis::of(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
+  };
+  if (!kernel.empty()) t.pool = {axis(0), axis(1)};
+  return t;
+}
+
+template <void (*op)(const Task&, fastcnn::cuda::Stream)>
+void forward(Task t, const Buffer& x, const Buffer* bias, const Buffer& y, const Buffer* argmax) {
+  t.x = x.data(), t.bias = data(bias), t.out = y.data(), t.argmax = data(argmax);
+  op(t, nullptr);
+}
+
+template <void (*op)(const Task&, fastcnn::cuda::Stream)>
+void backward(Task t, const Buffer& dy, const Buffer* x, const Buffer* bias, const Buffer* argmax, const Buffer& dx,
+              const Buffer* dbias) {
+  t.dy = dy.data(), t.x = data(x), t.bias = data(bias), t.argmax = data(argmax), t.out = dx.data(), t.dbias = data(dbias);
+  std::optional<Buffer> partials;
+  if (dbias) partials.emplace(fastcnn::cuda::bias_partials(t) * t.shape.C * (t.dtype == DType::float64 ? 8 : 4));
+  t.partials = partials ? partials->data() : nullptr;
+  op(t, nullptr);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FASTCNN_MODULE, m) {
+  py::class_<Buffer>(m, "Buffer")
+      .def(py::init<const std::string&, int64_t>(), py::arg("bytes"), py::arg("offset") = 0)
+      .def(py::init<int64_t, int64_t>(), py::arg("size"), py::arg("offset") = 0)
+      .def("bytes", [](const Buffer& b) { return py::bytes(reinterpret_cast<char*>(b.data()), b.size); });
+  py::class_<Task>(m, "Task").def(py::init(&task));
+  m.def("lrn", &forward<fastcnn::cuda::lrn>);
+  m.def("lrn_backward", &backward<fastcnn::cuda::lrn_backward>);
+  m.def("max_pool2d", &forward<fastcnn::cuda::max_pool2d>);
+  m.def("max_pool2d_backward", &backward<fastcnn::cuda::max_pool2d_backward>);
+  m.def("relu_lrn_max_pool2d", &forward<fastcnn::cuda::relu_lrn_max_pool2d>);
+  m.def("relu_lrn_max_pool2d_backward", &backward<fastcnn::cuda::relu_lrn_max_pool2d_backward>);
+  m.def("planted", [](const std::string& name, const Buffer& x, const Buffer& y) {
+    planted(name, reinterpret_cast<float*>(x.data()), reinterpret_cast<float*>(y.data()),
+            static_cast<int>(x.size / sizeof(float)));
+  });
+}
