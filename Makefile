@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 OUT ?= results
+# Only the architecture of the GPU that is here, or one to test the build with; wheels have them all.
+CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),90)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test bench lint wheel clean
@@ -16,7 +18,8 @@ setup: $(VENV)/.ready  ## create .venv with torch, every extra, and fastcnn in e
 $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel pybind11 ninja $(TORCH)
-	FASTCNN_BUILD_CPP=1 $(BIN)/pip install --quiet --no-build-isolation -e '.[bench,test,dev]' $(TORCH)
+	FASTCNN_BUILD_CPP=1 FASTCNN_CUDA_ARCHS="$${FASTCNN_CUDA_ARCHS:-$(CUDA_ARCHS)}" \
+		$(BIN)/pip install --quiet --no-build-isolation -e '.[bench,test,dev]' $(TORCH)
 	touch $@
 
 test: setup  ## run the whole test suite

@@ -1,7 +1,11 @@
-"""Builds the C++ library with ninja: each CPU kernel once per capability, everything else once.
+"""Builds the C++ and the CUDA library with ninja: each CPU kernel once per capability, everything else once.
 
 FASTCNN_BUILD_CPP=0 builds none, 1 fails without a compiler; unset, a missing compiler is reported and left at that.
 CXX names the compiler (default c++).
+
+FASTCNN_BUILD_CUDA=0 leaves the CUDA library out, 1 fails without nvcc; unset, it is built where there is an nvcc. No
+GPU and no CUDA build of torch are needed. FASTCNN_CUDA_ARCHS lists the architectures, as in "80 90"; the default is
+what nvcc has of ARCHITECTURES. CUDACXX names the compiler (default nvcc).
 """
 
 import os
@@ -25,6 +29,8 @@ if X86:
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
     ]
 KERNELS = ("lrn", "conv2d_relu", "relu_lrn_max_pool2d")
+CUDA_KERNELS = ("lrn", "max_pool2d", "relu_lrn_max_pool2d")
+ARCHITECTURES = ("75", "80", "90", "100", "120")
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 
 
@@ -44,56 +50,128 @@ def find_compiler():
     return None
 
 
+def find_nvcc(compiler):
+    """nvcc, or None where FASTCNN_BUILD_CUDA, or the absence of it or of a C++ compiler, says not to build."""
+    wanted = os.environ.get("FASTCNN_BUILD_CUDA", "")
+    if wanted == "0":
+        return None
+    names = [os.environ.get("CUDACXX") or "nvcc", f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"]
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found and compiler:
+        return found
+    if wanted == "1":
+        sys.exit("fastcnn: no nvcc or no C++ compiler, and FASTCNN_BUILD_CUDA=1 asks for the CUDA library")
+    return None
+
+
+def find_architectures(nvcc):
+    """Those of FASTCNN_CUDA_ARCHS, or of ARCHITECTURES that this nvcc compiles for."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    offered = listed.replace("compute_", "").split()
+    asked = os.environ.get("FASTCNN_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
+    unknown = [arch for arch in asked if arch not in offered]
+    if unknown:
+        sys.exit(f"fastcnn: FASTCNN_CUDA_ARCHS: {nvcc} does not compile for {unknown}; it offers {' '.join(offered)}")
+    return asked or [arch for arch in ARCHITECTURES if arch in offered]
+
+
+COMPILER = find_compiler()
+NVCC = find_nvcc(COMPILER)
+CUDA_ARCHS = find_architectures(NVCC) if NVCC else []
+
+
 class BuildWithNinja(build_ext):
     def build_extension(self, ext):
         import ninja
+
+        build = Path(self.build_temp).absolute() / ext.name
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(build / "build.ninja", "w") as file:
+            writer = Writer(ninja.ninja_syntax.Writer(file, width=120))
+            if ext.name.endswith("_cuda"):
+                writer.cuda_library(target)
+            else:
+                writer.cpp_library(target)
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build], check=True)
+
+
+class Writer:
+    """Writes the ninja file of one library."""
+
+    def __init__(self, n):
         import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        build = Path(self.build_temp).absolute()
-        build.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).absolute()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        compiler = find_compiler()
-        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True)
-
-        common = ["-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+        self.n = n
+        self.objects = []
+        self.common = ["-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
         # GCC 12 takes its own _mm512_undefined_ps for a mistake.
-        common += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
-        library_flags = [*(f"-isystem {path}" for path in include_paths()), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        self.common += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+        self.library_flags = [
+            *(f"-isystem {path}" for path in include_paths()),
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        ]
         # Apart, because torch has a pybind11 of its own that refuses the stable ABI.
-        module_flags = [
+        self.module_flags = [
             *(f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])),
-            _define("FASTCNN_COMPILER", version.stdout.splitlines()[0]),
             _define("FASTCNN_TORCH_VERSION", torch.__version__),
+        ]
+        undefined = ["-undefined dynamic_lookup"] if sys.platform == "darwin" else []
+        self.link_flags = [*(f"-L{path}" for path in library_paths()), *undefined]
+        command = f"{COMPILER} -MMD -MF $out.d $flags -c $in -o $out"
+        n.rule("cxx", command, "compile $out", depfile="$out.d", deps="gcc")
+
+    def compile(self, source, flags, suffix="", rule="cxx"):
+        self.objects.append(f"{Path(source).stem}{suffix}.o")
+        self.n.build(self.objects[-1], rule, str(ROOT / "csrc" / source), variables={"flags": " ".join(flags)})
+
+    def link(self, target, flags, linker=None):
+        self.n.rule("link", f"{linker or COMPILER} -shared $in -o $out $flags", "link $out")
+        self.n.build(str(target), "link", self.objects, variables={"flags": " ".join([*self.link_flags, *flags])})
+
+    def cpp_library(self, target):
+        # Errors of math functions are not looked at and nothing traps; results are those of IEEE all the same.
+        kernel_flags = [*self.common, "-fno-math-errno", "-fno-trapping-math"]
+        for kernel in KERNELS:
+            for capability, flags in CAPABILITIES.items():
+                define = f"-DFASTCNN_CAPABILITY={capability}"
+                self.compile(f"cpu/{kernel}.cpp", [*kernel_flags, *flags, define], f".{capability}")
+        self.compile("cpu/capability.cpp", [*self.common, *(["-DFASTCNN_X86"] if X86 else [])])
+        self.compile("library.cpp", [*self.common, *self.library_flags])
+        defines = [
+            _define("FASTCNN_COMPILER", _version(COMPILER, 0)),
             _define("FASTCNN_CAPABILITIES", ", ".join(CAPABILITIES)),
         ]
-        # Errors of math functions are not looked at and nothing traps; results are those of IEEE all the same.
-        kernel_flags = ["-fno-math-errno", "-fno-trapping-math"]
+        self.compile("module.cpp", [*self.common, *self.module_flags, *defines])
+        self.link(target, ["-ltorch_cpu"])
 
-        with open(build / "build.ninja", "w") as file:
-            n = ninja.ninja_syntax.Writer(file, width=120)
-            compile_command = f"{compiler} -MMD -MF $out.d $flags -c $in -o $out"
-            n.rule("cxx", compile_command, "compile $out", depfile="$out.d", deps="gcc")
-            n.rule("link", f"{compiler} -shared $in -o $out $flags", "link $out")
-            objects = []
+    def cuda_library(self, target):
+        code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+        code.append(f"-gencode arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+        flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler -fPIC,-fvisibility=hidden,-Wall", *code]
+        nvcc_command = f"{NVCC} -ccbin {COMPILER.split()[0]}"
+        command = f"{nvcc_command} -MD -MF $out.d $flags -c $in -o $out"
+        self.n.rule("nvcc", command, "compile $out", depfile="$out.d", deps="gcc")
+        for kernel in (*CUDA_KERNELS, "device"):
+            self.compile(f"cuda/{kernel}.cu", flags, rule="nvcc")
+        self.compile("library_cuda.cpp", [*self.common, *self.library_flags, "-DUSE_CUDA"])
+        defines = [
+            _define("FASTCNN_COMPILER", _version(NVCC, -2)),
+            _define("FASTCNN_ARCHITECTURES", ", ".join(f"sm_{arch}" for arch in CUDA_ARCHS)),
+        ]
+        self.compile("module_cuda.cpp", [*self.common, *self.module_flags, *defines])
+        # Beside a CPU build of torch there is no libtorch_cuda to link to: the umbrella stands for it, and brings it in
+        # where there is one.
+        self.link(target, ["-cudart static -Xlinker --no-as-needed -ltorch"], nvcc_command)
 
-            def compile(source, flags, suffix=""):
-                objects.append(f"{Path(source).stem}{suffix}.o")
-                n.build(objects[-1], "cxx", str(ROOT / "csrc" / source), variables={"flags": " ".join(flags)})
 
-            for kernel in KERNELS:
-                for capability, flags in CAPABILITIES.items():
-                    define = f"-DFASTCNN_CAPABILITY={capability}"
-                    compile(f"cpu/{kernel}.cpp", [*common, *kernel_flags, *flags, define], f".{capability}")
-            compile("cpu/capability.cpp", [*common, *(["-DFASTCNN_X86"] if X86 else [])])
-            compile("library.cpp", [*common, *library_flags])
-            compile("module.cpp", [*common, *module_flags])
-            undefined = ["-undefined dynamic_lookup"] if sys.platform == "darwin" else []
-            link = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", *undefined]
-            n.build(str(target), "link", objects, variables={"flags": " ".join(link)})
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build], check=True)
+def _version(compiler, line):
+    """A line of what the compiler says of its version."""
+    command = [*compiler.split(), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[line]
 
 
 def _define(name, value):
@@ -102,6 +180,9 @@ def _define(name, value):
 
 
 setup(
-    ext_modules=[Extension("fastcnn._C", sources=[])] if find_compiler() else [],
+    ext_modules=[
+        *([Extension("fastcnn._C", sources=[])] if COMPILER else []),
+        *([Extension("fastcnn._C_cuda", sources=[])] if NVCC else []),
+    ],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -1,14 +1,17 @@
-"""The build: with and without a compiler, and what a wheel holds."""
+"""The build: with and without compilers, and what a wheel holds."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
 
 
 def setup_py(*args, **env):
@@ -28,6 +31,51 @@ def test_missing_compiler_fails_where_the_library_is_asked_for(tmp_path):
     result = setup_py("build_ext", "--build-lib", str(tmp_path), CXX="no-such-compiler", FASTCNN_BUILD_CPP="1")
     assert result.returncode != 0
     assert "FASTCNN_BUILD_CPP=1" in result.stderr
+
+
+def test_missing_nvcc_fails_where_the_cuda_library_is_asked_for(tmp_path):
+    missing = {"CUDACXX": "no-such-nvcc", "CUDA_HOME": "/nowhere"}
+    result = setup_py("build_ext", "--build-lib", str(tmp_path), FASTCNN_BUILD_CUDA="1", **missing)
+    assert result.returncode != 0
+    assert "FASTCNN_BUILD_CUDA=1" in result.stderr
+
+
+@needs_nvcc
+def test_unknown_cuda_architecture_fails_and_says_what_there_is(tmp_path):
+    archs = {"FASTCNN_BUILD_CUDA": "1", "FASTCNN_CUDA_ARCHS": "90 5"}
+    result = setup_py("build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp"), **archs)
+    assert result.returncode != 0
+    assert "does not compile for ['5']; it offers 75 80" in result.stderr
+
+
+@needs_nvcc
+def test_cuda_library_needs_neither_a_gpu_nor_a_cuda_build_of_torch(tmp_path):
+    """It loads and registers its ops beside a CPU build, given the one symbol of torch's CUDA half that it uses."""
+    (library,) = (ROOT / "fastcnn").glob("_C_cuda*.so")
+    (tmp_path / "half.c").write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }")
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "half.c", "-o", tmp_path / "half.so"], check=True)
+    code = f"""
+import ctypes, importlib.util, torch
+if torch.version.cuda is None:
+    ctypes.CDLL({str(tmp_path / "half.so")!r}, ctypes.RTLD_GLOBAL)
+spec = importlib.util.spec_from_file_location("fastcnn._C_cuda", {str(library)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+for op in ("lrn", "max_pool2d", "relu_lrn_max_pool2d"):
+    for name in (op, f"{{op}}_backward"):
+        assert "Tensor(a!) out" in str(getattr(torch.ops.fastcnn_cuda, name).default._schema)
+assert module.runtime_version() >= 12000
+assert "sm_" in module.build_info()["architectures"]
+if not module.driver_version():
+    try:
+        module.kernel_attributes()
+    except RuntimeError as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    if not torch.cuda.is_available():
+        assert "cudaError" in result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #if defined(FASTCNN_SIMT_EMULATOR)
 #include "emulator.h"
@@ -59,15 +61,24 @@ inline Device device() {
 }
 
 // Every kernel that launch() is compiled for, with its name: for their attributes.
-void add_kernel(const char* name, const void* kernel);
+inline std::map<std::string, const void*>& known_kernels() {
+  static std::map<std::string, const void*> kernels;
+  return kernels;
+}
 template <auto kernel>
-struct Known {
-  static inline const void* const address = reinterpret_cast<const void*>(kernel);
-};
+bool make_known() {
+  const std::string function = __PRETTY_FUNCTION__;  // "... [with auto kernel = NAME]"
+  const size_t name = function.find("kernel = ") + 9;
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  return known_kernels().emplace(function.substr(name, function.size() - name - 1), address).second;
+}
+template <auto kernel>
+inline const bool known = make_known<kernel>();
 
 // Returns once the launch was checked; the kernel itself may still run.
 template <auto kernel, typename Arguments>
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Arguments& arguments) {
+  static_cast<void>(known<kernel>);
   void* list[] = {const_cast<Arguments*>(&arguments)};
   check(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, list, shared_bytes,
                                static_cast<cudaStream_t>(stream)));
