@@ -55,8 +55,9 @@ def load_planes(
     CHANNELS: tl.constexpr,
     V: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    OTHER: tl.constexpr = 0.0,
 ):
-    """Channels ``first - BEFORE ... first + V - 1 + AFTER`` of each lane, as they are in memory; 0 outside the group.
+    """Channels ``first - BEFORE ... first + V - 1 + AFTER`` of each lane, as they are in memory; OTHER outside the group.
 
     ``at`` is where the lane's first own channel is, ``first`` its number among the ``CHANNELS`` of its group.
     """
@@ -67,12 +68,12 @@ def load_planes(
         for i in tl.static_range(-BACK, AHEAD + 1):
             inside = mask & (first + i * V >= 0) & (first + i * V < CHANNELS)
             vector = (at + i * V)[:, None] + tl.arange(0, V)[None, :]
-            planes = planes + split(tl.load(x + vector, inside[:, None], 0.0), V)
+            planes = planes + split(tl.load(x + vector, inside[:, None], OTHER), V)
         planes = planes[BACK * V - BEFORE : (BACK + 1) * V + AFTER]
     else:
         for i in tl.static_range(-BEFORE, V + AFTER):
             inside = mask & (first + i >= 0) & (first + i < CHANNELS)
-            planes = planes + (tl.load(x + at + i * stride, inside, 0.0),)
+            planes = planes + (tl.load(x + at + i * stride, inside, OTHER),)
     return planes
 
 

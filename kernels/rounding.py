@@ -13,6 +13,6 @@ def rounded(x, dtype: tl.constexpr):
     """``x``, in float32 or float64, as ``dtype``: to nearest, ties to even."""
     if _INTERPRETING and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)

@@ -55,6 +55,11 @@ def index_dtype(items: int) -> Any:
     return tl.int32 if items < 2**31 - 2**16 else tl.int64
 
 
+def vector(channels: int, x: Tensor) -> int:
+    """How many of so many channels_last channels to load at once: a divisor, of at most 16 bytes."""
+    return min(channels & -channels, 16 // x.element_size())
+
+
 def check_same(op: str, name: str, value: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> None:
     """Raise if a tensor handed to an op directly would be read out of bounds: it must match another one."""
     shape = list(like.shape if shape is None else shape)

@@ -11,7 +11,7 @@ from .. import reference
 from ..params import LRNParams, check_input, opmath
 from ._layout import dense, empty_output, is_channels_last, output, output_format
 from ._operator import define, double_backward, fold_batch, unfold_batch
-from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch
+from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch, vector
 
 
 def local_response_norm(
@@ -105,11 +105,6 @@ def triton_window(channels: int, size: int, alpha: float, beta: float, k: float,
 def is_near(window: dict[str, Any]) -> bool:
     """Whether this window of :func:`triton_window` fits into registers."""
     return window["BEFORE"] + 1 + window["AFTER"] <= LONGEST_NEAR
-
-
-def vector(channels: int, x: Tensor) -> int:
-    """How many of so many channels_last channels to load at once: a divisor, of at most 16 bytes."""
-    return min(channels & -channels, 16 // x.element_size())
 
 
 def _run(x: Tensor, window: dict[str, Any], most_planes: int, config: tuple[int, int], kernel: Any, *args: Any) -> None:

@@ -11,6 +11,7 @@ from .. import reference
 from ..params import IntOrPair, PoolParams, check_input, opmath, pooled_size
 from ._layout import dense, empty_output, format_of, is_channels_last, output, output_format
 from ._operator import define, fold_batch, needs_grad, unfold_batch
+from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch, vector
 
 
 def max_pool2d(
@@ -110,6 +111,94 @@ def _backward_cpu(dy: Tensor, argmax: Tensor, size: list[int], channels_last: bo
     return dx
 
 
+# Of the Triton kernels: lanes in a program, and warps that they are spread over. The first is for channels_last, the
+# second for NCHW; the others are what a GPU test checks too.
+FORWARD_CONFIGS = [(128, 4), (128, 4), (256, 4), (256, 8)]
+BACKWARD_CONFIGS = [(128, 4), (128, 4), (64, 2), (256, 8)]
+
+
+def triton_pool(pool: Any) -> dict[str, int]:
+    """The parameters of the pooling as the Triton kernels take them."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw), _ = pool
+    return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw}
+
+
+def is_near(pool: dict[str, int]) -> bool:
+    """Whether a Triton program can unroll the windows that hold an element, and the elements between two windows."""
+    reach = ((pool["KH"] - 1) * pool["DH"] // pool["SH"] + 1) * ((pool["KW"] - 1) * pool["DW"] // pool["SW"] + 1)
+    return pool["SH"] * pool["SW"] <= 16 and reach <= 32 and pool["KH"] * pool["KW"] <= 32
+
+
+def _run(
+    kernel: Any, config: tuple[int, int], x: Tensor, items: int, *args: Any, channels_last: bool, **constants: Any
+) -> None:
+    """Launch a kernel over ``items`` places in each map of ``x``, at which it reads vectors of the channels."""
+    channels = x.shape[1]
+    v = vector(channels, x) if channels_last else min(channels, 8)
+    block, num_warps = config
+    lanes = x.shape[0] * cdiv(channels, v) * items
+    launch(
+        kernel,
+        cdiv(lanes, block),
+        *args,
+        C=channels,
+        CHANNELS_LAST=channels_last,
+        V=v,
+        BLOCK=block,
+        INDEX=index_dtype(lanes),
+        ACC=acc_dtype(x.dtype),
+        num_warps=num_warps,
+        **constants,
+    )
+
+
+def _triton(x: Tensor, *args: Any, config: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    *pool, with_argmax = args
+    y, argmax = _fake(x, *args)
+    channels_last = is_channels_last(x)
+    (h, w), (oh, ow) = x.shape[2:], y.shape[2:]
+    _run(
+        kernels("max_pool2d").forward,
+        config or FORWARD_CONFIGS[not channels_last],
+        x,
+        oh * ow,
+        *(dense(x, output_format(x)), y, argmax, x.shape[0], h, w, oh, ow),
+        channels_last=channels_last,
+        UNROLL=pool[0][0] * pool[0][1] <= 32,
+        WITH_ARGMAX=with_argmax,
+        **triton_pool(pool),
+    )
+    return y, argmax
+
+
+def _backward_triton(
+    dy: Tensor,
+    argmax: Tensor,
+    size: list[int],
+    channels_last: bool,
+    *pool: Any,
+    config: tuple[int, int] | None = None,
+) -> Tensor:
+    (h, w), (oh, ow), format = size, dy.shape[2:], format_of(channels_last)
+    check_same("max_pool2d_backward", "argmax", argmax, empty_argmax(dy, list(dy.shape), pool[0]))
+    if [oh, ow] != pooled_size(size, *pool):
+        raise RuntimeError(f"max_pool2d_backward(): expected grad of size {pooled_size(size, *pool)}, got {[oh, ow]}")
+    dx = _backward_fake(dy, argmax, size, channels_last)
+    constants = triton_pool(pool)
+    near, module = is_near(constants), kernels("max_pool2d")
+    blocks = cdiv(h + constants["PH"], constants["SH"]) * cdiv(w + constants["PW"], constants["SW"])
+    _run(
+        module.backward if near else module.backward_far,
+        config or BACKWARD_CONFIGS[not channels_last],
+        dx,
+        blocks if near else h * w,
+        *(dense(dy, format), dense(argmax, format), dx, dy.shape[0], h, w, oh, ow),
+        channels_last=channels_last,
+        **constants,
+    )
+    return dx
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *ctx.pool, ctx.has_argmax = inputs
     ctx.size, ctx.channels_last = list(x.shape[2:]), is_channels_last(x)
@@ -154,7 +243,7 @@ def _backward_vmap(info: Any, in_dims: Any, dy: Tensor, argmax: Tensor, *args: A
 _POOL = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 pooled_backward = define(
     f"max_pool2d_backward(Tensor grad, Tensor argmax, SymInt[] input_size, bool channels_last, {_POOL}) -> Tensor",
-    implementations={"reference": _backward_reference, "cpu": _backward_cpu},
+    implementations={"reference": _backward_reference, "cpu": _backward_cpu, "triton": _backward_triton},
     fake=_backward_fake,
     setup_context=_backward_setup_context,
     backward=_backward_backward,
@@ -162,7 +251,7 @@ pooled_backward = define(
 )
 pooled = define(
     f"max_pool2d(Tensor input, {_POOL}, bool with_argmax) -> (Tensor, Tensor)",
-    implementations={"reference": _reference, "cpu": _cpu},
+    implementations={"reference": _reference, "cpu": _cpu, "triton": _triton},
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -1,0 +1,326 @@
+"""Max pooling: ``y[oh, ow] = max(x[oh*SH - PH + kh*DH, ow*SW - PW + kw*DW])``, and ``kh*KW + kw``, where it was.
+
+Forward reads x once (what windows share comes from the cache) and writes y and, where asked for, a byte an output.
+Backward reads dy and the byte and writes dx: each element of dx gathers from the windows that hold it, so there are no
+atomics and the order is fixed.
+
+A lane of a program owns ``V`` channels of one output (forward) or of one block of SH x SW inputs (backward). Elements
+at the same place of their blocks are at the same places of their windows, so the gather is unrolled without a division
+or a branch: at stride 2, a 3 x 3 window costs 9 comparisons for 4 elements.
+
+- channels_last: V channels are 16 bytes where C is a multiple of that; consecutive lanes own consecutive vectors.
+- NCHW: consecutive lanes own neighbouring columns, V is a few maps, for which the places are computed once.
+"""
+
+import triton
+import triton.language as tl
+
+from .lrn import load_planes, store_planes
+
+
+@triton.jit
+def lanes(
+    batch,
+    rows,
+    columns,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of each lane: image, row, column, first channel, that channel's number in its group, and whether there is any.
+
+    Consecutive lanes are consecutive in memory: channels first where they are last, else columns.
+    """
+    PARTS: tl.constexpr = (CHANNELS + V - 1) // V  # of a group
+    TOTAL: tl.constexpr = C // CHANNELS * PARTS
+    lane = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    mask = lane < batch * TOTAL * tl.cast(rows, INDEX) * columns
+    if CHANNELS_LAST:
+        part = lane % TOTAL
+        column = lane // TOTAL % columns
+        row = lane // TOTAL // columns % rows
+        n = lane // TOTAL // columns // rows
+    else:
+        column = lane % columns
+        row = lane // columns % rows
+        part = lane // columns // rows % TOTAL
+        n = lane // columns // rows // TOTAL
+    first = part % PARTS * V
+    return n, row, column, part // PARTS * CHANNELS + first, first, mask
+
+
+@triton.jit
+def address(n, channel, h, w, C: tl.constexpr, H, W, CHANNELS_LAST: tl.constexpr):
+    """Where an element is in memory; h and w may be outside of the map."""
+    if CHANNELS_LAST:
+        return ((n.to(tl.int64) * H + h) * W + w) * C + channel
+    else:
+        return ((n.to(tl.int64) * C + channel) * H + h) * W + w
+
+
+@triton.jit
+def take(best, place, value, at_place):
+    """The larger value and its place: the first of equal ones, and the last NaN."""
+    better = (value > best) | (value != value)
+    return tl.where(better, value, best), tl.where(better, at_place, place)
+
+
+@triton.jit
+def first_inside(start, DILATION: tl.constexpr):
+    """Number of the first element of a window from ``start`` on that is not in the padding before the map."""
+    return (tl.maximum(-start, 0) + (DILATION - 1)) // DILATION
+
+
+@triton.jit
+def step(
+    x,
+    best,
+    place,
+    at,
+    first,
+    h,
+    w,
+    mask,
+    H,
+    W,
+    kh,
+    kw,
+    KW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Element (kh, kw) of the windows that start at (h, w); elements outside of the map never win."""
+    h += kh * DH
+    w += kw * DW
+    inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    at += (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
+    values = load_planes(x, at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, C, V, CHANNELS_LAST, float("-inf"))
+    bests = ()
+    places = ()
+    for c in tl.static_range(V):
+        value, at_place = take(best[c], place[c], values[c].to(ACC), kh * KW + kw)
+        bests = bests + (value,)
+        places = places + (at_place,)
+    return bests, places
+
+
+@triton.jit
+def forward(
+    x,
+    y,
+    argmax,
+    batch,
+    H,
+    W,
+    OH,
+    OW,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    UNROLL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WITH_ARGMAX: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    n, oh, ow, channel, first, mask = lanes(batch, OH, OW, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
+    h, w = oh * SH - PH, ow * SW - PW
+    at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
+    best = (tl.full([BLOCK], float("-inf"), ACC),) * V
+    place = ((first_inside(h, DH) * KW + first_inside(w, DW)).to(tl.int32),) * V
+    if UNROLL:
+        for kh in tl.static_range(KH):
+            for kw in tl.static_range(KW):
+                best, place = step(
+                    x, best, place, at, first, h, w, mask, H, W, kh, kw, KW, DH, DW, C, V, CHANNELS_LAST, ACC
+                )
+    else:
+        for kh in range(KH):
+            for kw in range(KW):
+                best, place = step(
+                    x, best, place, at, first, h, w, mask, H, W, kh, kw, KW, DH, DW, C, V, CHANNELS_LAST, ACC
+                )
+    at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
+    stride = tl.cast(OH, tl.int64) * OW
+    store_planes(y, best, at, first, mask, stride, C, V, CHANNELS_LAST)
+    if WITH_ARGMAX:
+        store_planes(argmax, place, at, first, mask, stride, C, V, CHANNELS_LAST)
+
+
+@triton.jit
+def add_where_place(
+    total,
+    dy,
+    argmax,
+    at,
+    first,
+    inside,
+    stride,
+    place,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Add the planes of dy at ``at`` where the maximum was at ``place`` of its window."""
+    places = load_planes(argmax, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    values = load_planes(dy, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    more = ()
+    for c in tl.static_range(BEFORE + V + AFTER):
+        more = more + (total[c] + tl.where(places[c] == place, values[c].to(ACC), 0.0),)
+    return more
+
+
+@triton.jit
+def gather(
+    dy,
+    argmax,
+    at,
+    first,
+    oh,
+    ow,
+    mask,
+    OH,
+    OW,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Planes of the gradient of element (TOP, LEFT) of each block: dy of the windows whose maximum it was.
+
+    Block and window (oh, ow) start together; that window's dy is at ``at``. The other windows that may hold the element
+    start earlier.
+    """
+    total = (tl.zeros(at.shape, ACC),) * (BEFORE + V + AFTER)
+    for i in tl.static_range((KH - 1) * DH // SH + 1):
+        for j in tl.static_range((KW - 1) * DW // SW + 1):
+            if (TOP + i * SH) % DH == 0 and (LEFT + j * SW) % DW == 0:
+                if (TOP + i * SH) // DH < KH and (LEFT + j * SW) // DW < KW:
+                    total = add_where_place(
+                        total,
+                        dy,
+                        argmax,
+                        at - (tl.cast(OW, tl.int64) * i + j) * (C if CHANNELS_LAST else 1),
+                        first,
+                        mask & (oh >= i) & (oh - i < OH) & (ow >= j) & (ow - j < OW),
+                        tl.cast(OH, tl.int64) * OW,
+                        (TOP + i * SH) // DH * KW + (LEFT + j * SW) // DW,
+                        BEFORE,
+                        AFTER,
+                        CHANNELS,
+                        V,
+                        CHANNELS_LAST,
+                        ACC,
+                    )
+    return total
+
+
+@triton.jit
+def backward(
+    dy,
+    argmax,
+    dx,
+    batch,
+    H,
+    W,
+    OH,
+    OW,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
+    n, oh, ow, channel, first, mask = lanes(batch, rows, columns, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
+    at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
+    for i in tl.static_range(SH):
+        for j in tl.static_range(SW):
+            planes = gather(
+                *(dy, argmax, at, first, oh, ow, mask, OH, OW),
+                *(i, j, KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, CHANNELS_LAST, ACC),
+            )
+            h, w = oh * SH + (i - PH), ow * SW + (j - PW)
+            inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
+            store_planes(dx, planes, to, first, inside, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
+
+
+@triton.jit
+def backward_far(
+    dy,
+    argmax,
+    dx,
+    batch,
+    H,
+    W,
+    OH,
+    OW,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """For windows or strides too large to unroll: a lane owns one input element and loops over the window."""
+    n, h, w, channel, first, mask = lanes(batch, H, W, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
+    stride = tl.cast(OH, tl.int64) * OW
+    total = (tl.zeros([BLOCK], ACC),) * V
+    for kh in range(KH):
+        for kw in range(KW):
+            row, column = h + PH - kh * DH, w + PW - kw * DW
+            oh, ow = row // SH, column // SW
+            inside = mask & (row >= 0) & (column >= 0) & (row % SH == 0) & (column % SW == 0) & (oh < OH) & (ow < OW)
+            at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
+            total = add_where_place(
+                total, dy, argmax, at, first, inside, stride, kh * KW + kw, 0, 0, C, V, CHANNELS_LAST, ACC
+            )
+    to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
+    store_planes(dx, total, to, first, mask, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
