@@ -69,8 +69,8 @@ def conv2d_relu_kernel(
         out = (n * GROUPS + group) * OC * (OH * OW) + p % (OH * OW)
     first_row, first_column = tl.expand_dims(first_row, OTHER), tl.expand_dims(first_column, OTHER)
     x += tl.expand_dims(window, OTHER)
-    of_pixel, of_output = tl.expand_dims(p < P, OTHER), tl.expand_dims(o < OC, PIXELS)
-    w += tl.expand_dims((group * OC + o) * ROW, PIXELS)
+    of_pixel = tl.expand_dims(p < P, OTHER)
+    w += ((group * OC + o) * ROW)[:, None]
 
     z = tl.zeros((BLOCK_P, BLOCK_O) if CHANNELS_LAST else (BLOCK_O, BLOCK_P), tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -90,9 +90,9 @@ def conv2d_relu_kernel(
             inside = inside & tl.expand_dims(k < K, PIXELS)
         offset = (row * W + column) * (GROUPS * C) + c if CHANNELS_LAST else (c * H + row) * W + column
         x_tile = tl.load(x + offset, mask=inside, other=0.0)
-        w_tile = tl.load(w + tl.expand_dims(k, OTHER), mask=of_output & tl.expand_dims(k < ROW, OTHER), other=0.0)
+        w_tile = tl.load(w + k[None, :], mask=(o < OC)[:, None] & (k < ROW)[None, :], other=0.0)
         if CHANNELS_LAST:
-            z = tl.dot(x_tile, w_tile, z, input_precision=PRECISION)
+            z = tl.dot(x_tile, tl.trans(w_tile), z, input_precision=PRECISION)
         else:
             z = tl.dot(w_tile, x_tile, z, input_precision=PRECISION)
 
@@ -100,7 +100,7 @@ def conv2d_relu_kernel(
         z += tl.expand_dims(tl.load(b + group * OC + o, mask=o < OC, other=0.0).to(tl.float32), PIXELS)
     z = tl.where(z <= 0, 0.0, z)
     y += tl.expand_dims(out, OTHER) + tl.expand_dims(o if CHANNELS_LAST else o * (OH * OW), PIXELS)
-    tl.store(y, z.to(y.dtype.element_ty), mask=of_pixel & of_output)
+    tl.store(y, z.to(y.dtype.element_ty), mask=of_pixel & tl.expand_dims(o < OC, PIXELS))
 
 
 @triton.jit

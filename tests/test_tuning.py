@@ -310,10 +310,12 @@ def test_keys_differ_in_all_that_decides(gpu, monkeypatch):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("weight", [(96, 3, 11, 11), (64, 3, 3, 3), (256, 48, 5, 5), (2, 1, 1, 1)], ids=ident)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ident)
-def test_blocks_are_powers_of_two_that_tensor_cores_take(dtype, weight, groups):
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+def test_blocks_are_powers_of_two_that_tensor_cores_take(format, dtype, weight, groups):
     for ieee in (False, True):
         with torch.backends.cudnn.flags(allow_tf32=not ieee):
-            configs = on_gpu.configurations(torch.empty(weight, dtype=dtype, device="meta"), groups)
+            x = torch.empty(2, groups * weight[1], 8, 8, dtype=dtype, device="meta", memory_format=format)
+            configs = on_gpu.configurations(x, torch.empty(weight, dtype=dtype, device="meta"), groups)
         assert len({str(c) for c in configs}) == len(configs)
         for c in configs:
             assert all(size >= 16 and size & (size - 1) == 0 for size in (c.pixels, c.outputs, c.k))

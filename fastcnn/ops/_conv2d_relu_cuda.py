@@ -48,8 +48,8 @@ class Config:
         return f"triton {self.pixels}x{self.outputs}x{self.k} warps={self.warps} stages={self.stages}"
 
 
-# For 16 bits. Blocks of k are half as long in fp32.
-_CONFIGS = (
+# The first of each list spills no registers on any architecture; the others are tried when tuning.
+_WIDE_LOADS = (  # 16-bit channels_last
     Config(128, 64, 64, 4, 3),
     Config(128, 128, 64, 8, 3),
     Config(128, 128, 32, 4, 3),
@@ -59,8 +59,15 @@ _CONFIGS = (
     Config(128, 256, 64, 8, 3),
     Config(128, 32, 64, 4, 4),
 )
-# Where channels are so few that an input is loaded element by element: all outputs at once, or it is loaded again.
-_FEW_CHANNELS = (
+_OTHERS = (
+    Config(64, 64, 32, 4, 3),
+    Config(128, 64, 32, 8, 3),
+    Config(64, 128, 32, 8, 3),
+    Config(128, 128, 32, 8, 3),
+    Config(64, 128, 64, 8, 3),
+    Config(128, 32, 32, 4, 3),
+)
+_FEW_CHANNELS = (  # loaded element by element: all outputs at once, or they are loaded again
     Config(128, 128, 32, 8, 2),
     Config(64, 128, 64, 4, 2),
     Config(64, 128, 32, 4, 2),
@@ -68,8 +75,11 @@ _FEW_CHANNELS = (
     Config(128, 64, 64, 4, 3),
     Config(256, 64, 32, 8, 2),
 )
-# IEEE fp32 has no tensor cores, and its sums need registers.
-_IEEE = (Config(64, 64, 16, 4, 2), Config(128, 64, 16, 8, 2), Config(64, 32, 16, 4, 2))
+_IEEE = (  # fp32 without tensor cores, whose sums need registers
+    Config(64, 64, 16, 4, 2),
+    Config(128, 64, 16, 8, 2),
+    Config(64, 32, 16, 4, 2),
+)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -78,13 +88,16 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def configurations(weight: Tensor, groups: int) -> list[Config]:
-    """Those that make sense for a weight, the default first; blocks are no longer than what they must cover."""
-    ieee = weight.dtype == torch.float32 and precision(weight.dtype) == "ieee"
-    configs = _IEEE if ieee else _FEW_CHANNELS if weight.shape[1] % 8 else _CONFIGS
+def configurations(x: Tensor, weight: Tensor, groups: int) -> list[Config]:
+    """Those that make sense, the default first; blocks are no longer than what they must cover."""
+    if x.dtype == torch.float32 and precision(x.dtype) == "ieee":
+        configs = _IEEE
+    elif weight.shape[1] % 8:
+        configs = _FEW_CHANNELS
+    else:
+        configs = _WIDE_LOADS if x.dtype != torch.float32 and is_channels_last(x) else _OTHERS
     outputs, k = _block(weight.shape[0] // groups), _block(weight.numel() // weight.shape[0])
-    k_factor = 2 if weight.dtype == torch.float32 and not ieee else 1
-    fitted = (Config(c.pixels, min(c.outputs, outputs), min(c.k // k_factor, k), c.warps, c.stages) for c in configs)
+    fitted = (Config(c.pixels, min(c.outputs, outputs), min(c.k, k), c.warps, c.stages) for c in configs)
     return list(dict.fromkeys(fitted))
 
 
@@ -100,7 +113,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple
         check_same("conv2d_relu", "bias", bias, x, weight.shape[:1])
     if x.dtype not in _DTYPES or x.numel() == 0:
         return op._reference(x, weight, bias, *args)
-    if x.dtype == torch.bfloat16 and not x.is_cuda:
+    if x.dtype == torch.bfloat16 and backends.INTERPRETING:
         # Triton's interpreter multiplies the bits of bfloat16, and rounds to it towards zero.
         y, mask = forward(x.float(), weight.float(), None if bias is None else bias.float(), *args)
         return y.to(x.dtype), mask
@@ -115,7 +128,7 @@ def candidates(x: Tensor, weight: Tensor, *args: Any) -> dict[str, Run]:
     runs: dict[str, Run] = {"cudnn": cudnn}
     if x.is_cuda and torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled:
         runs["cudnn_convolution_relu"] = cudnn_convolution_relu
-    for config in configurations(weight, args[3]):
+    for config in configurations(x, weight, args[3]):
         runs[str(config)] = functools.partial(triton, config=config)
     return runs
 
@@ -279,7 +292,7 @@ def _mask_backward(dy: Tensor, mask: Tensor) -> Tensor:
 
 def _relu_backward(dy: Tensor, y: Tensor, channels_last: bool, with_bias: bool) -> tuple[Tensor, Tensor]:
     """Gradients of the convolution's output, and of its bias, empty if that is not wanted."""
-    if dy.dtype == torch.bfloat16 and not dy.is_cuda:  # as in forward
+    if dy.dtype == torch.bfloat16 and backends.INTERPRETING:  # as in forward
         dz, db = _relu_backward(dy.float(), y.float(), channels_last, with_bias)
         return dz.to(dy.dtype), db.to(dy.dtype)
     dz = torch.empty_like(dy)
@@ -300,7 +313,7 @@ def _relu_backward(dy: Tensor, y: Tensor, channels_last: bool, with_bias: bool) 
         INDEX=index_dtype(dy.numel()),
         BLOCK_ROWS=rows,
         BLOCK_COLUMNS=columns,
-        num_warps=4,
+        num_warps=4 if channels_last else 8,
     )
     db = dy.new_empty(o if with_bias else 0)
     if with_bias:

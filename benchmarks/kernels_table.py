@@ -1,0 +1,251 @@
+"""What compilers make of every kernel at the shapes of AlexNet and VGG-16: ``python benchmarks/kernels_table.py FILE``.
+
+Kernels and configurations come from the launchers themselves, called with tensors on the meta device; nothing runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from .compiled import ARCHITECTURES, Kernel, compiling
+except ImportError:  # run as a script
+    from compiled import ARCHITECTURES, Kernel, compiling  # type: ignore[no-redef]
+
+from fastcnn.bench.cases import FORMATS, LRN, POOL
+from fastcnn.ops import _conv2d_relu_cuda as conv2d_relu
+from fastcnn.ops._operator import BACKENDS
+from fastcnn.params import PoolParams
+
+# "tf32" and "fp32" are the two ways to multiply float32.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+BATCH = 256
+
+# Input channels and height, output channels, window, stride, padding, groups.
+CONVOLUTIONS = {
+    "AlexNet conv1": (3, 227, 96, 11, 4, 0, 1),
+    "AlexNet conv2": (96, 27, 256, 5, 1, 2, 2),
+    "AlexNet conv3": (256, 13, 384, 3, 1, 1, 1),
+    "AlexNet conv4": (384, 13, 384, 3, 1, 1, 2),
+    "AlexNet conv5": (384, 13, 256, 3, 1, 1, 2),
+    "VGG-16 conv1_1": (3, 224, 64, 3, 1, 1, 1),
+    "VGG-16 conv1_2": (64, 224, 64, 3, 1, 1, 1),
+    "VGG-16 conv2_1": (64, 112, 128, 3, 1, 1, 1),
+    "VGG-16 conv2_2": (128, 112, 128, 3, 1, 1, 1),
+    "VGG-16 conv3_1": (128, 56, 256, 3, 1, 1, 1),
+    "VGG-16 conv3_2": (256, 56, 256, 3, 1, 1, 1),
+    "VGG-16 conv4_1": (256, 28, 512, 3, 1, 1, 1),
+    "VGG-16 conv4_2": (512, 28, 512, 3, 1, 1, 1),
+    "VGG-16 conv5": (512, 14, 512, 3, 1, 1, 1),
+}
+# Channels and height of the input; of the tails, whether LRN takes part.
+NORMALIZED = {"AlexNet conv1": (96, 55), "AlexNet conv2": (256, 27)}
+POOLED = {**NORMALIZED, "AlexNet conv5": (256, 13)}
+HALVED = {
+    "VGG-16 pool1": (64, 224),
+    "VGG-16 pool2": (128, 112),
+    "VGG-16 pool3": (256, 56),
+    "VGG-16 pool4": (512, 28),
+    "VGG-16 pool5": (512, 14),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of launchers whose kernels are compiled.
+
+    Args:
+        op: the file in ``kernels/``.
+        layer: whose shape it is.
+        dtype: a key of ``DTYPES``.
+        format: a key of ``FORMATS``.
+        launch: the call.
+    """
+
+    op: str
+    layer: str
+    dtype: str
+    format: str
+    launch: Callable[[], object]
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.layer}, {self.dtype}, {self.format}"
+
+    def compile(self, arch: int) -> list[Kernel]:
+        with _precision("ieee" if self.dtype == "fp32" else "tf32"), compiling(arch) as kernels:
+            self.launch()
+        return kernels
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, name
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+def cases() -> Iterator[Case]:
+    """All of the Triton kernels."""
+    every = chain(_convolutions(), _normalizations(), _pools(), _tails())
+    return (case for case in every if "triton" in BACKENDS[case.op])
+
+
+def _case(launch: Callable[..., object], op: str, layer: str, dtype: str, format: str, *args: Any) -> Case:
+    return Case(op, layer, dtype, format, functools.partial(launch, dtype, format, *args))
+
+
+def _meta(dtype: str, format: str, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta", memory_format=FORMATS[format])
+
+
+def _convolutions() -> Iterator[Case]:
+    for (layer, numbers), dtype, format in product(CONVOLUTIONS.items(), DTYPES, FORMATS):
+        yield _case(_convolve, "conv2d_relu", layer, dtype, format, *numbers)
+    for dtype, format in product(("bf16", "fp32"), FORMATS):
+        yield _case(_mask, "conv2d_relu", "AlexNet conv1", dtype, format, 96, 55)
+
+
+def _convolve(
+    dtype: str, format: str, c: int, size: int, outputs: int, window: int, stride: int, padding: int, groups: int
+) -> None:
+    x = _meta(dtype, format, BATCH, c, size, size)
+    weight = _meta(dtype, format, outputs, c // groups, window, window)
+    args = [stride] * 2, [padding] * 2, [1, 1], groups, False
+    config = conv2d_relu.configurations(x, weight, groups)[0]
+    conv2d_relu.triton(x, weight, x.new_empty(outputs), *args, config=config)
+
+
+def _mask(dtype: str, format: str, c: int, size: int) -> None:
+    """What runs beside cuDNN's convolution, which here is a 1x1: forward with a mask, backward with and without it."""
+    x, weight = _meta(dtype, format, BATCH, c, size, size), _meta(dtype, format, c, c, 1, 1)
+    conv = [1, 1], [0, 0], [1, 1], 1
+    y, mask = conv2d_relu.cudnn(x, weight, x.new_empty(c), *conv, True)
+    tail = list(x.shape), format == "channels_last", *conv
+    conv2d_relu.backward(y, y, x, weight, *tail, [True, True, True])
+    conv2d_relu.backward(y, mask, None, weight, *tail, [True, False, False])
+
+
+def _normalizations() -> Iterator[Case]:
+    for (layer, numbers), dtype, format in product(NORMALIZED.items(), ("bf16", "fp16", "fp32"), FORMATS):
+        yield _case(_normalize, "lrn", layer, dtype, format, *numbers)
+
+
+def _normalize(dtype: str, format: str, c: int, size: int) -> None:
+    op, x = importlib.import_module("fastcnn.ops.lrn"), _meta(dtype, format, BATCH, c, size, size)
+    op._triton(x, *LRN.op_args())
+    op._backward_triton(x, x, *LRN.op_args())
+
+
+def _pools() -> Iterator[Case]:
+    for dtype, format in product(("bf16", "fp16", "fp32"), FORMATS):
+        for layer, numbers in POOLED.items():
+            yield _case(_pool, "max_pool2d", layer, dtype, format, POOL, *numbers)
+        for layer, numbers in HALVED.items():
+            yield _case(_pool, "max_pool2d", layer, dtype, format, PoolParams(2), *numbers)
+
+
+def _pool(dtype: str, format: str, pool: PoolParams, c: int, size: int) -> None:
+    op, x = importlib.import_module("fastcnn.ops.max_pool2d"), _meta(dtype, format, BATCH, c, size, size)
+    y, argmax = op._triton(x, *pool.op_args(), True)
+    op._backward_triton(y, argmax, list(x.shape[2:]), format == "channels_last", *pool.op_args())
+
+
+def _tails() -> Iterator[Case]:
+    for (layer, numbers), dtype, format in product(POOLED.items(), ("bf16", "fp16", "fp32"), FORMATS):
+        yield _case(_tail, "relu_lrn_max_pool2d", layer, dtype, format, layer in NORMALIZED, *numbers)
+
+
+def _tail(dtype: str, format: str, with_lrn: bool, c: int, size: int) -> None:
+    op = importlib.import_module("fastcnn.ops.relu_lrn_max_pool2d")
+    x = _meta(dtype, format, BATCH, c, size, size)
+    lrn = LRN.op_args() if with_lrn else (0, 0.0, 0.0, 0.0, 1)
+    args = True, *lrn, *POOL.op_args()
+    bias = x.new_empty(c)
+    y, argmax = op._triton(x, bias, *args, True)
+    op._backward_triton(y, x, bias, argmax, *args)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel, in whatever language it was written."""
+
+    language: str
+    kernel: str
+    layer: str
+    dtype: str
+    format: str
+    arch: str
+    registers: int
+    spills: int
+    shared: int
+    loads: str
+    stores: str
+    tensor_cores: str
+
+
+def triton_rows() -> Iterator[Row]:
+    for case in cases():
+        for arch in ARCHITECTURES:
+            print(case, arch, file=sys.stderr)
+            for kernel in case.compile(arch):
+                yield Row(
+                    "Triton",
+                    f"{case.op}: {kernel.name}",
+                    case.layer,
+                    case.dtype,
+                    case.format,
+                    f"sm_{arch}",
+                    kernel.registers,
+                    kernel.spills,
+                    kernel.shared,
+                    _widths(kernel.loads),
+                    _widths(kernel.stores),
+                    ", ".join(kernel.tensor_cores),
+                )
+
+
+def _widths(counts: dict[int, int]) -> str:
+    """Widest first: ``16 B x 12, 2 B x 1``."""
+    return ", ".join(f"{width or 'bulk'}{' B' * (width > 0)} x {n}" for width, n in sorted(counts.items())[::-1])
+
+
+_HEAD = f"""# Compiled kernels
+
+Written by `make kernels`, on a machine that needs no GPU: every kernel as its launcher configures it for AlexNet and
+VGG-16 at batch {BATCH}, in machine code for A100 (sm_80), H100 (sm_90) and B200 (sm_100). Registers are those of a
+thread; spills are instructions that move registers to or from local memory; shared memory is in bytes; loads and
+stores are instructions by the bytes that a thread asks global memory for at once.
+
+"""
+
+
+def table(rows: list[Row]) -> str:
+    """As Markdown, a section for each kernel."""
+    text = _HEAD
+    for name in dict.fromkeys((row.language, row.kernel) for row in rows):
+        members = [list(asdict(row).values())[2:] for row in rows if (row.language, row.kernel) == name]
+        columns = "layer", "dtype", "format", "arch", "registers", "spills", "shared", "loads", "stores", "tensor cores"
+        text += f"## {name[1]} ({name[0]})\n\n"
+        text += "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (columns, ["---"] * 10, *members))
+        text += "\n\n"
+    return text.rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(table(list(triton_rows())))

@@ -1,0 +1,114 @@
+"""The Triton kernels in machine code, for GPUs that need not be here: no spills, tensor cores, wide loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastcnn import backends
+
+pytest.importorskip("triton")
+if backends.INTERPRETING:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from benchmarks.compiled import ARCHITECTURES, compiling
+from benchmarks.kernels_table import Case, Row, cases, table
+
+# How the tensor-core instructions of an architecture begin.
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
+LAYERS = ("AlexNet conv1", "AlexNet conv2", "AlexNet conv4", "VGG-16 conv1_1", "VGG-16 pool1")
+
+
+def checked() -> list[tuple[Case, int]]:
+    """sm_90: what AlexNet and VGG-16 have of different layers; the other architectures: each kernel once."""
+    pairs, met = [], set()
+    for case in cases():
+        convolution = case.op == "conv2d_relu"
+        usual = case.dtype == "bf16" or (case.dtype == "tf32" if convolution else case.format == "channels_last")
+        if case.layer in LAYERS and usual and case.dtype != "fp16":
+            pairs.append((case, 90))
+        kind = case.op, case.launch.func
+        if case.dtype == "bf16" and case.format == "channels_last" and kind not in met:
+            met.add(kind)
+            pairs += [(case, arch) for arch in ARCHITECTURES if arch != 90]
+    return pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "arch"), checked(), ids=lambda value: str(value).replace(", ", "-"))
+def test_no_spills_tensor_cores_in_convolutions_and_wide_loads(case, arch):
+    kernels = case.compile(arch)
+    assert kernels
+    for kernel in kernels:
+        assert kernel.spills == 0, f"{kernel.name} moves registers to memory {kernel.spills} times"
+        if kernel.name == "conv2d_relu_kernel":
+            assert kernel.tensor_cores
+            assert all(op.startswith(TENSOR_CORES[arch]) for op in kernel.tensor_cores)
+        if case.format == "channels_last":
+            assert 16 in kernel.loads
+            assert 16 in kernel.stores or kernel.name == "bias_gradient_kernel"
+
+
+# -- that these tests would fail --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def product_kernel(a, b, c, SIZE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    i, k = tl.arange(0, BLOCK), tl.arange(0, 32)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, SIZE, 32):
+        left = tl.load(a + i[:, None] * SIZE + (start + k)[None, :])
+        right = tl.load(b + (start + k)[:, None] * SIZE + i[None, :])
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    tl.store(c + i[:, None] * SIZE + i[None, :], total)
+
+
+def compiled(arch=90, dtype="bfloat16", size=64, block=64, precision="tf32", **options):
+    x = torch.empty(block, size, device="meta", dtype=getattr(torch, dtype))
+    with compiling(arch) as kernels:
+        product_kernel[(1,)](x, x, x.float(), size, block, precision, **options)
+    (kernel,) = kernels
+    return kernel
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_spills_are_seen(arch):
+    assert compiled(arch, "float32", block=32, precision="ieee").spills == 0
+    spilling = compiled(arch, "float32", block=32, precision="ieee", maxnreg=32)
+    assert spilling.spills > 0
+    assert spilling.stack > 0
+    assert spilling.registers <= 32
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_tensor_cores_are_seen(arch, dtype):
+    kernel = compiled(arch, dtype)
+    assert kernel.tensor_cores
+    assert all(op.startswith(TENSOR_CORES[arch]) for op in kernel.tensor_cores)
+    if dtype == "float32":
+        assert not compiled(arch, dtype, precision="ieee").tensor_cores
+
+
+def test_widths_of_loads_and_stores_are_seen():
+    wide, narrow = compiled(), compiled(size=33)
+    assert set(wide.loads) == set(wide.stores) == {16}
+    assert set(narrow.loads) == {2}
+    assert set(narrow.stores) == {4}
+
+
+def test_architectures_are_compiled_side_by_side():
+    assert len({compiled(arch).cubin for arch in ARCHITECTURES}) == len(ARCHITECTURES)
+
+
+def test_table_has_a_section_for_each_kernel():
+    row = Row("Triton", "lrn: forward", "AlexNet conv1", "bf16", "NCHW", "sm_90", 40, 0, 128, "16 B x 2", "2 B x 1", "")
+    text = table([row, replace(row, arch="sm_80"), replace(row, language="CUDA")])
+    assert text.count("\n## ") == 2
+    assert text.count("| AlexNet conv1 | bf16 | NCHW | sm_90 | 40 | 0 | 128 | 16 B x 2 | 2 B x 1 |  |") == 2
+    assert "## lrn: forward (CUDA)" in text
