@@ -40,17 +40,18 @@ void expect_bytes(const char* name, const Tensor& t, int64_t elements, int64_t s
 
 // An output, whose units are written image by image: `units` of them to an image.
 struct Output {
+  Output() = default;
   explicit Output(const Tensor& t, int64_t units = 1)
       : data(static_cast<char*>(t.mutable_data_ptr())), bytes(t.numel() * t.element_size()), units_per_image(units) {}
-  char* data;
-  int64_t bytes, units_per_image;
+  char* data = nullptr;
+  int64_t bytes = 0, units_per_image = 1;
 };
 
 // Share `units` of a kernel out among torch's threads; a thread gets at least `grain` of them. It does them in pieces of
 // whole images whose output stays in cache between being mapped and being written.
 template <typename Task>
 void parallel(void (*kernel)(const Task&, int64_t, int64_t, void*), const Task& task, int64_t units, int64_t grain,
-              int64_t scratch_bytes, const Output& out) {
+              int64_t scratch_bytes, const Output& out = {}) {
   constexpr int64_t kPiece = 1 << 20;
   const int64_t images = units / out.units_per_image, pieces = std::max<int64_t>(1, out.bytes / kPiece);
   const int64_t step = std::max<int64_t>(1, images / pieces) * out.units_per_image;
@@ -236,6 +237,22 @@ void relu_mask_backward(Tensor dy, Tensor mask, Tensor dx) {
   run_mask(kernels().relu_mask_backward, {dtype_of(dy), dy.numel(), dy.const_data_ptr(), bits, dx.mutable_data_ptr()}, dx);
 }
 
+// A hash of the tensor's contents: of the hashes of its pieces, until there is one.
+int64_t fingerprint(Tensor x) {
+  STD_TORCH_CHECK(x.is_contiguous(), "the tensor must be contiguous");
+  const void* from = x.const_data_ptr();
+  int64_t bytes = x.numel() * x.element_size();
+  for (std::vector<uint64_t> hashes, pieces;;) {
+    pieces.resize(std::max<int64_t>(1, (bytes + FingerprintTask::kBytes - 1) / FingerprintTask::kBytes));
+    const int64_t units = pieces.size();
+    parallel(kernels().fingerprint, FingerprintTask{from, bytes, pieces.data()}, units, 4, 0);
+    if (units == 1) return static_cast<int64_t>(pieces[0]);
+    hashes.swap(pieces);
+    from = hashes.data();
+    bytes = units * sizeof(uint64_t);
+  }
+}
+
 #define FASTCNN_LRN "int size, float alpha, float beta, float k, int groups"
 #define FASTCNN_POOL "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
@@ -246,6 +263,7 @@ STABLE_TORCH_LIBRARY(fastcnn_cpu, m) {
   m.def("max_pool2d_backward(Tensor grad, Tensor argmax, Tensor(a!) out, bool channels_last, " FASTCNN_POOL ") -> ()");
   m.def("relu_mask(Tensor output, Tensor(a!) mask) -> ()");
   m.def("relu_mask_backward(Tensor grad, Tensor mask, Tensor(a!) out) -> ()");
+  m.def("fingerprint(Tensor input) -> int");
   m.def("relu_lrn_max_pool2d(Tensor input, Tensor? bias, Tensor(a!) out, Tensor(b!)? argmax, bool channels_last, "
         "bool relu, " FASTCNN_LRN ", " FASTCNN_POOL ") -> ()");
   m.def("relu_lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor? argmax, Tensor(a!) out, "
@@ -259,6 +277,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) {
   m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));
   m.impl("relu_mask", TORCH_BOX(&relu_mask));
   m.impl("relu_mask_backward", TORCH_BOX(&relu_mask_backward));
+  m.impl("fingerprint", TORCH_BOX(&fingerprint));
   m.impl("relu_lrn_max_pool2d", TORCH_BOX(&relu_lrn_max_pool2d));
   m.impl("relu_lrn_max_pool2d_backward", TORCH_BOX(&relu_lrn_max_pool2d_backward));
 }

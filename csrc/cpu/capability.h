@@ -14,6 +14,7 @@ struct CPUKernels {
   decltype(&baseline::lrn_units) lrn_units;
   decltype(&baseline::lrn_scratch_bytes) lrn_scratch_bytes;
   decltype(&baseline::lrn) lrn, lrn_backward;
+  decltype(&baseline::fingerprint) fingerprint;
   decltype(&baseline::relu_mask) relu_mask, relu_mask_backward;
   decltype(&baseline::relu_lrn_max_pool2d_scratch_bytes) relu_lrn_max_pool2d_scratch_bytes;
   decltype(&baseline::relu_lrn_max_pool2d) relu_lrn_max_pool2d, relu_lrn_max_pool2d_backward;

@@ -1,4 +1,4 @@
-// What conv2d_relu adds to oneDNN's convolution: the bit mask of a ReLU, and its use.
+// What conv2d_relu adds to oneDNN's convolution: the bit mask of a ReLU, and its use; and a hash of frozen weights.
 // Memory: the mask is one bit an element; backward reads it and dy and writes dx.
 #include "dispatch.h"
 #include "kernels.h"
@@ -74,6 +74,29 @@ void relu_mask_backward(const MaskTask& task, int64_t begin, int64_t end, void*)
       }
     });
   });
+}
+
+// Each step is a bijection of the hash and of the word, so that no change of a single word goes unseen.
+void fingerprint(const FingerprintTask& task, int64_t begin, int64_t end, void*) {
+  constexpr int kWords = 32;  // hashed side by side
+  constexpr uint64_t kFactor = 0x9e3779b97f4a7c15;
+  const auto mix = [](uint64_t& hash, uint64_t word) {
+    hash = (hash ^ word) * kFactor;
+    hash ^= hash >> 32;
+  };
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const char* p = static_cast<const char*>(task.x) + unit * FingerprintTask::kBytes;
+    int64_t left = std::min(FingerprintTask::kBytes, task.bytes - unit * FingerprintTask::kBytes);
+    uint64_t hashes[kWords] = {}, words[kWords];
+    for (; left > 0; left -= sizeof words, p += sizeof words) {
+      if (left < static_cast<int64_t>(sizeof words)) std::memset(words, 0, sizeof words);
+      std::memcpy(words, p, std::min<int64_t>(left, sizeof words));
+      for (int i = 0; i < kWords; ++i) mix(hashes[i], words[i]);
+    }
+    uint64_t hash = 0;
+    for (const uint64_t h : hashes) mix(hash, h);
+    task.out[unit] = hash;
+  }
 }
 
 }  // namespace fastcnn::FASTCNN_CAPABILITY

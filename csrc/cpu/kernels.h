@@ -42,12 +42,21 @@ struct MaskTask {
   void* out;  // backward only
 };
 
+// The hash of each kBytes of memory, which are a unit; all of them together tell whether it changed.
+struct FingerprintTask {
+  static constexpr int64_t kBytes = 1 << 16;
+  const void* x;
+  int64_t bytes;
+  uint64_t* out;
+};
+
 #define FASTCNN_DECLARE_KERNELS(capability)                                                      \
   namespace capability {                                                                         \
   int64_t lrn_units(const LRNTask&);                                                             \
   int64_t lrn_scratch_bytes(const LRNTask&);                                                     \
   void lrn(const LRNTask&, int64_t begin, int64_t end, void* scratch);                           \
   void lrn_backward(const LRNTask&, int64_t begin, int64_t end, void* scratch);                  \
+  void fingerprint(const FingerprintTask&, int64_t begin, int64_t end, void* scratch);           \
   void relu_mask(const MaskTask&, int64_t begin, int64_t end, void* scratch);                    \
   void relu_mask_backward(const MaskTask&, int64_t begin, int64_t end, void* scratch);           \
   int64_t relu_lrn_max_pool2d_scratch_bytes(const TailTask&);                                    \

@@ -12,6 +12,7 @@ from ..params import ConvParams, IntOrPair, autocast
 from . import _conv2d_relu_cuda as on_gpu
 from ._layout import dense, empty_output, format_of, is_channels_last, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
+from ._packed import Frozen, contents_of
 
 
 def conv2d_relu(
@@ -77,7 +78,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[T
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     *conv, with_mask = args
     y = output(torch.relu_(F.conv2d(x, weight, bias, *conv)), output_format(x))
-    return y, _pack(y) if with_mask else _empty_mask(y, False)
+    return y, _pack_bits(y) if with_mask else _empty_mask(y, False)
 
 
 def _flat(y: Tensor) -> Tensor:
@@ -85,13 +86,13 @@ def _flat(y: Tensor) -> Tensor:
     return (y.permute(0, 2, 3, 1) if is_channels_last(y) else y).reshape(-1)
 
 
-def _pack(y: Tensor) -> Tensor:
+def _pack_bits(y: Tensor) -> Tensor:
     """One bit an element, in the order of memory: whether ReLU passes the gradient."""
     bits = F.pad(~(_flat(y) <= 0), (0, -y.numel() % 8)).view(-1, 8)
     return (bits << torch.arange(8, device=y.device)).sum(1).to(torch.uint8)
 
 
-def _unpack(mask: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+def _unpack_bits(mask: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     bits = ((mask.unsqueeze(1) >> torch.arange(8, device=mask.device)) & 1).bool().view(-1)[: shape.numel()]
     n, c, h, w = shape
     return bits.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else bits.view(shape)
@@ -106,20 +107,24 @@ def _onednn_runs(x: Tensor) -> bool:
     return x.dtype == torch.float32 or (x.dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def _cannot_be_nan(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _magnitude(t: Tensor | None) -> float:
+    """The largest absolute value, NaN if there is one."""
+    if t is None or not t.numel():
+        return 0.0
+    low, high = torch.aminmax(_flat(t))
+    return max(-low.item(), high.item()) if high == high else float("nan")
+
+
+def _cannot_be_nan(x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen | None) -> bool:
     """oneDNN's ReLU makes 0 of NaN, so it may run only where all is finite and no sum can overflow.
 
     That is one read of the input, next to nothing beside a convolution. A NaN makes every comparison false.
     """
-
-    def magnitude(t: Tensor | None) -> float:
-        if t is None or not t.numel():
-            return 0.0
-        low, high = torch.aminmax(_flat(t))
-        return max(-low.item(), high.item()) if high == high else float("nan")
-
-    terms = weight[0].numel()
-    return magnitude(x) * magnitude(weight) * terms + magnitude(bias) < 1e38
+    if frozen is None:
+        of_weight = _magnitude(weight)
+    else:
+        of_weight = frozen.get("magnitude", lambda: torch.tensor(_magnitude(weight))).item()
+    return _magnitude(x) * of_weight * weight[0].numel() + _magnitude(bias) < 1e38
 
 
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -127,7 +132,11 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Te
     format = output_format(x)
     x = dense(x, format)
     bias = None if bias is None else bias.contiguous()
-    if _onednn_runs(x) and _cannot_be_nan(x, weight, bias):
+    # From packed weights oneDNN writes channels_last: of no use to NCHW.
+    frozen = contents_of(weight) if _onednn_runs(x) and is_channels_last(x) else None
+    if _onednn_runs(x) and _cannot_be_nan(x, weight, bias, frozen):
+        if frozen is not None:
+            weight = frozen.get("forward", lambda: _pack(weight, x, stride, padding, dilation, groups))
         y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
     else:
         y = torch.relu_(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
@@ -136,6 +145,13 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Te
     if with_mask:
         torch.ops.fastcnn_cpu.relu_mask(y, mask)
     return y, mask
+
+
+def _pack(weight: Tensor, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+    """In the blocked format that oneDNN prefers for an input like ``x``; good for any."""
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(
+        weight.detach().to_mkldnn(), padding, stride, dilation, groups, x.shape
+    )
 
 
 def _backward_fake(
@@ -174,7 +190,7 @@ def _backward_reference(
 
 def _passes(dy: Tensor, y_or_mask: Tensor, x: Tensor | None, channels_last: bool) -> Tensor:
     """Where ReLU passes the gradient, as bool; from the mask where the input was not kept."""
-    return _unpack(y_or_mask, dy.shape, channels_last) if x is None else ~(y_or_mask <= 0)
+    return _unpack_bits(y_or_mask, dy.shape, channels_last) if x is None else ~(y_or_mask <= 0)
 
 
 def _backward_cpu(
@@ -185,7 +201,32 @@ def _backward_cpu(
     dy = dense(dy, format_of(args[1]))
     dz = torch.empty_like(dy)
     torch.ops.fastcnn_cpu.relu_mask_backward(dy, y_or_mask, dz)
-    return _convolution_backward(dz, x, weight, *args)
+    dx = _input_gradient(dz, weight, *args)
+    if dx is None:
+        return _convolution_backward(dz, x, weight, *args)
+    return dx, dz.new_empty(0), dz.new_empty(0)
+
+
+def _input_gradient(dz: Tensor, weight: Tensor, *args: Any) -> Tensor | None:
+    """The gradient for the input alone, with packed weights; None where there are none.
+
+    With stride 1 it is a convolution too: each window turned round, input and output channels exchanged.
+    """
+    _, channels_last, stride, padding, dilation, groups, needs = args
+    turned_padding = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+    convolves = needs == [True, False, False] and stride == [1, 1] and min(turned_padding) >= 0
+    frozen = contents_of(weight) if convolves and channels_last and _onednn_runs(dz) else None
+    if frozen is None:
+        return None
+
+    def turned() -> Tensor:
+        flipped = weight.detach().flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return _pack(flipped.contiguous(), dz, stride, turned_padding, dilation, groups)
+
+    dx = torch.ops.mkldnn._convolution_pointwise(
+        dz, frozen.get("backward", turned), None, turned_padding, stride, dilation, groups, "none", [], ""
+    )
+    return output(dx, format_of(channels_last))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
