@@ -20,8 +20,10 @@ from torch import Tensor
 
 try:
     from .compiled import ARCHITECTURES, Kernel, compiling
+    from .compiled_cuda import all_kernels
 except ImportError:  # run as a script
     from compiled import ARCHITECTURES, Kernel, compiling  # type: ignore[no-redef]
+    from compiled_cuda import all_kernels  # type: ignore[no-redef]
 
 from fastcnn.bench.cases import FORMATS, LRN, POOL
 from fastcnn.ops import _conv2d_relu_cuda as conv2d_relu
@@ -218,6 +220,25 @@ def triton_rows() -> Iterator[Row]:
                 )
 
 
+def cuda_rows() -> Iterator[Row]:
+    for source, kernel in all_kernels(ARCHITECTURES):
+        function, dtype, format, kind = kernel.parts
+        yield Row(
+            "CUDA",
+            f"{source.stem}: {function}",
+            kind,
+            dtype,
+            format,
+            f"sm_{kernel.arch}",
+            kernel.registers,
+            kernel.spills,
+            kernel.shared,
+            _widths(kernel.loads),
+            _widths(kernel.stores),
+            ", ".join(kernel.tensor_cores),
+        )
+
+
 def _widths(counts: dict[int, int]) -> str:
     """Widest first: ``16 B x 12, 2 B x 1``."""
     return ", ".join(f"{width or 'bulk'}{' B' * (width > 0)} x {n}" for width, n in sorted(counts.items())[::-1])
@@ -228,7 +249,9 @@ _HEAD = f"""# Compiled kernels
 Written by `make kernels`, on a machine that needs no GPU: every kernel as its launcher configures it for AlexNet and
 VGG-16 at batch {BATCH}, in machine code for A100 (sm_80), H100 (sm_90) and B200 (sm_100). Registers are those of a
 thread; spills are instructions that move registers to or from local memory; shared memory is in bytes; loads and
-stores are instructions by the bytes that a thread asks global memory for at once.
+stores are instructions by the bytes that a thread asks global memory for at once. CUDA kernels are compiled for any
+shape: for runs of channels that fill 16 bytes, in channels_last, and for all others one by one; the dynamic shared
+memory that a launch adds is not counted.
 
 """
 
@@ -248,4 +271,4 @@ def table(rows: list[Row]) -> str:
 if __name__ == "__main__":
     file = Path(sys.argv[1])
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(table(list(triton_rows())))
+    file.write_text(table([*triton_rows(), *cuda_rows()]))

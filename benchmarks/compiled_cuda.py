@@ -1,0 +1,96 @@
+"""What nvcc makes of the CUDA kernels: registers, spills, access widths, tensor-core instructions. No GPU is needed.
+
+The kernels know nothing of shapes: one is compiled for each dtype, memory format and kind of window.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    from .compiled import _TOOLS, Kernel
+except ImportError:  # run as a script
+    from compiled import _TOOLS, Kernel  # type: ignore[no-redef]
+
+SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr")
+
+_DTYPES = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32", "double": "fp64"}
+_WINDOWS = {"0": "no LRN", "1": "LRN of five, beta 3/4", "2": "any LRN"}
+_NAME = re.compile(r"(?:void )?fastcnn::cuda::(?:\(anonymous namespace\)::)?(\w+)<(\w+)(?:, (true|false))?(.*?)>\(")
+
+
+@dataclass(frozen=True)
+class CudaKernel(Kernel):
+    """One kernel of a ``.cu`` file; ``name`` is its C++ name, template arguments included."""
+
+    @functools.cached_property
+    def sass(self) -> str:
+        return self.assembly["sass"]
+
+    @functools.cached_property
+    def _resources(self) -> str:
+        return self.assembly["resources"]
+
+    @property
+    def parts(self) -> tuple[str, str, str, str]:
+        """Function, dtype, memory format, and what else it is compiled for."""
+        found = _NAME.match(self.name)
+        assert found, self.name
+        function, dtype, channels_last, rest = found.groups()
+        window = re.search(r"Norm\)(\d)", rest)
+        kind = [_WINDOWS[window[1]]] if window else [rest.strip(", ")]
+        if function == "backward":
+            kind.append("pool" if rest.endswith("true") else "no pool")
+        format = {"true": "channels_last", "false": "NCHW", None: ""}[channels_last]
+        return function, _DTYPES[dtype], format, ", ".join(filter(None, kind))
+
+
+def kernels(file: Path, arch: int) -> list[CudaKernel]:
+    """Those compiled for ``sm_<arch>`` in a library or a cubin."""
+    sass = _split(_tool("-sass", f"-arch=sm_{arch}", file), r"^\t+Function : (\S+)$")
+    resources = _split(_tool("-res-usage", f"-arch=sm_{arch}", file), r"^ Function (\S+):$")
+    demangled = subprocess.run(["c++filt", *sass], check=True, text=True, capture_output=True).stdout.splitlines()
+    return [
+        CudaKernel(name, arch, 0, None, b"", _shared(resources[symbol]), {"sass": code, "resources": resources[symbol]})
+        for name, (symbol, code) in zip(demangled, sass.items(), strict=True)
+    ]
+
+
+def _shared(resources: str) -> int:
+    found = re.search(r"SHARED:(\d+)", resources)
+    assert found
+    return int(found[1])
+
+
+def _tool(*args: str | Path) -> str:
+    return subprocess.run([_TOOLS / "cuobjdump", *args], check=True, text=True, capture_output=True).stdout
+
+
+def _split(text: str, head: str) -> dict[str, str]:
+    """Heading -> what follows it."""
+    pieces = re.split(head, text, flags=re.MULTILINE)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def compiled(source: Path, arch: int) -> list[CudaKernel]:
+    """The kernels of a ``.cu`` file, compiled for ``sm_<arch>``."""
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory, "kernels.cubin")
+        subprocess.run(["nvcc", *FLAGS, f"-arch=sm_{arch}", "-cubin", source, "-o", cubin], check=True)
+        return kernels(cubin, arch)
+
+
+def all_kernels(architectures: tuple[int, ...]) -> Iterator[tuple[Path, CudaKernel]]:
+    """Every kernel and the file it is in, compiled for each architecture; none where there is no nvcc."""
+    for source in sorted(SOURCES.glob("*.cu")) if shutil.which("nvcc") else []:
+        for arch in architectures:
+            for kernel in compiled(source, arch):
+                yield source, kernel

@@ -1,0 +1,49 @@
+"""The CUDA kernels in machine code, as they were built, for GPUs that need not be here: no spills, wide accesses."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import fastcnn
+
+pytest.importorskip("triton")  # brings cuobjdump
+if not shutil.which("nvcc"):
+    pytest.skip("there is no nvcc", allow_module_level=True)
+
+from benchmarks.compiled_cuda import SOURCES, kernels
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The kernels of the library that is installed, of the first architecture it was built for."""
+    (library,) = Path(fastcnn.__file__).parent.glob("_C_cuda*.so")
+    found = next(filter(None, (kernels(library, arch) for arch in (90, 80, 100, 120, 75))))
+    assert found
+    return found
+
+
+def test_every_kernel_is_there(built):
+    functions = {kernel.parts[0] for kernel in built}
+    defined = set()
+    for file in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
+        defined |= set(
+            re.findall(r"^__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)", file.read_text(), re.MULTILINE)
+        )
+    assert functions == defined
+
+
+def test_no_kernel_spills_registers(built):
+    assert not [(kernel.name, kernel.stack) for kernel in built if kernel.spills or kernel.stack]
+
+
+def test_channels_last_is_read_and_written_16_bytes_at_a_time(built):
+    for kernel in built:
+        if kernel.parts[2] == "channels_last":
+            assert 16 in kernel.loads, kernel.name
+            assert 16 in kernel.stores, kernel.name
+
+
+def test_nothing_is_added_up_by_atomics(built):
+    assert not [kernel.name for kernel in built if re.search(r"\b(ATOM|ATOMG|RED|REDG)\.", kernel.sass)]
