@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops._layout import is_channels_last
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 
 _C: ModuleType | None
@@ -33,8 +35,37 @@ except ImportError as error:
     )
 
 
-# Where a tensor is -> the backends that are made for it, the fastest first.
-_PREFERRED = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+_C_cuda: ModuleType | None = None
+_why_no_cuda_library = ""
+if torch.version.cuda is not None:
+    try:
+        _C_cuda = importlib.import_module("fastcnn._C_cuda")  # registers torch.ops.fastcnn_cuda
+    except ImportError as error:
+        _why_no_cuda_library = (
+            f"the CUDA library is not built or does not load ({error}); with nvcc, "
+            "`pip install --no-build-isolation -e .` in the source tree builds it"
+        )
+
+# (op, dtype, channels_last, size class) -> which of "triton" and "cuda" was measured to be faster there on a GPU.
+# Nothing was measured yet; where nothing was, "cuda" runs.
+MEASURED: dict[tuple[str, torch.dtype, bool, int], str] = {}
+
+
+def size_class(tensor: Tensor) -> int:
+    """Tensors of the same class are of like size, as a GPU sees it: a factor of 16 from one class to the next."""
+    return tensor.numel().bit_length() // 4
+
+
+def _preferred(op: str, tensor: Tensor) -> tuple[str, ...]:
+    """The backends that are made for tensors like this one, the fastest first."""
+    if tensor.device.type != "cuda":
+        return ("cpu",) if tensor.device.type == "cpu" else ()
+    if MEASURED:
+        key = (op, tensor.dtype, is_channels_last(tensor), size_class(tensor))
+        if MEASURED.get(key) == "triton":
+            return ("triton", "cuda")
+    return ("cuda", "triton")
+
 
 # Triton reads it when the kernels are imported; one of its own words for yes.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -52,10 +83,38 @@ def why_not(name: str, device: torch.device) -> str:
         return _why_no_cpu if device.type == "cpu" else "it is for CPU tensors"
     if name == "triton":
         return _why_no_triton(device.type, device.index)
-    return _WHY_NO_CUDA
+    return _why_no_cuda(device.type, device.index)
 
 
-_WHY_NO_CUDA = "this version of fastcnn has no CUDA kernels yet"
+@functools.cache
+def _why_no_cuda(device: str, index: int | None) -> str:
+    if device != "cuda" or torch.version.cuda is None:
+        return "it is for tensors on an NVIDIA GPU" + ", and this torch is built without CUDA" * (
+            not torch.version.cuda
+        )
+    if _C_cuda is None:
+        return _why_no_cuda_library
+    driver, needed = _C_cuda.driver_version(), _C_cuda.runtime_version()
+    if driver // 1000 < needed // 1000:  # within a major version any driver will do
+        return (
+            f"the NVIDIA driver is made for CUDA {driver // 1000}.{driver % 1000 // 10}, and the library needs one for "
+            f"{needed // 1000}.0 or later: update the driver, or build with the nvcc of an older CUDA"
+        )
+    capability = torch.cuda.get_device_capability(index)
+    architectures = _C_cuda.build_info()["architectures"]
+    if not _runs_on(architectures, capability):
+        major, minor = capability
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and the library was built "
+            f"for {architectures}; FASTCNN_CUDA_ARCHS={major}{minor} builds it for that"
+        )
+    return ""
+
+
+def _runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Machine code runs on later devices of the same major version; the last architecture is there as PTX, for all."""
+    built = [divmod(int(name.removeprefix("sm_")), 10) for name in architectures.split(", ")]
+    return any(b[0] == capability[0] and b <= capability for b in built) or capability >= built[-1]
 
 
 @functools.cache
@@ -155,7 +214,7 @@ def choose(op: str, implementations: Collection[str], tensor: Tensor) -> str:
             f"{' or '.join(works)} can ({why})"
         )
     reasons = []
-    for name in _PREFERRED.get(device.type, ()):
+    for name in _preferred(op, tensor):
         if name in implementations:
             why = why_not(name, device)
             if not why:

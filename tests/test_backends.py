@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,3 +184,69 @@ def test_cpu_capability_from_the_environment():
     run = python(code, FASTCNN_CPU_CAPABILITY="bogus")
     assert run.returncode > 0  # an exception, not an abort
     assert "CPU capability 'bogus' is not available" in run.stderr
+
+
+# -- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+class CudaTensor(torch.Tensor):
+    """Says that it is on a GPU, which is all that the choice of a backend looks at."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cuda_library(monkeypatch):
+    """As if torch had CUDA and the library were loaded, built for sm_80 and sm_90: an H100 and a driver for 13.1."""
+    library = SimpleNamespace(
+        driver_version=lambda: 13010,
+        runtime_version=lambda: 13000,
+        build_info=lambda: {"architectures": "sm_80, sm_90"},
+    )
+    monkeypatch.setattr(backends, "_C_cuda", library)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    caches = (backends._why_no_cuda, backends._why_no_triton)
+    for cache in caches:
+        cache.cache_clear()
+    yield library
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_cuda_runs_where_nothing_was_measured_and_triton_where_it_was_faster(cuda_library, monkeypatch):
+    pytest.importorskip("triton")
+    x = torch.zeros(2, 8, 4, 4).as_subclass(CudaTensor)
+    names = ("reference", "cpu", "triton", "cuda")
+    assert backends.choose("lrn", names, x) == "cuda"
+    measured = {("lrn", torch.float32, False, backends.size_class(x)): "triton"}
+    monkeypatch.setattr(backends, "MEASURED", measured)
+    assert backends.choose("lrn", names, x) == ("cuda" if backends.INTERPRETING else "triton")
+    assert backends.choose("max_pool2d", names, x) == "cuda"
+    assert backends.choose("lrn", names, torch.zeros(64, 8, 64, 64).as_subclass(CudaTensor)) == "cuda"
+    assert backends.choose("lrn", names, x.double()) == "cuda"
+    assert backends.choose("lrn", names, x.to(memory_format=torch.channels_last)) == "cuda"
+
+
+def test_driver_that_is_too_old_is_named(cuda_library):
+    cuda_library.driver_version = lambda: 12080
+    why = backends.why_not("cuda", torch.device("cuda", 0))
+    assert why.startswith("the NVIDIA driver is made for CUDA 12.8, and the library needs one for 13.0 or later")
+
+
+def test_gpu_that_the_library_was_not_built_for_is_named(cuda_library, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    why = backends.why_not("cuda", torch.device("cuda", 0))
+    assert why == (
+        "H100 has compute capability 7.5, and the library was built for sm_80, sm_90; "
+        "FASTCNN_CUDA_ARCHS=75 builds it for that"
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"), [((8, 0), True), ((8, 9), True), ((7, 5), False), ((9, 0), True), ((12, 0), True)]
+)
+def test_machine_code_runs_on_its_major_version_and_the_last_is_there_for_all_later_ones(capability, runs):
+    assert backends._runs_on("sm_80, sm_90", capability) == runs
+    assert not backends._runs_on("sm_86", (8, 0))

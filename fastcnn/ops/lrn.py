@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,10 +59,10 @@ def _reference(x: Tensor, size: int, alpha: float, beta: float, k: float, groups
     return output(y, output_format(x))
 
 
-def _cpu(x: Tensor, *lrn: Any) -> Tensor:
+def _compiled(library: str, x: Tensor, *lrn: Any) -> Tensor:
     format = output_format(x)
     y = empty_output(x)
-    torch.ops.fastcnn_cpu.lrn(dense(x, format), y, is_channels_last(x), *lrn)
+    getattr(torch.ops, library).lrn(dense(x, format), y, is_channels_last(x), *lrn)
     return y
 
 
@@ -71,10 +72,10 @@ def _backward_reference(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
     return output(dx.to(x.dtype), output_format(x))
 
 
-def _backward_cpu(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
+def _backward_compiled(library: str, dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
     format = output_format(x)
     dx = empty_output(x)
-    torch.ops.fastcnn_cpu.lrn_backward(dense(dy, format), dense(x, format), dx, is_channels_last(x), *lrn)
+    getattr(torch.ops, library).lrn_backward(dense(dy, format), dense(x, format), dx, is_channels_last(x), *lrn)
     return dx
 
 
@@ -213,7 +214,12 @@ def _backward_vmap(
 
 lrn_backward = define(
     "lrn_backward(Tensor grad, Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor",
-    implementations={"reference": _backward_reference, "cpu": _backward_cpu, "triton": _backward_triton},
+    implementations={
+        "reference": _backward_reference,
+        "cpu": partial(_backward_compiled, "fastcnn_cpu"),
+        "triton": _backward_triton,
+        "cuda": partial(_backward_compiled, "fastcnn_cuda"),
+    },
     fake=lambda dy, x, *lrn: empty_output(x),
     setup_context=_backward_setup_context,
     backward=_backward_backward,
@@ -221,7 +227,12 @@ lrn_backward = define(
 )
 lrn = define(
     "lrn(Tensor input, int size, float alpha, float beta, float k, int groups) -> Tensor",
-    implementations={"reference": _reference, "cpu": _cpu, "triton": _triton},
+    implementations={
+        "reference": _reference,
+        "cpu": partial(_compiled, "fastcnn_cpu"),
+        "triton": _triton,
+        "cuda": partial(_compiled, "fastcnn_cuda"),
+    },
     fake=lambda x, *lrn: empty_output(x),
     setup_context=_setup_context,
     backward=_backward,

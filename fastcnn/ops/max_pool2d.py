@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,11 +87,11 @@ def _reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return output(y, output_format(x)), argmax
 
 
-def _cpu(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _compiled(library: str, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *pool, with_argmax = args
     y, argmax = _fake(x, *args)
     x = dense(x, output_format(x))
-    torch.ops.fastcnn_cpu.max_pool2d(x, y, argmax if with_argmax else None, is_channels_last(x), *pool)
+    getattr(torch.ops, library).max_pool2d(x, y, argmax if with_argmax else None, is_channels_last(x), *pool)
     return y, argmax
 
 
@@ -104,10 +105,13 @@ def _backward_reference(dy: Tensor, argmax: Tensor, size: list[int], channels_la
     return output(dx.to(dy.dtype), format_of(channels_last))
 
 
-def _backward_cpu(dy: Tensor, argmax: Tensor, size: list[int], channels_last: bool, *pool: Any) -> Tensor:
+def _backward_compiled(
+    library: str, dy: Tensor, argmax: Tensor, size: list[int], channels_last: bool, *pool: Any
+) -> Tensor:
     format = format_of(channels_last)
     dx = _backward_fake(dy, argmax, size, channels_last)
-    torch.ops.fastcnn_cpu.max_pool2d_backward(dense(dy, format), dense(argmax, format), dx, channels_last, *pool)
+    backward = getattr(torch.ops, library).max_pool2d_backward
+    backward(dense(dy, format), dense(argmax, format), dx, channels_last, *pool)
     return dx
 
 
@@ -243,7 +247,12 @@ def _backward_vmap(info: Any, in_dims: Any, dy: Tensor, argmax: Tensor, *args: A
 _POOL = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 pooled_backward = define(
     f"max_pool2d_backward(Tensor grad, Tensor argmax, SymInt[] input_size, bool channels_last, {_POOL}) -> Tensor",
-    implementations={"reference": _backward_reference, "cpu": _backward_cpu, "triton": _backward_triton},
+    implementations={
+        "reference": _backward_reference,
+        "cpu": partial(_backward_compiled, "fastcnn_cpu"),
+        "triton": _backward_triton,
+        "cuda": partial(_backward_compiled, "fastcnn_cuda"),
+    },
     fake=_backward_fake,
     setup_context=_backward_setup_context,
     backward=_backward_backward,
@@ -251,7 +260,12 @@ pooled_backward = define(
 )
 pooled = define(
     f"max_pool2d(Tensor input, {_POOL}, bool with_argmax) -> (Tensor, Tensor)",
-    implementations={"reference": _reference, "cpu": _cpu, "triton": _triton},
+    implementations={
+        "reference": _reference,
+        "cpu": partial(_compiled, "fastcnn_cpu"),
+        "triton": _triton,
+        "cuda": partial(_compiled, "fastcnn_cuda"),
+    },
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,11 +125,11 @@ def _wide_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(opmath(x.dtype)).contiguous()
 
 
-def _cpu(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+def _compiled(library: str, x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     *tail, with_argmax = args
     format = output_format(x)
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
-    torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(
+    getattr(torch.ops, library).relu_lrn_max_pool2d(
         dense(x, format),
         _wide_bias(bias, x),
         y,
@@ -160,12 +161,14 @@ def _backward_reference(
     return output(dz.to(x.dtype, copy=dz is dy), output_format(x)), dbias
 
 
-def _backward_cpu(dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any) -> tuple[Tensor, Tensor]:
+def _backward_compiled(
+    library: str, dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
+) -> tuple[Tensor, Tensor]:
     format = output_format(x)
     dx = empty_output(x)
     wide_bias = _wide_bias(bias, x)
     dbias = x.new_empty(0) if wide_bias is None else torch.empty_like(wide_bias)
-    torch.ops.fastcnn_cpu.relu_lrn_max_pool2d_backward(
+    getattr(torch.ops, library).relu_lrn_max_pool2d_backward(
         dense(dy, format),
         dense(x, format),
         wide_bias,
@@ -253,7 +256,11 @@ _TAIL = (
 tail_backward = define(
     f"relu_lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor argmax, {_TAIL})"
     " -> (Tensor, Tensor)",
-    implementations={"reference": _backward_reference, "cpu": _backward_cpu},
+    implementations={
+        "reference": _backward_reference,
+        "cpu": partial(_backward_compiled, "fastcnn_cpu"),
+        "cuda": partial(_backward_compiled, "fastcnn_cuda"),
+    },
     fake=_backward_fake,
     setup_context=_backward_setup_context,
     backward=_backward_backward,
@@ -261,7 +268,11 @@ tail_backward = define(
 )
 tail = define(
     f"relu_lrn_max_pool2d(Tensor input, Tensor? bias, {_TAIL}, bool with_argmax) -> (Tensor, Tensor)",
-    implementations={"reference": _reference, "cpu": _cpu},
+    implementations={
+        "reference": _reference,
+        "cpu": partial(_compiled, "fastcnn_cpu"),
+        "cuda": partial(_compiled, "fastcnn_cuda"),
+    },
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
