@@ -1,4 +1,4 @@
-// The private ops fastcnn_cuda::*, on the LibTorch stable ABI. The signatures are those of fastcnn_cpu::*.
+// The private ops fastcnn_cuda::*, on the LibTorch stable ABI; of those that fastcnn_cpu::* has, the signatures are the same.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -129,6 +129,32 @@ void relu_lrn_max_pool2d_backward(Tensor dy, Tensor x, std::optional<Tensor> bia
   run_backward(cuda::relu_lrn_max_pool2d_backward, task, dy, &x, bias, argmax, dx, dbias);
 }
 
+void conv2d_relu(Tensor x, Tensor rows, std::optional<Tensor> bias, Tensor out, bool channels_last, Ints kernel,
+                 Ints stride, Ints padding, Ints dilation, int64_t groups) {
+  const auto axis = [&](int i) {
+    return ConvAxis{kernel[i], stride[i], padding[i], dilation[i], x.size(2 + i), out.size(2 + i)};
+  };
+  const int64_t outputs = rows.size(0), row = rows.size(1), channels = x.size(1) / groups;
+  cuda::ConvTask task{};
+  task.dtype = dtype_of(x);
+  task.shape = {x.size(0), x.size(1), x.size(2), x.size(3), channels_last};
+  task.conv = {axis(0), axis(1), groups, outputs};
+  task.row = row;
+  expect("rows", rows, task.dtype, outputs * row);
+  STD_TORCH_CHECK(row % 8 == 0 && row >= kernel[0] * kernel[1] * channels, "rows must hold the windows, and zeros to a multiple of 8");
+  if (bias) expect("bias", *bias, task.dtype, outputs);
+  for (int i = 0; i < 2; ++i) {
+    const ConvAxis a = axis(i);
+    STD_TORCH_CHECK((a.size + 2 * a.padding - a.dilation * (a.kernel - 1) - 1) / a.stride + 1 == a.out, "out is of the wrong size");
+  }
+  expect("out", out, task.dtype, x.size(0) * outputs * out.size(2) * out.size(3));
+  task.x = x.const_data_ptr();
+  task.weight = rows.const_data_ptr();
+  task.bias = bias ? bias->const_data_ptr() : nullptr;
+  task.out = out.mutable_data_ptr();
+  cuda::conv2d_relu(task, OnDevice(x).stream());
+}
+
 STABLE_TORCH_LIBRARY(fastcnn_cuda, m) {
   m.def("lrn(Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
   m.def("lrn_backward(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
@@ -138,6 +164,9 @@ STABLE_TORCH_LIBRARY(fastcnn_cuda, m) {
         "bool relu, " FASTCNN_LRN ", " FASTCNN_POOL ") -> ()");
   m.def("relu_lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor? argmax, Tensor(a!) out, "
         "Tensor(b!)? dbias, bool channels_last, bool relu, " FASTCNN_LRN ", " FASTCNN_POOL ") -> ()");
+  // rows: of each output its weights in the order kh, kw, c, and zeros to a multiple of 8.
+  m.def("conv2d_relu(Tensor input, Tensor rows, Tensor? bias, Tensor(a!) out, bool channels_last, int[] kernel_size, "
+        "int[] stride, int[] padding, int[] dilation, int groups) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcnn_cuda, CUDA, m) {
@@ -147,6 +176,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn_cuda, CUDA, m) {
   m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));
   m.impl("relu_lrn_max_pool2d", TORCH_BOX(&relu_lrn_max_pool2d));
   m.impl("relu_lrn_max_pool2d_backward", TORCH_BOX(&relu_lrn_max_pool2d_backward));
+  m.impl("conv2d_relu", TORCH_BOX(&conv2d_relu));
 }
 
 }  // namespace

@@ -64,6 +64,7 @@ spec.loader.exec_module(module)
 for op in ("lrn", "max_pool2d", "relu_lrn_max_pool2d"):
     for name in (op, f"{{op}}_backward"):
         assert "Tensor(a!) out" in str(getattr(torch.ops.fastcnn_cuda, name).default._schema)
+assert "Tensor(a!) out" in str(torch.ops.fastcnn_cuda.conv2d_relu.default._schema)
 assert module.runtime_version() >= 12000
 assert "sm_" in module.build_info()["architectures"]
 if not module.driver_version():

@@ -41,8 +41,15 @@ def test_no_kernel_spills_registers(built):
 def test_channels_last_is_read_and_written_16_bytes_at_a_time(built):
     for kernel in built:
         if kernel.parts[2] == "channels_last":
-            assert 16 in kernel.loads, kernel.name
+            assert 16 in kernel.loads, kernel.name  # cp.async included
             assert 16 in kernel.stores, kernel.name
+
+
+def test_convolutions_run_on_tensor_cores(built):
+    instructions = {"fp16": "HMMA.16816.F32", "bf16": "HMMA.16816.F32.BF16", "fp32": "HMMA.1688.F32.TF32"}
+    for kernel in built:
+        tensor_cores = (instructions[kernel.parts[1]],) if kernel.parts[0] == "conv2d_relu_kernel" else ()
+        assert kernel.tensor_cores == tensor_cores, kernel.name
 
 
 def test_nothing_is_added_up_by_atomics(built):

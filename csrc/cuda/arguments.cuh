@@ -1,23 +1,12 @@
 // What every kernel of the memory-bound operators gets, and how it is made from a task.
 #pragma once
 
-#include <bit>
 #include <limits>
 
-#include "simt.cuh"
+#include "divisor.cuh"
+#include "pack.cuh"
 
 namespace fastcnn::cuda {
-
-// Division of numbers below 2^31 by one that is known on the host: a product, a sum and a shift.
-struct Divisor {
-  unsigned by = 1, factor = 1, shift = 0;
-
-  Divisor() = default;
-  explicit Divisor(unsigned by) : by(by), shift(std::bit_width(by - 1)) {
-    factor = static_cast<unsigned>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1);
-  }
-  FASTCNN_DEVICE int divide(int n) const { return (__umulhi(n, factor) + static_cast<unsigned>(n)) >> shift; }
-};
 
 // PoolAxis in 32 bits.
 struct Axis {
@@ -57,8 +46,6 @@ struct Arguments {
   Axis h, w;
   Divisor by_width;  // of the map that units cut up
 };
-
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 inline Arguments arguments(const Task& task, int run) {
   const Shape& shape = task.shape;
@@ -106,6 +93,5 @@ inline Launch share_out(Arguments& a, bool channels_last, int64_t pixels, int64_
   const unsigned p = a.pixels_per_block, r = a.runs_per_block;
   return {dim3(static_cast<unsigned>(std::min(a.units, most)), run_blocks), channels_last ? dim3(r, p) : dim3(p, r)};
 }
-
 
 }  // namespace fastcnn::cuda

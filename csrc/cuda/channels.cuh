@@ -12,39 +12,6 @@ using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 inline constexpr int kRun = 16 / sizeof(T);
 
-template <int bytes>
-struct Word;
-template <>
-struct Word<1> { using type = uint8_t; };
-template <>
-struct Word<2> { using type = uint16_t; };
-template <>
-struct Word<4> { using type = uint32_t; };
-template <>
-struct Word<8> { using type = uint2; };
-template <>
-struct Word<16> { using type = uint4; };
-
-// n elements moved in accesses of 16 bytes, or in one where they are fewer. p must be aligned to that.
-template <typename T, int n>
-struct Pack {
-  static constexpr int kBytes = sizeof(T) * n, kAccess = kBytes < 16 ? kBytes : 16;
-  using Access = typename Word<kAccess>::type;
-  union {
-    T element[n];
-    Access word[kBytes / kAccess];
-  };
-  FASTCNN_DEVICE Pack() {}
-  FASTCNN_DEVICE explicit Pack(const T* p) {
-#pragma unroll
-    for (int i = 0; i < kBytes / kAccess; ++i) word[i] = reinterpret_cast<const Access*>(p)[i];
-  }
-  FASTCNN_DEVICE void store(T* p) const {
-#pragma unroll
-    for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<Access*>(p)[i] = word[i];
-  }
-};
-
 // The thread's run: channels c ... c + count - 1 of a group's first ... last - 1.
 struct Run {
   int c, count, first, last;

@@ -2,6 +2,7 @@
 // header, so that they also compile as C++, for tests/simt/emulator.h.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <map>
 #include <stdexcept>
@@ -127,5 +128,93 @@ FASTCNN_DEVICE T narrow(A x) {
   else if constexpr (std::is_same_v<T, BFloat16>) return __float2bfloat16_rn(x);
   else return static_cast<T>(x);
 }
+
+// -- tensor cores, from sm_80 on --------------------------------------------------------------------------------------
+
+#if defined(FASTCNN_SIMT_EMULATOR)
+
+inline void copy_async_16(void* shared, const void* global, bool exists) {
+  simt::copy_async(shared, global, exists ? 16 : 0, exists ? 0 : 16);
+}
+inline void commit_copies() { simt::commit_copies(); }
+template <int groups_left>
+void wait_for_copies() {
+  simt::wait_for_copies(groups_left);
+}
+
+inline uint32_t round_to_tf32(uint32_t x) { return (x & 0x7f800000) == 0x7f800000 ? x : (x + 0x1000) & ~0x1fffu; }
+
+// What the words of two fragments, each with one or two elements of a row and a column, add to their product.
+template <typename T>
+float product(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<T, float>) {
+    return std::bit_cast<float>(a) * std::bit_cast<float>(b);
+  } else {
+    const auto element = [](uint32_t word, int i) { return widen(T{static_cast<uint16_t>(word >> 16 * i)}); };
+    return element(a, 0) * element(b, 0) + element(a, 1) * element(b, 1);
+  }
+}
+
+template <typename T>
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt::Location at = simt::Location::current()) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  simt::exchange(~0u, &mine, sizeof mine, at);
+  const int group = simt::lane_id() / 4, pair = simt::lane_id() % 4;
+  const auto of = [](int lane) { return static_cast<const Fragments*>(simt::lane(lane)); };
+  for (int i = 0; i < 4; ++i) {
+    for (int word = 0; word < 8; ++word) {
+      const int t = word % 4, half = word / 4, column = 2 * pair + i % 2;
+      c[i] += product<T>(of(4 * group + t)->a[2 * half + i / 2], of(4 * column + t)->b[half]);
+    }
+  }
+}
+
+#else
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define FASTCNN_SM80(...) asm volatile(__VA_ARGS__)
+#else
+#define FASTCNN_SM80(...) __trap()  // nothing below sm_80 launches a kernel that comes here
+#endif
+
+// 16 bytes from global to shared memory, or zeros where they do not exist; complete when waited for.
+FASTCNN_DEVICE void copy_async_16(void* shared, const void* global, bool exists) {
+  [[maybe_unused]] const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  [[maybe_unused]] const int bytes = exists ? 16 : 0;
+  FASTCNN_SM80("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+}
+FASTCNN_DEVICE void commit_copies() { FASTCNN_SM80("cp.async.commit_group;" ::: "memory"); }
+// Until at most so many of this thread's groups of copies are under way.
+template <int groups_left>
+FASTCNN_DEVICE void wait_for_copies() {
+  FASTCNN_SM80("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
+}
+
+FASTCNN_DEVICE uint32_t round_to_tf32(uint32_t x) {
+  uint32_t rounded = 0;
+  FASTCNN_SM80("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(x)));
+  return rounded;
+}
+
+// c += a b by a warp, of 16 rows, 32 bytes of k and 8 columns. Lane 4 * g + t has, as 4-byte words of k, words t and t + 4
+// of rows g and g + 8 of a (in the order of rows, then words) and of column g of b, and of c rows g and g + 8 of columns
+// 2 * t and 2 * t + 1.
+template <typename T>
+FASTCNN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#define FASTCNN_MMA(shape)                                                                                        \
+  FASTCNN_SM80("mma.sync.aligned." shape ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"             \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, Half>) FASTCNN_MMA("m16n8k16.row.col.f32.f16.f16");
+  else if constexpr (std::is_same_v<T, BFloat16>) FASTCNN_MMA("m16n8k16.row.col.f32.bf16.bf16");
+  else FASTCNN_MMA("m16n8k8.row.col.f32.tf32.tf32");
+#undef FASTCNN_MMA
+}
+
+#endif
 
 }  // namespace fastcnn::cuda

@@ -17,6 +17,7 @@ from typing import Any
 import ninja
 import pybind11
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastcnn import LRNParams, PoolParams
@@ -53,12 +54,8 @@ def build(sanitizer: str) -> Path:
     flags = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", *(f"-isystem {i}" for i in includes)]
     flags += ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Wno-tsan", "-DFASTCNN_SIMT_EMULATOR", f"-DFASTCNN_MODULE=simt_{sanitizer}"]
-    sources = [
-        HERE / "emulator.cpp",
-        HERE / "module.cpp",
-        HERE / "planted.cu",
-        *sorted((ROOT / "csrc/cuda").glob("*.cu")),
-    ]
+    kernels = [source for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if source.stem != "device"]
+    sources = [HERE / "emulator.cpp", HERE / "module.cpp", HERE / "planted.cu", *kernels]
     target = directory / f"simt_{sanitizer}.so"
     with open(directory / "build.ninja", "w") as file:
         n = ninja.ninja_syntax.Writer(file, width=120)
@@ -183,6 +180,31 @@ class Emulator:
         results = self.call(name, task, *buffers, _out(x, offset), _out(bias, 0))
         dx = _tensor(results[0], x, channels_last)
         return dx, None if bias is None else _tensor(results[1], bias, False)
+
+    def conv2d_relu(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        offset: int = 0,
+    ) -> Tensor:
+        y = torch.empty(F.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding, dilation, groups).shape)
+        channels_last = _channels_last(x)
+        rows = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+        rows = F.pad(rows, (0, -rows.shape[1] % 8))
+        window = [tuple(weight.shape[2:]), stride, padding, dilation]
+        task = (
+            *(_DTYPES.index(x.dtype), list(x.shape), channels_last, groups, weight.shape[0], rows.shape[1]),
+            *(window, list(y.shape[2:])),
+        )
+        y = y.to(x.dtype)
+        (result,) = self.call("conv2d_relu", task, _in(x, offset), _in(rows, 0), _in(bias, 0), _out(y, offset))
+        return _tensor(result, y, channels_last)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ namespace {
 
 namespace py = pybind11;
 using fastcnn::DType;
+using fastcnn::cuda::ConvTask;
 using fastcnn::cuda::Task;
 
 // Memory of exactly this size, at `offset` from an address every alignment divides. Outputs start as 0xff: NaN, or no place.
@@ -65,6 +66,26 @@ void backward(Task t, const Buffer& dy, const Buffer* x, const Buffer* bias, con
   op(t, nullptr);
 }
 
+using Pair = std::pair<int64_t, int64_t>;
+
+ConvTask conv_task(int dtype, const Ints& shape, bool channels_last, int64_t groups, int64_t outputs, int64_t row,
+                   const std::vector<Pair>& window, const Ints& out) {
+  ConvTask t{};
+  t.dtype = static_cast<DType>(dtype);
+  t.shape = {shape[0], shape[1], shape[2], shape[3], channels_last};
+  const auto axis = [&](auto part, int i) {
+    return fastcnn::ConvAxis{part(window[0]), part(window[1]), part(window[2]), part(window[3]), shape[2 + i], out[i]};
+  };
+  t.conv = {axis([](Pair p) { return p.first; }, 0), axis([](Pair p) { return p.second; }, 1), groups, outputs};
+  t.row = row;
+  return t;
+}
+
+void conv2d_relu(ConvTask t, const Buffer& x, const Buffer& weight, const Buffer* bias, const Buffer& y) {
+  t.x = x.data(), t.weight = weight.data(), t.bias = data(bias), t.out = y.data();
+  fastcnn::cuda::conv2d_relu(t, nullptr);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(FASTCNN_MODULE, m) {
@@ -73,6 +94,8 @@ PYBIND11_MODULE(FASTCNN_MODULE, m) {
       .def(py::init<int64_t, int64_t>(), py::arg("size"), py::arg("offset") = 0)
       .def("bytes", [](const Buffer& b) { return py::bytes(reinterpret_cast<char*>(b.data()), b.size); });
   py::class_<Task>(m, "Task").def(py::init(&task));
+  py::class_<ConvTask>(m, "ConvTask").def(py::init(&conv_task));
+  m.def("conv2d_relu", &conv2d_relu);
   m.def("lrn", &forward<fastcnn::cuda::lrn>);
   m.def("lrn_backward", &backward<fastcnn::cuda::lrn_backward>);
   m.def("max_pool2d", &forward<fastcnn::cuda::max_pool2d>);

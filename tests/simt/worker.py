@@ -23,7 +23,8 @@ def main() -> None:
         except EOFError:
             return
         buffers = [None if d is None else module.Buffer(*d) for d in descriptions]
-        first = [function] if task is None else [module.Task(*task)]
+        make_task = module.ConvTask if function == "conv2d_relu" else module.Task
+        first = [function] if task is None else [make_task(*task)]
         try:
             getattr(module, "planted" if task is None else function)(*first, *buffers)
             reply = [
