@@ -40,8 +40,8 @@ inline void expect(const char* name, const Tensor& t, DType dtype, int64_t eleme
 }
 
 inline void expect_bytes(const char* name, const Tensor& t, int64_t elements, int64_t size) {
-  STD_TORCH_CHECK(t.numel() == elements && static_cast<int64_t>(t.element_size()) == size, name, " must have ", elements,
-                  " elements of ", size, " bytes, but has ", t.numel(), " of ", t.element_size());
+  STD_TORCH_CHECK(t.numel() == elements && static_cast<int64_t>(t.element_size()) == size, name, " must have ",
+                  elements, " elements of ", size, " bytes, but has ", t.numel(), " of ", t.element_size());
 }
 
 inline MaxPool2d pool_of(const Tensor& map, const Ints& kernel, const Ints& stride, const Ints& padding,

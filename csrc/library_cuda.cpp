@@ -1,4 +1,5 @@
-// The private ops fastcnn_cuda::*, on the LibTorch stable ABI; of those that fastcnn_cpu::* has, the signatures are the same.
+// The private ops fastcnn_cuda::*, on the LibTorch stable ABI; of those that fastcnn_cpu::* has, the signatures are the
+// same.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -11,7 +12,8 @@ namespace {
 
 using cuda::Task;
 
-// Makes the tensor's device the current one, of torch and of our own CUDA runtime, and finds torch's current stream there.
+// Makes the tensor's device the current one, of torch and of our own CUDA runtime, and finds torch's current stream
+// there.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
@@ -104,25 +106,25 @@ void max_pool2d(Tensor x, Tensor out, std::optional<Tensor> argmax, bool channel
   run(cuda::max_pool2d, task, x, {}, out, argmax);
 }
 
-void max_pool2d_backward(Tensor dy, Tensor argmax, Tensor dx, bool channels_last, Ints kernel, Ints stride, Ints padding,
-                         Ints dilation, bool ceil_mode) {
+void max_pool2d_backward(Tensor dy, Tensor argmax, Tensor dx, bool channels_last, Ints kernel, Ints stride,
+                         Ints padding, Ints dilation, bool ceil_mode) {
   Task task = map_task(dx, channels_last, pool_of(dx, kernel, stride, padding, dilation, ceil_mode));
   run_backward(cuda::max_pool2d_backward, task, dy, nullptr, {}, argmax, dx, {});
 }
 
 void relu_lrn_max_pool2d(Tensor x, std::optional<Tensor> bias, Tensor out, std::optional<Tensor> argmax,
-                         bool channels_last, bool relu, int64_t size, double alpha, double beta, double k, int64_t groups,
-                         Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
+                         bool channels_last, bool relu, int64_t size, double alpha, double beta, double k,
+                         int64_t groups, Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode) {
   Task task = map_task(x, channels_last, pool_of(x, kernel, stride, padding, dilation, ceil_mode));
   task.relu = relu;
   task.lrn = {size, alpha, beta, k, groups};
   run(cuda::relu_lrn_max_pool2d, task, x, bias, out, argmax);
 }
 
-void relu_lrn_max_pool2d_backward(Tensor dy, Tensor x, std::optional<Tensor> bias, std::optional<Tensor> argmax, Tensor dx,
-                                  std::optional<Tensor> dbias, bool channels_last, bool relu, int64_t size, double alpha,
-                                  double beta, double k, int64_t groups, Ints kernel, Ints stride, Ints padding,
-                                  Ints dilation, bool ceil_mode) {
+void relu_lrn_max_pool2d_backward(Tensor dy, Tensor x, std::optional<Tensor> bias, std::optional<Tensor> argmax,
+                                  Tensor dx, std::optional<Tensor> dbias, bool channels_last, bool relu, int64_t size,
+                                  double alpha, double beta, double k, int64_t groups, Ints kernel, Ints stride,
+                                  Ints padding, Ints dilation, bool ceil_mode) {
   Task task = map_task(x, channels_last, pool_of(x, kernel, stride, padding, dilation, ceil_mode));
   task.relu = relu;
   task.lrn = {size, alpha, beta, k, groups};
@@ -141,11 +143,13 @@ void conv2d_relu(Tensor x, Tensor rows, std::optional<Tensor> bias, Tensor out, 
   task.conv = {axis(0), axis(1), groups, outputs};
   task.row = row;
   expect("rows", rows, task.dtype, outputs * row);
-  STD_TORCH_CHECK(row % 8 == 0 && row >= kernel[0] * kernel[1] * channels, "rows must hold the windows, and zeros to a multiple of 8");
+  STD_TORCH_CHECK(row % 8 == 0 && row >= kernel[0] * kernel[1] * channels,
+                  "rows must hold the windows, and zeros to a multiple of 8");
   if (bias) expect("bias", *bias, task.dtype, outputs);
   for (int i = 0; i < 2; ++i) {
     const ConvAxis a = axis(i);
-    STD_TORCH_CHECK((a.size + 2 * a.padding - a.dilation * (a.kernel - 1) - 1) / a.stride + 1 == a.out, "out is of the wrong size");
+    const int64_t span = a.size + 2 * a.padding - a.dilation * (a.kernel - 1) - 1;
+    STD_TORCH_CHECK(span / a.stride + 1 == a.out, "out is of the wrong size");
   }
   expect("out", out, task.dtype, x.size(0) * outputs * out.size(2) * out.size(3));
   task.x = x.const_data_ptr();

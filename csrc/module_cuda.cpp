@@ -14,8 +14,10 @@ PYBIND11_MODULE(_C_cuda, m) {
     info["architectures"] = FASTCNN_ARCHITECTURES;
     return info;
   }, "Compiler, the torch this was built beside, and the architectures that were compiled.");
-  m.def("driver_version", &fastcnn::cuda::driver_version, "CUDA version of the driver, 1000 * major + 10 * minor; 0: none.");
-  m.def("runtime_version", &fastcnn::cuda::runtime_version, "CUDA version of the build, 1000 * major + 10 * minor.");
+  m.def("driver_version", &fastcnn::cuda::driver_version,
+        "CUDA version of the driver, 1000 * major + 10 * minor; 0: none.");
+  m.def("runtime_version", &fastcnn::cuda::runtime_version,
+        "CUDA version of the build, 1000 * major + 10 * minor.");
   m.def("kernel_attributes", [] {
     pybind11::list kernels;
     for (const auto& a : fastcnn::cuda::kernel_attributes()) {

@@ -16,7 +16,7 @@ struct Axis {
   Axis() = default;
   explicit Axis(const PoolAxis& a) {
     if (a.size + 2 * a.padding >= std::numeric_limits<int>::max() / 2) {
-      throw std::runtime_error("fastcnn: CUDA kernels pool maps of fewer than 2**30 rows and columns, padding included");
+      throw std::runtime_error("fastcnn: CUDA kernels pool maps of fewer than 2**30 rows and columns with padding");
     }
     // A step beyond the map is as good as any other such step.
     const int64_t beyond = a.size + a.padding;
@@ -52,7 +52,8 @@ inline Arguments arguments(const Task& task, int run) {
   Arguments a{};
   a.N = shape.N, a.pixels = a.out_pixels = shape.pixels(), a.C = static_cast<int>(shape.C);
   a.relu = task.relu;
-  a.x = task.x, a.bias = task.bias, a.dy = task.dy, a.out = task.out, a.argmax = task.argmax, a.partials = task.partials;
+  a.x = task.x, a.bias = task.bias, a.dy = task.dy;
+  a.out = task.out, a.argmax = task.argmax, a.partials = task.partials;
   a.group = static_cast<int>(shape.C / task.lrn.groups);
   a.vectors = shape.channels_last && a.group % run == 0 && aligned(a.x) && aligned(a.dy) && aligned(a.out) &&
               aligned(a.argmax);

@@ -1,5 +1,5 @@
-// A thread computes a run of consecutive channels of one pixel, as many as fill 16 bytes. In channels_last the lanes of a
-// warp take neighbouring runs, and a run is one access; in NCHW they take neighbouring pixels.
+// A thread computes a run of consecutive channels of one pixel, as many as fill 16 bytes. In channels_last the lanes of
+// a warp take neighbouring runs, and a run is one access; in NCHW they take neighbouring pixels.
 #pragma once
 
 #include "arguments.cuh"
@@ -26,8 +26,8 @@ struct Run {
   FASTCNN_DEVICE bool holds(int channel) const { return channel >= first && channel < last; }
 };
 
-// f(j, element of channel c - before + j) for the run and its neighbours, length + before + after channels in all, where
-// the group has them. x is the pixel's first channel.
+// f(j, element of channel c - before + j) for the run and its neighbours, length + before + after channels in all,
+// where the group has them. x is the pixel's first channel.
 template <bool channels_last, int length, int before, int after, typename T, typename F>
 FASTCNN_DEVICE void for_each_channel(const Arguments& a, const T* x, int64_t stride, const Run& run, F f) {
   if (channels_last && a.vectors) {

@@ -1,6 +1,6 @@
-// Convolution, bias and ReLU as one implicit matrix product on tensor cores: y = relu(x_windows w + bias), of the windows'
-// elements k = (kh, kw, c), for each group of channels. From sm_80 on.
-// Memory: windows overlap in the L2 cache, so that x and the weights are read about once; y is written once.
+// Convolution, bias and ReLU as one implicit matrix product on tensor cores: y = relu(x_windows w + bias), of the
+// windows' elements k = (kh, kw, c), for each group of channels. From sm_80 on. Memory: windows overlap in the L2
+// cache, so that x and the weights are read about once; y is written once.
 //
 // A block computes kPixels pixels of kOutputs outputs. Elements of its windows and rows of its weights come to shared
 // memory kStages - 1 steps of 64 bytes of k before they are multiplied.
@@ -170,7 +170,8 @@ __global__ void __launch_bounds__(kBlock, 2) conv2d_relu_kernel(const Arguments 
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int pixel = warp_pixel + 16 * i + lane / 4 + e / 2 * 8, output = warp_output + 8 * j + lane % 4 * 2 + e % 2;
+        const int pixel = warp_pixel + 16 * i + lane / 4 + e / 2 * 8;
+        const int output = warp_output + 8 * j + lane % 4 * 2 + e % 2;
         tile[pixel * kTileStride + output] = sums[i][j][e];
       }
     }
@@ -218,7 +219,8 @@ Arguments arguments_of(const ConvTask& task) {
   a.channels = narrow(task.shape.C), a.outputs = narrow(conv.outputs);
   a.C = narrow(task.shape.C / conv.groups), a.O = narrow(conv.outputs / conv.groups);
   a.kh = narrow(conv.h.kernel), a.kw = narrow(conv.w.kernel);
-  a.sh = narrow(conv.h.stride), a.sw = narrow(conv.w.stride), a.ph = narrow(conv.h.padding), a.pw = narrow(conv.w.padding);
+  a.sh = narrow(conv.h.stride), a.sw = narrow(conv.w.stride);
+  a.ph = narrow(conv.h.padding), a.pw = narrow(conv.w.padding);
   a.dh = narrow(conv.h.dilation), a.dw = narrow(conv.w.dilation);
   a.k = narrow(conv.h.kernel * conv.w.kernel * a.C), a.row = narrow(task.row);
   a.output_tiles = (a.O + kOutputs - 1) / kOutputs;

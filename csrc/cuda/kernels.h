@@ -1,4 +1,5 @@
-// The CUDA operators as the library calls them: raw pointers and a stream. No torch header, no allocation in their files.
+// The CUDA operators as the library calls them: raw pointers and a stream. No torch header, no allocation in their
+// files.
 #pragma once
 
 #include "../conv2d_relu.h"
@@ -19,7 +20,7 @@ struct Task {
   MaxPool2d pool;
   const void *x, *bias, *dy;  // bias: may be null; in the compute type. dy: backward only
   void *out, *argmax;         // y or dx; argmax may be null in forward
-  void *partials, *dbias;     // backward: null without bias; partials: bias_partials() rows of C sums, in the compute type
+  void *partials, *dbias;     // backward: null without bias; partials: bias_partials() rows of C sums; compute type
 };
 
 struct ConvTask {

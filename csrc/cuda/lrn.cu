@@ -16,7 +16,9 @@ void lrn_backward(const Task& task, Stream stream) {
   if (empty(task)) return;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
     using T = decltype(t);
-    with_norm<T>(task, [&](auto norm) { launch_backward<T, channels_last, norm, false>("lrn_backward", task, stream); });
+    with_norm<T>(task, [&](auto norm) {
+      launch_backward<T, channels_last, norm, false>("lrn_backward", task, stream);
+    });
   });
 }
 

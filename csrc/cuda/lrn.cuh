@@ -1,8 +1,8 @@
 // LRN of a thread's run of channels: s = k + alpha/size * sum(x^2), y = x * s^-beta, and its gradient,
 // dx = dy * s^-beta - 2*alpha*beta/size * x * sum(q), q = dy * x * s^-(beta+1), over the windows that hold the channel.
 //
-// AlexNet's window, five channels and beta = 3/4, is held in registers; neighbouring runs come from the L1 cache. For any
-// other the window is read again for each channel. Either way each sum is added anew from its window's elements.
+// AlexNet's window, five channels and beta = 3/4, is held in registers; neighbouring runs come from the L1 cache. For
+// any other the window is read again for each channel. Either way each sum is added anew from its window's elements.
 #pragma once
 
 #include "channels.cuh"
@@ -111,8 +111,8 @@ struct Normalized {
   }
 };
 
-// dx of a run, from the gradients of y that `gradient` finds: gradient.load(g) for the run and kReach channels to either
-// side, gradient.at(c) for any channel of the group.
+// dx of a run, from the gradients of y that `gradient` finds: gradient.load(g) for the run and kReach channels to
+// either side, gradient.at(c) for any channel of the group.
 template <typename T, bool channels_last, Norm norm>
 struct Differentiated {
   using A = Compute<T>;

@@ -1,6 +1,6 @@
-// Max pooling and its gradient, which gathers; both also take the tail's bias and ReLU.
-// Memory: forward reads x once and writes the pooled map and, if asked, its argmax; backward reads dy and argmax (and x,
-// where there is a ReLU) and writes dx.
+// Max pooling and its gradient, which gathers; both also take the tail's bias and ReLU. Memory: forward reads x once
+// and writes the pooled map and, if asked, its argmax; backward reads dy and argmax (and x, where there is a ReLU) and
+// writes dx.
 #include "pool.cuh"
 
 namespace fastcnn::cuda {

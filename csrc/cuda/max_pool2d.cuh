@@ -6,8 +6,8 @@
 namespace fastcnn::cuda {
 
 // torch's rules: of equal values the first in row-major order wins, and a NaN always takes over, so that of several the
-// last stays. A window of -inf gives its first element inside the map. A dilated window may step over the whole map: then
-// the place, 0, is outside, so that no element gets its gradient.
+// last stays. A window of -inf gives its first element inside the map. A dilated window may step over the whole map:
+// then the place, 0, is outside, so that no element gets its gradient.
 template <typename A, int length>
 struct Maximum {
   A value[length];
@@ -82,7 +82,8 @@ struct PoolGradient {
     A sum = 0;
     for_each_source([&](int64_t from, int place) {
       const int64_t i = from + (channels_last ? c : c * a.out_pixels);
-      const int argmax = a.wide_argmax ? static_cast<const int32_t*>(a.argmax)[i] : static_cast<const uint8_t*>(a.argmax)[i];
+      const int argmax =
+          a.wide_argmax ? static_cast<const int32_t*>(a.argmax)[i] : static_cast<const uint8_t*>(a.argmax)[i];
       if (argmax == place) sum += widen(static_cast<const T*>(a.dy)[i]);
     });
     return sum;
@@ -105,7 +106,8 @@ struct PoolGradient {
     for_each_source([&](int64_t from, int place) {
       bool mine[kCount] = {};
       for_each_channel<channels_last, kLength, reach, reach>(
-          a, argmax + from, a.out_pixels, run, [&](int j, Argmax element) { mine[j] = static_cast<int>(element) == place; });
+          a, argmax + from, a.out_pixels, run,
+          [&](int j, Argmax element) { mine[j] = static_cast<int>(element) == place; });
       for_each_channel<channels_last, kLength, reach, reach>(
           a, static_cast<const T*>(a.dy) + from, a.out_pixels, run,
           [&](int j, T element) { g[j] += mine[j] ? widen(element) : A(0); });

@@ -1,4 +1,5 @@
-// The kernel that pools straight from memory, each thread a run of channels of one output: windows overlap in the L1 cache.
+// The kernel that pools straight from memory, each thread a run of channels of one output: windows overlap in the L1
+// cache.
 #pragma once
 
 #include "elementwise.cuh"

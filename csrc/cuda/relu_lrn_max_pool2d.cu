@@ -1,8 +1,8 @@
 // The tail of an AlexNet stage, max_pool2d(lrn(relu(x + bias))), any part of which may be absent, and its gradient.
 // Memory: forward reads x once and writes the pooled map and its argmax; backward reads x, dy and argmax and writes dx.
 //
-// With both LRN and a pool, a block goes down a strip of the map: rows are rectified and normalized, once, into a ring in
-// shared memory, from which they are pooled.
+// With both LRN and a pool, a block goes down a strip of the map: rows are rectified and normalized, once, into a ring
+// in shared memory, from which they are pooled.
 #include "pool.cuh"
 
 namespace fastcnn::cuda {

@@ -200,9 +200,9 @@ FASTCNN_DEVICE uint32_t round_to_tf32(uint32_t x) {
   return rounded;
 }
 
-// c += a b by a warp, of 16 rows, 32 bytes of k and 8 columns. Lane 4 * g + t has, as 4-byte words of k, words t and t + 4
-// of rows g and g + 8 of a (in the order of rows, then words) and of column g of b, and of c rows g and g + 8 of columns
-// 2 * t and 2 * t + 1.
+// c += a b by a warp, of 16 rows, 32 bytes of k and 8 columns. Lane 4 * g + t has, as 4-byte words of k, words t and t
+// + 4 of rows g and g + 8 of a (in the order of rows, then words) and of column g of b, and of c rows g and g + 8 of
+// columns 2 * t and 2 * t + 1.
 template <typename T>
 FASTCNN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #define FASTCNN_MMA(shape)                                                                                        \

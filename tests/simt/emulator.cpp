@@ -172,11 +172,11 @@ void abandon() {
 }
 
 [[noreturn]] void diverged(const Fiber& a, const Fiber& b) {
-  const std::string message = "a barrier that not all threads reach: in block (" + std::to_string(block_index.x) + ", " +
-                              std::to_string(block_index.y) + ", " + std::to_string(block_index.z) + ") " + text(a) +
-                              ", " + text(b);
+  const auto [x, y, z] = block_index;
+  const std::string block = std::to_string(x) + ", " + std::to_string(y) + ", " + std::to_string(z);
+  const std::string where = "in block (" + block + ") " + text(a) + ", " + text(b);
   abandon();
-  throw std::runtime_error(message);
+  throw std::runtime_error("a barrier that not all threads reach: " + where);
 }
 
 // All that a warp's waiting lanes wait for has come: let them go.

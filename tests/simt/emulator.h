@@ -1,8 +1,9 @@
 // A CUDA device on the CPU, as far as the kernels of csrc/cuda need one.
 //
 // Blocks run one after the other, the threads of a block as fibers that give way only where CUDA threads wait for each
-// other. Global memory is what malloc gives, so that AddressSanitizer sees its bounds; shared memory is allocated anew for
-// each block. For ThreadSanitizer fibers are threads that only barriers order: a race shows whatever order they ran in.
+// other. Global memory is what malloc gives, so that AddressSanitizer sees its bounds; shared memory is allocated anew
+// for each block. For ThreadSanitizer fibers are threads that only barriers order: a race shows whatever order they ran
+// in.
 #pragma once
 
 #include <algorithm>
@@ -65,8 +66,8 @@ using Location = std::source_location;
 extern uint3 thread_index, block_index;
 extern dim3 block_dim, grid_dim;
 
-// Run `kernel` as each thread of the grid. Throws std::runtime_error for a barrier that not all threads reach, after which
-// the threads of that block are abandoned.
+// Run `kernel` as each thread of the grid. Throws std::runtime_error for a barrier that not all threads reach, after
+// which the threads of that block are abandoned.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 void* dynamic_shared();
@@ -102,7 +103,9 @@ void wait_for_copies(size_t groups_left);
 #define gridDim simt::grid_dim
 
 inline void __syncthreads(simt::Location at = simt::Location::current()) { simt::sync_block(at); }
-inline void __syncwarp(unsigned mask = ~0u, simt::Location at = simt::Location::current()) { simt::sync_warp(mask, at); }
+inline void __syncwarp(unsigned mask = ~0u, simt::Location at = simt::Location::current()) {
+  simt::sync_warp(mask, at);
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T v, int from, int width = 32, simt::Location at = simt::Location::current()) {

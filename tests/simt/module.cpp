@@ -17,12 +17,14 @@ using fastcnn::DType;
 using fastcnn::cuda::ConvTask;
 using fastcnn::cuda::Task;
 
-// Memory of exactly this size, at `offset` from an address every alignment divides. Outputs start as 0xff: NaN, or no place.
+// Memory of exactly this size, at `offset` from an address every alignment divides. Outputs start as 0xff: NaN, or no
+// place.
 struct Buffer {
   int64_t size, offset;
   std::unique_ptr<unsigned char[]> memory;
 
-  explicit Buffer(int64_t size, int64_t offset = 0) : size(size), offset(offset), memory(new unsigned char[offset + size]) {
+  explicit Buffer(int64_t size, int64_t offset = 0)
+      : size(size), offset(offset), memory(new unsigned char[offset + size]) {
     std::memset(data(), 0xff, size);
   }
   explicit Buffer(const std::string& bytes, int64_t offset = 0) : Buffer(static_cast<int64_t>(bytes.size()), offset) {
@@ -59,7 +61,8 @@ void forward(Task t, const Buffer& x, const Buffer* bias, const Buffer& y, const
 template <void (*op)(const Task&, fastcnn::cuda::Stream)>
 void backward(Task t, const Buffer& dy, const Buffer* x, const Buffer* bias, const Buffer* argmax, const Buffer& dx,
               const Buffer* dbias) {
-  t.dy = dy.data(), t.x = data(x), t.bias = data(bias), t.argmax = data(argmax), t.out = dx.data(), t.dbias = data(dbias);
+  t.dy = dy.data(), t.x = data(x), t.bias = data(bias), t.argmax = data(argmax);
+  t.out = dx.data(), t.dbias = data(dbias);
   std::optional<Buffer> partials;
   if (dbias) partials.emplace(fastcnn::cuda::bias_partials(t) * t.shape.C * (t.dtype == DType::float64 ? 8 : 4));
   t.partials = partials ? partials->data() : nullptr;
