@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 OUT ?= results
+BUDGET ?= 500
+DEVICE ?= cuda
+# where OUT is not given, benchmarks/results/<device>
+GPU_OUT = $(if $(filter file,$(origin OUT)),,--out $(OUT))
 # Only the architecture of the GPU that is here, or one to test the build with; wheels have them all.
 CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test bench lint wheel clean
+.PHONY: help setup test bench gpu kernels lint wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -28,6 +32,15 @@ test: setup  ## run the whole test suite
 bench: setup  ## check kernels and AlexNet on photographs, time them beside PyTorch, write results/
 	$(BIN)/fastcnn bench kernels --input photographs --quick --out $(OUT)
 	$(BIN)/fastcnn bench models --quick --out $(OUT)
+
+gpu:  ## with the active python3, which has torch: test and measure on the GPU here, in BUDGET seconds, into OUT
+	started=$$(date +%s) && \
+	FASTCNN_CUDA_ARCHS="$${FASTCNN_CUDA_ARCHS:-$(CUDA_ARCHS)}" \
+		python3 -m pip install --quiet --no-build-isolation --no-deps -e . && \
+	python3 -m fastcnn.bench.gpu --started $$started --budget $(BUDGET) --device $(DEVICE) $(GPU_OUT)
+
+kernels: setup  ## compile every kernel for A100, H100 and B200, and write docs/kernels.md
+	$(BIN)/python benchmarks/kernels_table.py docs/kernels.md
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -133,7 +133,7 @@ def test_inputs_are_the_same_in_every_format() -> None:
 def test_windows_without_a_clear_maximum_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     flat = torch.ones(SMALL)
     flat[0, 0, 0, 0] = 2.0
-    monkeypatch.setattr("fastcnn.bench.inputs._features", lambda shape, source: flat)
+    monkeypatch.setattr("fastcnn.bench.inputs._features", lambda *_: flat)
     _, dy = make_inputs(Case("relu_lrn_max_pool2d", SMALL, mode="forward+backward"), "random")
     checked = dy[:CHECKED_IMAGES].clone()
     assert checked[0, 0, 0, 0] != 0
@@ -343,7 +343,7 @@ def test_summary_says_what_the_ratios_are_against() -> None:
 
 def test_bandwidth_is_bytes_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"fastcnn.other": [0.002, 0.004, 0.001], "copy": [0.001, 0.001, 0.003]}
-    monkeypatch.setattr(measuring, "time_rounds", lambda calls, budget: seconds)
+    monkeypatch.setattr(measuring, "time_rounds", lambda *_: seconds)
     (r,) = measure(lrn_case(), [provider(right)], "random", ONCE)
     size = 4 * torch.Size(SMALL).numel()
     assert (r.median_ms, r.q1_ms, r.q3_ms, r.n) == (2.0, 1.5, 3.0, 3)

@@ -14,10 +14,43 @@ Shape = tuple[int, int, int, int]
 
 LRN = LRNParams(size=5, alpha=1e-4, beta=0.75, k=2.0)
 POOL = PoolParams(kernel_size=3, stride=2)
-CONVOLUTION = ConvParams(stride=[1, 1], padding=[2, 2], dilation=[1, 1], groups=2)  # AlexNet's conv2
-OUT_CHANNELS = 256
 STAGES: dict[str, Shape] = {"stage1": (32, 96, 55, 55), "stage2": (32, 256, 27, 27)}
 SHAPES: dict[str, Shape] = {**STAGES, "conv2": (32, 96, 27, 27)}  # what the tails, and conv2, get
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A layer's: channels, height and width of its input, output channels, window, and the rest."""
+
+    channels: int
+    size: int
+    outputs: int
+    window: int
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+
+    @property
+    def params(self) -> ConvParams:
+        return ConvParams([self.stride] * 2, [self.padding] * 2, [1, 1], self.groups)
+
+
+CONVOLUTIONS = {
+    "AlexNet conv1": Convolution(3, 227, 96, 11, stride=4),
+    "AlexNet conv2": Convolution(96, 27, 256, 5, padding=2, groups=2),
+    "AlexNet conv3": Convolution(256, 13, 384, 3, padding=1),
+    "AlexNet conv4": Convolution(384, 13, 384, 3, padding=1, groups=2),
+    "AlexNet conv5": Convolution(384, 13, 256, 3, padding=1, groups=2),
+    "VGG-16 conv1_1": Convolution(3, 224, 64, 3, padding=1),
+    "VGG-16 conv1_2": Convolution(64, 224, 64, 3, padding=1),
+    "VGG-16 conv2_1": Convolution(64, 112, 128, 3, padding=1),
+    "VGG-16 conv2_2": Convolution(128, 112, 128, 3, padding=1),
+    "VGG-16 conv3_1": Convolution(128, 56, 256, 3, padding=1),
+    "VGG-16 conv3_2": Convolution(256, 56, 256, 3, padding=1),
+    "VGG-16 conv4_1": Convolution(256, 28, 512, 3, padding=1),
+    "VGG-16 conv4_2": Convolution(512, 28, 512, 3, padding=1),
+    "VGG-16 conv5": Convolution(512, 14, 512, 3, padding=1),
+}
 OPS = ("lrn", "max_pool2d", "conv2d_relu", "relu_lrn_max_pool2d")
 POOLING = ("max_pool2d", "relu_lrn_max_pool2d")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +72,7 @@ class Case:
             see :mod:`fastcnn.bench.networks`.
         memory: "fresh" outputs are allocated by every call, which is the ordinary call and pays for page faults;
             "mapped" outputs are written again and again into the same memory, which shows the kernel alone.
+        layer: of a convolution, a key of ``CONVOLUTIONS``, AlexNet's conv2 if None; the shape may be another than its.
     """
 
     op: str
@@ -47,27 +81,42 @@ class Case:
     format: str = "channels_last"
     mode: str = "forward"
     memory: str = "fresh"
+    layer: str | None = None
 
     def __str__(self) -> str:
         memory = ", mapped output" if self.memory == "mapped" else ""
-        return f"{self.op} {self.mode}, {self.dtype} {self.format} {self.shape}{memory}"
+        layer = f" {self.layer}," if self.layer else ""
+        return f"{self.op} {self.mode},{layer} {self.dtype} {self.format} {self.shape}{memory}"
+
+    @property
+    def convolution(self) -> Convolution:
+        """The layer's; an odd number of channels has but one group."""
+        layer = CONVOLUTIONS[self.layer or "AlexNet conv2"]
+        return replace(layer, groups=1) if self.shape[1] % 2 else layer
 
     @property
     def weight_shape(self) -> Shape | None:
-        """Of the convolution; None for an operator without weights. An odd number of channels has but one group."""
-        c = self.shape[1]
-        return (OUT_CHANNELS, c // self.groups, 5, 5) if self.op == "conv2d_relu" else None
-
-    @property
-    def groups(self) -> int:
-        return 1 if self.shape[1] % 2 else CONVOLUTION.groups
+        """Of the convolution; None for an operator without weights."""
+        conv = self.convolution
+        shape = (conv.outputs, self.shape[1] // conv.groups, conv.window, conv.window)
+        return shape if self.op == "conv2d_relu" else None
 
     @property
     def output_shape(self) -> Shape:
         n, c, h, w = self.shape
         if self.op == "conv2d_relu":
-            return (n, OUT_CHANNELS, h, w)
+            conv = self.convolution
+            oh, ow = ((size + 2 * conv.padding - conv.window) // conv.stride + 1 for size in (h, w))
+            return (n, conv.outputs, oh, ow)
         return (n, c, *POOL.output_size(h, w)) if self.op in POOLING else self.shape
+
+    @property
+    def flop(self) -> int | None:
+        """Multiplications and additions of a convolution."""
+        if self.weight_shape is None:
+            return None
+        forward = 2 * torch.Size(self.output_shape).numel() * torch.Size(self.weight_shape[1:]).numel()
+        return {"forward": 1, "backward": 2, "forward+backward": 3}[self.mode] * forward
 
     def bytes_moved(self, element_size: int) -> int:
         """What the operator must read and write at the least.

@@ -12,9 +12,10 @@ import torch
 from .. import __version__, backends
 
 
-def environment() -> dict[str, str | int | None]:
+def environment(device: str = "cpu") -> dict[str, str | int | None]:
     """Versions, the processor, and how many threads are in use; None where something is not there."""
     return {
+        **(_gpu(device) if device != "cpu" else {}),
         "fastcnn": __version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -25,6 +26,20 @@ def environment() -> dict[str, str | int | None]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+    }
+
+
+def _gpu(device: str) -> dict[str, str | int | None]:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "gpu_memory": properties.total_memory,
+        "gpu_processors": properties.multi_processor_count,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "convolution_precision": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
     }
 
 

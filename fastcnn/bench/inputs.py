@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import data, reference
-from .cases import CONVOLUTION, DTYPES, FORMATS, LRN, POOL, SHAPES, Case, Shape
+from .cases import DTYPES, FORMATS, LRN, POOL, SHAPES, Case, Shape
 
 SOURCES = ("random", "photographs")
 CHECKED_IMAGES = 4  # LRN and pooling act on each image alone, so the first few stand for the batch
@@ -18,15 +18,15 @@ CHECKED_IMAGES = 4  # LRN and pooling act on each image alone, so the first few 
 _MEAN = (123.68, 116.78, 103.94)  # of ImageNet's pixels: red, green, blue
 
 
-def make_inputs(case: Case, source: str) -> tuple[Tensor, Tensor]:
+def make_inputs(case: Case, source: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """The input of the case and the gradient of its output, both in the case's dtype and memory format.
 
     Where the two largest values of a tail's pooling window are too close to tell apart after rounding, the gradient is
     zero: which of them gets it would depend on the last bit, and no comparison of input gradients could be exact. So it
     is where the sign of a convolution's sum is in doubt.
     """
-    x = _features(case.shape, source).to(DTYPES[case.dtype], memory_format=FORMATS[case.format], copy=True)
-    dy = torch.randn(case.output_shape, generator=_seeded(1))
+    x = _features(case.shape, source, device).to(DTYPES[case.dtype], memory_format=FORMATS[case.format], copy=True)
+    dy = torch.randn(case.output_shape, generator=_seeded(1, device), device=device)
     if case.op == "relu_lrn_max_pool2d" and case.mode != "forward":
         dy[:CHECKED_IMAGES] *= _decided(x[:CHECKED_IMAGES])
     if case.op == "conv2d_relu" and case.mode != "forward":
@@ -42,12 +42,12 @@ def make_parameters(case: Case, x: Tensor) -> tuple[Tensor, ...]:
         return ()
     weight, bias = _he_weight(case.weight_shape), torch.ones(case.weight_shape[0])
     weight = weight.to(DTYPES[case.dtype], memory_format=FORMATS[case.format])
-    return weight.to(x.dtype), bias.to(x.dtype)
+    return weight.to(x), bias.to(x)
 
 
 def convolution_args(case: Case) -> tuple[list[int], list[int], list[int], int]:
     """What follows weight and bias in a call of the case's convolution."""
-    return *CONVOLUTION.op_args()[:3], case.groups
+    return case.convolution.params.op_args()
 
 
 def check_source(shape: Shape, source: str) -> None:
@@ -58,9 +58,10 @@ def check_source(shape: Shape, source: str) -> None:
 
 
 @lru_cache(maxsize=4)
-def _features(shape: Shape, source: str) -> Tensor:
+def _features(shape: Shape, source: str, device: str) -> Tensor:
     if source == "random":
-        return torch.randn(shape, generator=_seeded(0)) * 64  # the scale of conv1's outputs on raw pixels
+        # the scale of conv1's outputs on raw pixels
+        return torch.randn(shape, generator=_seeded(0, device), device=device) * 64
     check_source(shape, source)
     with torch.no_grad():
         x = F.conv2d(images(shape[0]), _he_weight((96, 3, 11, 11)), stride=4)
@@ -68,7 +69,7 @@ def _features(shape: Shape, source: str) -> Tensor:
             x = reference.relu_lrn_max_pool2d(x, lrn=LRN, pool=POOL)
         if shape[1:] == SHAPES["stage2"][1:]:
             x = F.conv2d(x, _he_weight((256, 48, 5, 5)), padding=2, groups=2)
-    return x
+    return x.to(device)
 
 
 def images(batch: int, size: int = 227) -> Tensor:
@@ -91,5 +92,5 @@ def _decided(x: Tensor) -> Tensor:
     return largest[..., 0] - largest[..., 1] > 8 * torch.finfo(x.dtype).eps * largest[..., 0]
 
 
-def _seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _seeded(seed: int, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)

@@ -20,6 +20,9 @@ from .providers import Call, Op, Provider, build
 from .rows import Row, add_ratios
 from .verify import Mismatch, check, expected_outputs, tolerances
 
+_OVERWRITTEN = 2**28  # bytes, more than any L2 cache has
+_MATMUL = 8192  # height and width of the matrices whose product stands for a GPU's rate
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -61,22 +64,46 @@ def held_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def time_rounds(calls: dict[str, Call], budget: Budget) -> dict[str, list[float]]:
+def time_rounds(calls: dict[str, Call], budget: Budget, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of every call, in rounds: each round calls each once, in a new order, so that all see the same noise."""
     order, shuffle = list(calls), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in order}
+    clock = cpu_seconds if device == "cpu" else gpu_clock(device)
     start = time.perf_counter()
     while not budget.enough(len(times[order[0]]), time.perf_counter() - start):
         shuffle(order)
         for name in order:
-            call = calls[name]
-            before = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - before)
+            times[name].append(clock(calls[name]))
     return times
 
 
-def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budget) -> list[Row]:
+def cpu_seconds(call: Call) -> float:
+    before = time.perf_counter()
+    call()
+    return time.perf_counter() - before
+
+
+def gpu_clock(device: str) -> Callable[[Call], float]:
+    """A clock for calls on a GPU, whose L2 cache it overwrites first.
+
+    While the GPU is busy with that, the host gets ahead of it, so that what is measured is the GPU's time and not the
+    launches', as long as a call's launches take no longer.
+    """
+    cache = torch.empty(_OVERWRITTEN, dtype=torch.uint8, device=device)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(call: Call) -> float:
+        cache.zero_()
+        before.record()
+        call()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+    return seconds
+
+
+def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budget, device: str = "cpu") -> list[Row]:
     """A row for each provider that takes part in the case: checked, and if right then timed.
 
     In a 16-bit case fastcnn's C++ kernels also run in fp32, and so does a torch provider that has no 16-bit kernels:
@@ -86,7 +113,7 @@ def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budg
     if not providers:
         return []
     torch.compiler.reset()  # a new shape is a new compilation, and there is a limit to those of one function
-    x, dy = make_inputs(case, source)
+    x, dy = make_inputs(case, source, device)
     expected = expected_outputs(case, x, dy)
     rows: list[Row] = []
     calls: dict[str, Call] = {}
@@ -96,7 +123,7 @@ def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budg
         return tolerances(case, x.to(dtype), dy.to(dtype), expected)
 
     def take_part(provider: Provider, name: str, x: Tensor, dy: Tensor) -> None:
-        row = Row(**asdict(case), provider=name, bytes_moved=case.bytes_moved(x.element_size()))
+        row = Row(**asdict(case), provider=name, bytes_moved=case.bytes_moved(x.element_size()), flop=case.flop)
         rows.append(row)
         try:
             call = build(provider, case, x, dy)
@@ -116,7 +143,7 @@ def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budg
         if case.dtype != "fp32" and (provider.name == "fastcnn.cpu" or failed_torch):
             take_part(provider, f"{provider.name} (fp32)", x.float(), dy.float())
     if calls:
-        _add_times(rows, calls, x, budget)
+        _add_times(rows, calls, x, budget, device)
     return rows
 
 
@@ -125,17 +152,30 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, Mismatch) else f"{type(error).__name__}: {text[:120]}"
 
 
-def _add_times(rows: list[Row], calls: dict[str, Call], x: Tensor, budget: Budget) -> None:
+def _add_times(rows: list[Row], calls: dict[str, Call], x: Tensor, budget: Budget, device: str) -> None:
     copy = torch.zeros_like(x)
-    times = time_rounds({**calls, "copy": lambda: (copy.copy_(x),)}, budget)
+    others: dict[str, Call] = {"copy": lambda: (copy.copy_(x),)}
+    if rows[0].flop and device != "cpu":
+        others["matmul"], flop = matmul(_MATMUL, x.dtype, device)
+    times = time_rounds({**calls, **others}, budget, device)
     copy_gb_per_s = 2 * x.nbytes / statistics.median(times["copy"]) / 1e9
     for row in rows:
         row.copy_gb_per_s = copy_gb_per_s
+        if "matmul" in times:
+            row.matmul_gflop_per_s = flop / statistics.median(times["matmul"]) / 1e9
         if row.provider in calls:
             median_ms = add_median(row, times[row.provider])
             assert row.bytes_moved is not None
             row.gb_per_s = row.bytes_moved / median_ms / 1e6
+            row.gflop_per_s = row.flop / median_ms / 1e6 if row.flop else None
     add_ratios(rows)
+
+
+def matmul(size: int, dtype: torch.dtype, device: str) -> tuple[Call, int]:
+    """A product of square matrices, whose rate stands for the machine's, and its operations."""
+    a, b = torch.randn(2, size, size).to(device, dtype)
+    product = torch.mm(a, b)
+    return lambda: (torch.mm(a, b, out=product),), 2 * size**3
 
 
 def add_median(row: Row, seconds: Iterable[float]) -> float:

@@ -13,7 +13,7 @@ import torch
 
 from .cases import DTYPES, Case
 from .inputs import images
-from .measure import Budget, add_median, held_bytes, reason, time_rounds
+from .measure import Budget, add_median, held_bytes, matmul, reason, time_rounds
 from .network_providers import Entry, NetworkProvider, prepare
 from .network_verify import check_network, expected_of_network
 from .networks import count_flop, make_network
@@ -23,7 +23,7 @@ from .rows import Row, add_ratios
 MATMUL = 2048  # height and width of the matrices whose product stands for the machine's rate
 
 
-def measure_network(case: Case, providers: Iterable[NetworkProvider], budget: Budget) -> list[Row]:
+def measure_network(case: Case, providers: Iterable[NetworkProvider], budget: Budget, device: str = "cpu") -> list[Row]:
     """A row for each provider that takes part in the case: checked, and if right then timed, on photographs.
 
     A torch provider that fails in 16 bits also runs in fp32, in the row named "... (fp32)".
@@ -35,8 +35,9 @@ def measure_network(case: Case, providers: Iterable[NetworkProvider], budget: Bu
         torch.manual_seed(0)
         plain, fused = make_network(case, plain=True), make_network(case, plain=False)
         fused.load_state_dict(plain.state_dict())
-        x = images(case.shape[0], case.shape[2])
-        labels = torch.randint(1000, case.shape[:1])
+        plain, fused = plain.to(device), fused.to(device)
+        x = images(case.shape[0], case.shape[2]).to(device)
+        labels = torch.randint(1000, case.shape[:1]).to(device)
         flop = count_flop(case, plain)
         expected = expected_of_network(case, plain, x, labels)
 
@@ -49,7 +50,7 @@ def measure_network(case: Case, providers: Iterable[NetworkProvider], budget: Bu
                 entry.call()  # the warm-up
                 if entry.forward is not None:
                     row.saved_bytes = held_bytes(entry.forward, entry.network.parameters())
-                row.peak_bytes = peak_bytes(entry.call)
+                row.peak_bytes = peak_bytes(entry.call) if device == "cpu" else gpu_peak_bytes(entry.call, device)
             except NotInstalled as error:
                 row.failure = str(error)
             except Exception as error:
@@ -65,19 +66,18 @@ def measure_network(case: Case, providers: Iterable[NetworkProvider], budget: Bu
             if failed and case.dtype != "fp32":
                 take_part(provider, f"{provider.name} (fp32)", replace(case, dtype="fp32"), case)
         if entries:
-            _add_times(case, rows, entries, budget)
+            _add_times(case, rows, entries, budget, device)
     return rows
 
 
-def _add_times(case: Case, rows: list[Row], entries: dict[str, Entry], budget: Budget) -> None:
-    a, b = torch.randn(2, MATMUL, MATMUL).to(DTYPES[case.dtype])
-    product = torch.mm(a, b)
+def _add_times(case: Case, rows: list[Row], entries: dict[str, Entry], budget: Budget, device: str) -> None:
+    product, product_flop = matmul(MATMUL if device == "cpu" else 4 * MATMUL, DTYPES[case.dtype], device)
     for entry in entries.values():
         if entry.laps is not None:
             entry.laps.clear()
     calls = {name: entry.call for name, entry in entries.items()}
-    times = time_rounds({**calls, "matmul": lambda: (torch.mm(a, b, out=product),)}, budget)
-    rate = 2 * MATMUL**3 / statistics.median(times["matmul"]) / 1e9
+    times = time_rounds({**calls, "matmul": product}, budget, device)
+    rate = product_flop / statistics.median(times["matmul"]) / 1e9
     for row in rows:
         row.matmul_gflop_per_s = rate
         if row.provider not in entries:
@@ -106,6 +106,14 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
         return max(_status("VmHWM") - before, 0)
     except (OSError, AttributeError):
         return None
+
+
+def gpu_peak_bytes(run: Callable[[], object], device: str) -> int:
+    """By how much PyTorch's memory on a GPU grows at most during a call."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _status(field: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch._inductor.config as inductor
@@ -29,6 +29,7 @@ class NetworkProvider:
         fused: from the layers of fastcnn, not torch's.
         channels_last: weights and images in this format, otherwise NCHW.
         compile: through torch.compile, for inference with freezing.
+        graphs: torch.compile captures CUDA graphs; on GPUs only.
         export: another runtime: (network, images, dtype) -> its forward.
     """
 
@@ -36,6 +37,7 @@ class NetworkProvider:
     fused: bool = False
     channels_last: bool = False
     compile: bool = False
+    graphs: bool = False
     export: Callable[[nn.Module, Tensor, torch.dtype], Forward] | None = None
 
     def takes_part(self, case: Case) -> bool:
@@ -43,18 +45,22 @@ class NetworkProvider:
         return self.export is None or case.mode == "inference"
 
 
-def network_providers() -> dict[str, NetworkProvider]:
-    """By name: fastcnn, then PyTorch, then the others, installed or not."""
-    every = (
+def network_providers(device: str = "cpu") -> dict[str, NetworkProvider]:
+    """By name: fastcnn, then PyTorch, then, on CPU, the others, installed or not."""
+    every = [
         NetworkProvider("fastcnn", fused=True, channels_last=True),
         NetworkProvider("fastcnn NCHW", fused=True),
         NetworkProvider("torch.eager"),
         NetworkProvider("torch.eager channels_last", channels_last=True),
         # from NCHW weights it fails the check: with torch 2.13 AlexNet's convolutions get zero gradients at batch 32
         NetworkProvider("torch.compile", channels_last=True, compile=True),
-        NetworkProvider("onnxruntime", export=peers.onnxruntime),
-        NetworkProvider("openvino", export=peers.openvino),
-    )
+    ]
+    if device == "cpu":
+        every.append(NetworkProvider("onnxruntime", export=peers.onnxruntime))
+        every.append(NetworkProvider("openvino", export=peers.openvino))
+    else:
+        torchs = NetworkProvider("torch.compile, CUDA graphs", channels_last=True, compile=True, graphs=True)
+        every = [replace(torchs, name="fastcnn, CUDA graphs", fused=True), *every, torchs]
     return {provider.name: provider for provider in every}
 
 
@@ -67,7 +73,7 @@ class Entry:
         call: run once as it is timed.
         forward: the forward whose memory for backward is counted; None in inference.
         network: the parameters and their format.
-        laps: of the calls, in training.
+        laps: of the calls, in training on CPU.
     """
 
     check: Call
@@ -89,14 +95,20 @@ def prepare(provider: NetworkProvider, case: Case, network: nn.Module, x: Tensor
     if case.mode == "inference":
         infer = _inference(provider, network, x)
         return Entry(infer, infer, None, network)
-    run = torch.compile(network, dynamic=False) if provider.compile else network
+    run = _compiled(provider, network)
     if case.mode == "input gradient":
         return _input_gradient(run, network, x)
     return _training(run, network, x, labels)
 
 
+def _compiled(provider: NetworkProvider, network: nn.Module) -> Forward:
+    if not provider.compile:
+        return network
+    return torch.compile(network, dynamic=False, mode="reduce-overhead" if provider.graphs else None)
+
+
 def _inference(provider: NetworkProvider, network: nn.Module, x: Tensor) -> Call:
-    run = torch.compile(network, dynamic=False) if provider.compile else network
+    run = _compiled(provider, network)
 
     def call() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -152,7 +164,8 @@ def _training(run: Forward, network: nn.Module, x: Tensor, labels: Tensor) -> En
         laps.update.append(time.perf_counter() - update)
         return (loss.detach(),)
 
-    return Entry(check, step, forward, network, laps)
+    # a GPU is still at work when the host reads its clock
+    return Entry(check, step, forward, network, None if x.is_cuda else laps)
 
 
 def checked_loss(logits: Tensor, labels: Tensor) -> Tensor:

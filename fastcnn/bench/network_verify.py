@@ -13,10 +13,11 @@ from .network_providers import CHECKED, checked_loss, gradients
 from .verify import Mismatch
 
 LOGITS = {"fp32": 1e-5, "bf16": 5e-2}  # difference relative to the logits minus their mean
-LOSS = 1e-5
+LOSS = {"fp32": 1e-5, "bf16": 1e-2}
 # Where rounding decides which of two values is the maximum, or on which side of zero one lies, the gradient goes
-# another way; one such place among the 9216 of AlexNet's last map moves it by about 1/100.
-GRADIENT = 5e-2
+# another way; one such place among the 9216 of AlexNet's last map moves it by about 1/100. In bf16 they were seen to
+# add up to a fifth in AlexNet's first layer.
+GRADIENT = {"fp32": 5e-2, "bf16": 0.4}
 
 
 def expected_of_network(case: Case, plain: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -46,9 +47,9 @@ def check_network(case: Case, outputs: Sequence[Tensor], expected: Sequence[Tens
         pairs = [("logits", _difference(logits, truth, truth - truth.mean(1, keepdim=True)), LOGITS[case.dtype])]
     else:
         checked = [o[:CHECKED] if case.mode == "input gradient" else o for o in outputs]
-        pairs = [("loss", _difference(checked[0], expected[0], expected[0]), LOSS)]
+        pairs = [("loss", _difference(checked[0], expected[0], expected[0]), LOSS[case.dtype])]
         for gradient, truth in zip(checked[1:], expected[1:], strict=True):
-            pairs.append(("gradient", _difference(gradient, truth, truth), GRADIENT))
+            pairs.append(("gradient", _difference(gradient, truth, truth), GRADIENT[case.dtype]))
     for what, error, tolerance in pairs:
         if not error <= tolerance:  # NaN included
             raise Mismatch(f"{what}: error {error:.1e}, allowed is {tolerance:.0e}")

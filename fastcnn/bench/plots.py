@@ -69,7 +69,7 @@ def write_plots(folder: Path, document: dict[str, Any], rows: Sequence[Row], nam
         axes.set_xlabel("GB/s: bytes that the operator must read and write / time")
         finish(figure, axes, "Bandwidth reached", f"{name}_roofline.png")
 
-    computed = [row for row in rows if row.gflop_per_s]
+    computed = [row for row in rows if row.gflop_per_s and row.is_network]
     if computed:
         figure, axes = _bars(computed, lambda row: row.gflop_per_s or 0, "{:.0f}", start=0)
         if header["matmul_gflop_per_s"]:

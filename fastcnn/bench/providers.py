@@ -72,10 +72,23 @@ def _compiled(case: Case) -> Op:
     return torch.compile(torch_op(case), dynamic=False, fullgraph=True)
 
 
-def all_providers() -> dict[str, Provider]:
-    """Those that can run here, by name: fastcnn's backends, the fastest first, then PyTorch."""
-    ours = [Provider(f"fastcnn.{backend}", _fastcnn_op, backend) for backend in reversed(backends.available())]
-    torchs = [Provider("torch.eager", torch_op), Provider("torch.compile", _compiled)]
+def _compiled_for_gpu(case: Case) -> Op:
+    """The tail with all of inductor's tuning. A convolution's is left to cuDNN: it would take half a minute each."""
+    mode = "max-autotune-no-cudagraphs" if case.op == "relu_lrn_max_pool2d" else None
+    return torch.compile(torch_op(case), dynamic=False, fullgraph=True, mode=mode)
+
+
+def all_providers(device: str = "cpu") -> dict[str, Provider]:
+    """Those that can run on this device, by name: fastcnn's backends, the fastest first, then PyTorch.
+
+    On a GPU there also is "fastcnn", which leaves the choice of the backend to each operator.
+    """
+    here = [name for name in reversed(backends.NAMES) if not backends.why_not(name, torch.device(device))]
+    ours = [Provider(f"fastcnn.{backend}", _fastcnn_op, backend) for backend in here]
+    if device != "cpu":
+        ours.insert(0, Provider("fastcnn", _fastcnn_op))
+    compiled = _compiled if device == "cpu" else _compiled_for_gpu
+    torchs = [Provider("torch.eager", torch_op), Provider("torch.compile", compiled)]
     return {provider.name: provider for provider in (*ours, *torchs)}
 
 

@@ -22,7 +22,7 @@ from .rows import Row
 SECONDARY = " (fp32)"  # ends the name of a provider that stands beside a 16-bit case
 
 
-def report(rows: Sequence[Row], *, command: str, source: str) -> dict[str, Any]:
+def report(rows: Sequence[Row], *, command: str, source: str, device: str = "cpu") -> dict[str, Any]:
     """Header and rows, ready for JSON. Bandwidths are in 1e9 bytes a second."""
 
     def median(values: Iterable[float | None]) -> float | None:
@@ -30,7 +30,7 @@ def report(rows: Sequence[Row], *, command: str, source: str) -> dict[str, Any]:
         return statistics.median(known) if known else None
 
     header = {
-        **environment(),
+        **environment(device),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "input": source,
@@ -49,15 +49,13 @@ def setting(header: dict[str, Any]) -> str:
     """In a line, what the figures were taken on."""
     copy, matmul = header["copy_gb_per_s"], header["matmul_gflop_per_s"]
     rates = f", copy: {copy:.1f} GB/s" if copy else f", fp32 matrix product: {matmul:.0f} GFLOP/s" if matmul else ""
-    return (
-        f"{header['cpu']}, {header['threads']} threads, kernels for {header['cpu_capability'] or 'none'}, "
-        f"torch {header['torch']}, input: {header['input']}{rates}"
-    )
+    cpu = f"{header['cpu']}, {header['threads']} threads, kernels for {header['cpu_capability'] or 'none'}"
+    return f"{header.get('gpu') or cpu}, torch {header['torch']}, input: {header['input']}{rates}"
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """One table for each operator or network, mode and shape; in it the providers of each case under a heading."""
-    titles = _grouped(rows, lambda row: f"{row.op} {row.mode}, input {row.shape}")
+    titles = _grouped(rows, lambda row: f"{row.layer or row.op} {row.mode}, input {row.shape}")
     return [_table(title, members) for title, members in titles.items()]
 
 
@@ -145,6 +143,7 @@ _KERNEL_COLUMNS: _Columns = {
     **_COMMON,
     "GB/s": lambda row: _number(row.gb_per_s),
     "of copy": _of_copy,
+    "GFLOP/s": lambda row: _number(row.gflop_per_s, 0),
     "saved MB": lambda row: _megabytes(row.saved_bytes),
 }
 _NETWORK_COLUMNS: _Columns = {

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .cases import Case, Shape
+from .cases import ANY_FORMAT, Case, Shape
 
 
 @dataclass
 class Row:
     """One provider in one case. Without a time where ``failure`` says why; ratios are how many times faster this is.
 
-    Operators are measured in bytes moved, networks in operations (``flop``); ``saved_vs_eager`` is a fraction.
+    Operators are measured in bytes moved, networks and convolutions in operations (``flop``); ``saved_vs_eager`` is a
+    fraction.
     """
 
     op: str
@@ -44,14 +45,15 @@ class Row:
     update_ms: float | None = None
     saved_vs_eager: float | None = None
     peak_bytes: int | None = None
+    layer: str | None = None
 
     @property
     def case(self) -> Case:
-        return Case(self.op, self.shape, self.dtype, self.format, self.mode, self.memory)
+        return Case(self.op, self.shape, self.dtype, self.format, self.mode, self.memory, self.layer)
 
     @property
     def is_network(self) -> bool:
-        return self.flop is not None
+        return self.format == ANY_FORMAT
 
 
 def add_ratios(rows: Sequence[Row]) -> None:

@@ -90,12 +90,13 @@ def precision(dtype: torch.dtype) -> str:
 
 def configurations(x: Tensor, weight: Tensor, groups: int) -> list[Config]:
     """Those that make sense, the default first; blocks are no longer than what they must cover."""
+    configs: tuple[Config, ...] = _OTHERS
     if x.dtype == torch.float32 and precision(x.dtype) == "ieee":
         configs = _IEEE
     elif weight.shape[1] % 8:
         configs = _FEW_CHANNELS
-    else:
-        configs = _WIDE_LOADS if x.dtype != torch.float32 and is_channels_last(x) else _OTHERS
+    elif x.dtype != torch.float32 and is_channels_last(x):
+        configs = _WIDE_LOADS
     outputs, k = _block(weight.shape[0] // groups), _block(weight.numel() // weight.shape[0])
     fitted = (Config(c.pixels, min(c.outputs, outputs), min(c.k, k), c.warps, c.stages) for c in configs)
     return list(dict.fromkeys(fitted))
