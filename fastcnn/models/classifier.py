@@ -11,10 +11,24 @@ from .layers import PaperDropout
 DROPOUTS: dict[str, type[nn.Module]] = {"paper": PaperDropout, "inverted": nn.Dropout}
 
 
-def build_classifier(in_features: int, num_classes: int, dropout: str, hidden: int = 4096) -> nn.Sequential:
-    """``fc6 -> relu6 -> drop6 -> fc7 -> relu7 -> drop7 -> fc8``, layers of torch; ``dropout`` is a key of DROPOUTS."""
+def build_classifier(
+    in_features: int,
+    num_classes: int,
+    dropout: str,
+    hidden: int = 4096,
+    *,
+    dropout_first: bool = False,
+    numbered: bool = False,
+) -> nn.Sequential:
+    """``fc6 -> relu6 -> drop6 -> fc7 -> relu7 -> drop7 -> fc8``, layers of torch; ``dropout`` is a key of DROPOUTS.
+
+    ``dropout_first`` has each dropout in front of its layer, as torchvision's AlexNet; ``numbered`` counts the layers
+    instead of naming them.
+    """
     layers: list[tuple[str, nn.Module]] = []
     for name, width in (("6", in_features), ("7", hidden)):
-        layers += [(f"fc{name}", nn.Linear(width, hidden)), (f"relu{name}", nn.ReLU())]
-        layers += [(f"drop{name}", DROPOUTS[dropout](0.5))]
-    return nn.Sequential(OrderedDict([*layers, ("fc8", nn.Linear(hidden, num_classes))]))
+        drop = [(f"drop{name}", DROPOUTS[dropout](0.5))]
+        full = [(f"fc{name}", nn.Linear(width, hidden)), (f"relu{name}", nn.ReLU())]
+        layers += drop + full if dropout_first else full + drop
+    layers.append(("fc8", nn.Linear(hidden, num_classes)))
+    return nn.Sequential(OrderedDict((str(i) if numbered else name, layer) for i, (name, layer) in enumerate(layers)))
