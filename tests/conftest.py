@@ -42,14 +42,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=backends_here()[1:] or ["reference"])
+@pytest.fixture(params=backends_here()[1:] or backends_here())
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """The C++ kernels at each CPU capability, plain PyTorch only where they are not built: for long lists of sizes."""
     with running_on(request.param):
         yield request.param
 
 
-@pytest.fixture(params=[name for name in ("reference", "cpu") if name in fastcnn.backends.available()])
+@pytest.fixture(params=dict.fromkeys(name.partition("-")[0] for name in backends_here()))
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend once, the C++ kernels at their best capability: for what does not depend on the kernels."""
     with running_on(request.param):
@@ -59,7 +59,7 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def best_backend() -> Iterator[str]:
     """What runs on CPU tensors by default, and no warning where that is plain PyTorch."""
-    name = "cpu" if "cpu" in fastcnn.backends.available() else "reference"
+    name = backends_here()[-1].partition("-")[0]
     with running_on(name):
         yield name
 

@@ -27,7 +27,12 @@ _BACKWARD = {torch.float64: 1e-13, torch.float32: 5e-6}
 
 
 def backends_here() -> list[str]:
-    """``reference``, and ``cpu-<capability>`` for every CPU capability that was compiled and that this machine has."""
+    """``reference``, and ``cpu-<capability>`` for every CPU capability that was compiled and that this machine has.
+
+    Where Triton's interpreter is on (``TRITON_INTERPRET=1``), only ``triton``: a run of its own.
+    """
+    if fastcnn.backends.INTERPRETING:
+        return ["triton"]
     library = fastcnn.backends._C
     return ["reference", *(f"cpu-{name}" for name in (library.cpu_capabilities() if library else ()))]
 

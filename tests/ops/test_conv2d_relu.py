@@ -142,6 +142,8 @@ def test_empty_batch(each_backend, frozen, format, shape):
 def test_non_finite_values_propagate_as_in_torch(each_backend, name, dtype, format, value):
     for i in range(3):  # in input, weight and bias
         tensors, kwargs = case(name, dtype, format)
+        if i == 1 and each_backend == "triton":  # whether weights meet the zeros of the padding differs also in torch
+            kwargs = {**kwargs, "padding": 0}
         tensors[i][(0,) * tensors[i].dim()] = value
         y, expected = FF.conv2d_relu(*tensors, **kwargs), torch_conv_relu(*tensors, **kwargs)
         assert_bitwise(y.isnan(), expected.isnan())
