@@ -2,6 +2,7 @@
 
 from . import backends, functional, models, nn, reference
 from ._version import __version__
+from .optimize import optimize
 from .params import LRNParams, PoolParams
 
-__all__ = ["LRNParams", "PoolParams", "__version__", "backends", "functional", "models", "nn", "reference"]
+__all__ = ["LRNParams", "PoolParams", "__version__", "backends", "functional", "models", "nn", "optimize", "reference"]

@@ -1,0 +1,133 @@
+"""A run of calls, convolution -> ReLU -> LRN -> max-pool, as one call: what :func:`fastcnn.optimize` puts in its place.
+
+A part of a stage is None, a layer, or a :class:`Function`. Layers are asked for their parameters in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import functional as FF
+from . import nn as layers
+from .models.layers import GroupedLocalResponseNorm
+from .ops._operator import needs_grad
+from .params import FLOATING_DTYPES, LRNParams, PoolParams
+
+PARTS = ("conv", "relu", "lrn", "pool")  # in the order in which they may follow each other
+
+
+class Function(NamedTuple):
+    """A call of a function: which part of a stage it is, and its arguments after the input."""
+
+    part: str
+    arguments: tuple[Any, ...] = ()
+    inplace: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.part == "relu":
+            return torch.relu_(x) if self.inplace else torch.relu(x)
+        return _FUNCTIONS[self.part](x, *self.arguments)
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "conv": F.conv2d,
+    "lrn": FF.local_response_norm,
+    "pool": FF.max_pool2d,
+}
+
+Part = nn.Module | Function
+_LAYERS: dict[str, Any] = {"conv": nn.Conv2d, "relu": nn.ReLU, "lrn": nn.LocalResponseNorm, "pool": nn.MaxPool2d}
+_OURS = (layers.LocalResponseNorm, GroupedLocalResponseNorm, layers.MaxPool2d)
+
+
+def part_of(layer: nn.Module) -> str | None:
+    """Which part of a stage a layer is, by its class; None if it is none."""
+    return next((part for part, kind in _LAYERS.items() if isinstance(layer, kind)), None)
+
+
+def why_not(layer: nn.Module, part: str) -> str:
+    """Why a layer cannot run fused, as it is now, as this part of a stage; empty if it can."""
+    if part_of(layer) != part:
+        return f"it is no {_LAYERS[part].__name__}"
+    cls: Any = type(layer)
+    if cls.forward is not _LAYERS[part].forward and cls.forward not in [kind.forward for kind in _OURS]:
+        return f"a subclass of {_LAYERS[part].__name__} with a forward of its own"
+    if part == "conv" and cls._conv_forward is not nn.Conv2d._conv_forward:
+        return "a subclass of Conv2d with a convolution of its own"
+    if part == "conv" and layer.padding_mode != "zeros":
+        return f"padding_mode={layer.padding_mode!r}"
+    if part == "pool" and layer.return_indices:
+        return "return_indices=True"
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    return "it has hooks" if _has_hooks(layer) else ""
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or all_modules._global_backward_hooks
+        or all_modules._global_backward_pre_hooks
+    )
+
+
+def run_stage(
+    x: Tensor, conv: Part | None = None, relu: Part | None = None, lrn: Part | None = None, pool: Part | None = None
+) -> Any:
+    """The stage in as few passes as can be; as its parts one after the other where it cannot run fused."""
+    parts = {name: part for name, part in zip(PARTS, (conv, relu, lrn, pool), strict=True) if part is not None}
+    if not _has_kernels(x) or any(isinstance(part, nn.Module) and why_not(part, name) for name, part in parts.items()):
+        for part in parts.values():
+            x = part(x)
+        return x
+    rectify, lrn_params, pool_params = relu is not None, _lrn_params(lrn), _pool_params(pool)
+    if conv is None:
+        return FF.relu_lrn_max_pool2d(x, relu=rectify, lrn=lrn_params, pool=pool_params)
+    weight, bias, *arguments = conv_arguments(conv)
+    frozen = needs_grad(x) and not needs_grad(weight, bias)
+    if lrn is None and (pool is None or frozen):  # of frozen weights a bit an output is kept, and a byte of the pool's
+        y = FF.conv2d_relu(x, weight, bias, *arguments)
+        return y if pool_params is None else FF.max_pool2d(y, *pool_params.op_args())
+    y = F.conv2d(x, weight, None, *arguments)
+    return FF.relu_lrn_max_pool2d(y, bias, relu=rectify, lrn=lrn_params, pool=pool_params)
+
+
+def _has_kernels(x: Any) -> bool:
+    if not isinstance(x, Tensor) or is_traceable_wrapper_subclass(x):
+        return False
+    return x.dim() == 4 and x.dtype in FLOATING_DTYPES and x.layout == torch.strided
+
+
+def conv_arguments(conv: Part) -> tuple[Any, ...]:
+    """Those of :func:`torch.nn.functional.conv2d` after the input."""
+    if isinstance(conv, Function):
+        return conv.arguments
+    return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _lrn_params(lrn: Any) -> LRNParams | None:
+    if lrn is None:
+        return None
+    if isinstance(lrn, Function):
+        return LRNParams(*lrn.arguments)
+    return LRNParams(lrn.size, lrn.alpha, lrn.beta, lrn.k, getattr(lrn, "groups", 1))
+
+
+def _pool_params(pool: Any) -> PoolParams | None:
+    if pool is None:
+        return None
+    if isinstance(pool, Function):
+        return PoolParams(*pool.arguments)
+    return PoolParams(pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)

@@ -1,0 +1,595 @@
+"""optimize(): the same network, faster."""
+
+import copy
+import io
+import pickle
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from promises import FORMATS, assert_bitwise, ident, in_format, leaf, randn, recorded_calls
+from torch import nn
+
+import fastcnn
+
+pytestmark = pytest.mark.usefixtures("best_backend", "float64")
+
+LRN = 5, 1e-3, 0.75, 2.0
+
+
+@pytest.fixture
+def float64():
+    """So that a difference is a mistake, and no rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Functional(nn.Module):
+    """Stages written as calls of functions, shared layers, keyword arguments, and a default argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.relu = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3) / 8)
+
+    def forward(self, x, scale=1.0):
+        x = F.max_pool2d(F.local_response_norm(F.relu(self.conv1(x)), *LRN), 3, stride=2)
+        x = self.relu(self.conv2(x)) * scale
+        x = torch.max_pool2d(torch.conv2d(x, self.weight, padding=1).relu(), 2)
+        return F.local_response_norm(x, size=4, alpha=0.1)
+
+
+class Block(nn.Module):
+    """Branches that are concatenated, as in InceptionV1 and SqueezeNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(inplace=True))
+        self.three = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(True), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(True))
+        self.pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(8, 2, 1), nn.ReLU(True))
+
+    def forward(self, x):
+        return torch.cat([self.one(x), self.three(x), self.pool(x)], 1)
+
+
+class Branching(nn.Module):
+    """Control flow on values, which cannot be traced, around layers and a Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
+        self.norm, self.pool = nn.LocalResponseNorm(*LRN), nn.MaxPool2d(2)
+
+    def forward(self, x):
+        x = self.features(x)
+        return self.pool(self.norm(x)) if x.sum() > 0 else self.norm(self.pool(x))
+
+
+class Modes(nn.Module):
+    """Another output in training than in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool, self.divide = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), False
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        if self.divide:
+            x = x / 2
+        return (self.pool(x), x.mean()) if self.training else (self.pool(x),)
+
+
+def sequential(*, inplace=True):
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(inplace), nn.LocalResponseNorm(*LRN), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(inplace)),
+        *(nn.Conv2d(8, 8, 3), nn.ReLU(inplace), nn.MaxPool2d(2)),
+        *(nn.LocalResponseNorm(4), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(inplace), nn.MaxPool2d(2, 1)),
+    )
+
+
+def nested():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), Block(), nn.Conv2d(12, 8, 3), nn.ReLU(), nn.MaxPool2d(2), Block()
+    )
+
+
+NETWORKS = {
+    "sequential": sequential,
+    "functional": Functional,
+    "nested": nested,
+    "branching": Branching,
+    "modes": Modes,
+}
+STAGES = {"sequential": 5, "functional": 4, "nested": 8, "branching": 3, "modes": 1}
+
+
+def network(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return NETWORKS[name]()
+
+
+def outputs_and_gradients(model, x):
+    x = leaf(x)
+    y = model(x)
+    outputs = y if isinstance(y, tuple) else (y,)
+    loss = sum((t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in outputs)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return *(t.detach() for t in outputs), *torch.autograd.grad(loss, [x, *parameters], allow_unused=True)
+
+
+def assert_same(model, other, x):
+    for a, b in zip(outputs_and_gradients(model, x), outputs_and_gradients(other, x), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.fixture(params=NETWORKS)
+def pair(request):
+    """A network and what optimize made of it."""
+    model = network(request.param)
+    return model, fastcnn.optimize(model)
+
+
+X = randn(2, 3, 32, 30, dtype=torch.float64)
+
+
+def called(model, x=X):
+    """The operators of fastcnn that a forward without gradient runs."""
+    with torch.no_grad(), recorded_calls() as calls:
+        model(x)
+    return [name.split(".")[1] for name, _ in calls]
+
+
+# -- same network -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+def test_same_outputs_and_gradients(pair, training, format):
+    model, fast = pair
+    assert_same(fast.train(training), model.train(training), in_format(X, format))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_stage_is_fused(name):
+    fast = fastcnn.optimize(network(name))
+    assert len(fast.fastcnn_report.replaced) >= STAGES[name]
+    layers = {type(m) for m in fast.modules()}
+    assert not layers & {nn.MaxPool2d, nn.LocalResponseNorm}
+    if name == "sequential":
+        expected = ["relu_lrn_max_pool2d", "conv2d_relu", "relu_lrn_max_pool2d", "lrn", "relu_lrn_max_pool2d"]
+        assert called(fast) == expected
+    if name == "functional":
+        assert called(fast) == ["relu_lrn_max_pool2d", "conv2d_relu", "relu_lrn_max_pool2d", "relu_lrn_max_pool2d"]
+
+
+def test_modules_keys_and_the_original_stay(pair):
+    model, fast = pair
+    assert list(dict(fast.named_modules())) == list(dict(model.named_modules()))
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert isinstance(fast, type(model))
+    assert type(fast).__name__ == type(model).__name__
+    assert not called(model)
+    assert not hasattr(model, "fastcnn_report")
+    fast.load_state_dict({name: -value for name, value in model.state_dict().items()})
+    model.load_state_dict(fast.state_dict())
+    assert_same(fast, model, X)
+
+
+def test_in_place():
+    model = network("sequential")
+    expected = outputs_and_gradients(copy.deepcopy(model), X)
+    assert fastcnn.optimize(model, inplace=True) is model
+    assert called(model)
+    for a, b in zip(outputs_and_gradients(model, X), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_twice_is_once(pair):
+    _, fast = pair
+    again = fastcnn.optimize(fast)
+    assert again.fastcnn_report.replaced
+    assert called(again) == called(fast)
+    assert_same(again, fast, X)
+
+
+def test_arguments_of_forward_are_kept():
+    model = network("functional")
+    fast = fastcnn.optimize(model)
+    torch.testing.assert_close(fast(X, 2.0), model(X, scale=2.0))
+    torch.testing.assert_close(fast(X, scale=0.5), model(X, 0.5))
+
+
+def test_a_layer_alone():
+    for layer in (nn.MaxPool2d(2), nn.LocalResponseNorm(5)):
+        fast = fastcnn.optimize(layer)
+        assert len(called(fast)) == 1
+        torch.testing.assert_close(fast(X), layer(X))
+        assert not called(layer)
+
+
+# -- what may happen to it later --------------------------------------------------------------------------------------
+
+
+def hooks_of(layer, seen):
+    yield layer.register_forward_hook(lambda m, x, y: seen.append(y.detach().clone()))
+    yield layer.register_forward_pre_hook(lambda m, x: seen.append(x[0].detach().clone()))
+    yield layer.register_full_backward_hook(lambda m, dx, dy: seen.append(dy[0].clone()))
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_see_what_they_saw(index, before):
+    model = sequential(inplace=False)
+    seen, expected = [], []
+    if before:  # a deep copy takes hooks along
+        list(hooks_of(model[index], expected))
+        fast = fastcnn.optimize(model)
+        outputs_and_gradients(fast, X)
+        seen[:], expected[:] = expected, []
+    else:
+        fast = fastcnn.optimize(model)
+        handles = list(hooks_of(fast[index], seen))
+        outputs_and_gradients(fast, X)
+        for handle in handles:
+            handle.remove()
+        assert called(fast) == called(fastcnn.optimize(model))
+        list(hooks_of(model[index], expected))
+    outputs_and_gradients(model, X)
+    assert len(seen) == len(expected) == 3
+    torch.testing.assert_close(seen, expected)
+
+
+def test_hooks_on_containers_run():
+    fast, seen = fastcnn.optimize(network("nested")), []
+    fast[2].register_forward_hook(lambda *_: seen.append("block"))
+    fast[2].three.register_forward_hook(lambda *_: seen.append("three"))
+    fast(X)
+    assert seen == ["three", "block"]
+
+
+def replace_layer(m):
+    m[5] = nn.Tanh()
+
+
+def append_layer(m):
+    m.append(nn.Conv2d(8, 2, 1))
+
+
+def other_padding(m):
+    m[0].padding_mode = "circular"
+    m[0]._reversed_padding_repeated_twice = [2, 2, 2, 2]
+
+
+def other_pool(m):
+    m[3].kernel_size, m[3].stride = 2, 1
+
+
+def other_norm(m):
+    m[2].size = 3
+
+
+@pytest.mark.parametrize("change", [replace_layer, append_layer, other_padding, other_pool, other_norm])
+def test_layers_may_be_changed_later(change):
+    model = network("sequential")
+    fast = fastcnn.optimize(model)
+    for m in (model, fast):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            change(m)
+    assert_same(fast, model, X)
+
+
+def test_settings_of_a_forward_may_be_changed_later():
+    model = network("modes")
+    fast = fastcnn.optimize(model)
+    for m in (model, fast):
+        m.divide = True
+    assert_same(fast, model, X)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_copies_stay_fused(pair, how):
+    model, fast = pair
+    buffer = io.BytesIO()
+    if how == "deepcopy":
+        again = copy.deepcopy(fast)
+    elif how == "pickle":
+        again = pickle.loads(pickle.dumps(fast))
+    else:
+        torch.save(fast, buffer)
+        buffer.seek(0)
+        again = torch.load(buffer, weights_only=False)
+    assert called(again) == called(fast)
+    assert str(again.fastcnn_report) == str(fast.fastcnn_report)
+    assert_same(again, model, X)
+    with torch.no_grad():
+        for p in again.parameters():
+            p.zero_()
+    assert_same(fast, model, X)
+
+
+# -- where it must work ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sequential", "functional", "nested", "modes"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(name, dynamic):
+    model = network(name)
+    torch.compiler.reset()
+    compiled = torch.compile(fastcnn.optimize(model), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    assert_same(compiled, model, X)
+    assert_same(compiled.eval(), model.eval(), randn(3, 3, 40, 36, dtype=X.dtype))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", ["sequential", "functional", "nested"])
+def test_export(name, strict):
+    model = network(name).eval()
+    fast = fastcnn.optimize(model)
+    exported = torch.export.export(fast, (X,), strict=strict)
+    assert [n for n in exported.graph.nodes if "fastcnn" in str(n.target)]
+    torch.testing.assert_close(exported.module()(X), model(X))
+
+
+def test_distributed_data_parallel(tmp_path):
+    model = network("nested")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(fastcnn.optimize(model))
+        parallel(X).sum().backward()
+        model(X).sum().backward()
+        for a, b in zip(parallel.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_autocast():
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU()
+    model = nn.Sequential(*layers).float()
+    fast = fastcnn.optimize(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = fast(X.float()), model(X.float())
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+
+
+def test_functional_call_and_vmap():
+    model = network("nested").eval()
+    fast = fastcnn.optimize(model)
+    parameters = {name: p.detach() * 0.5 for name, p in model.named_parameters()}
+
+    def loss(m, parameters, x):
+        return torch.func.functional_call(m, parameters, (x,)).sum()
+
+    ours, theirs = (torch.func.grad(loss, argnums=1)(m, parameters, X) for m in (fast, model))
+    for name in parameters:
+        torch.testing.assert_close(ours[name], theirs[name])
+    stack = randn(3, 2, 3, 20, 20, dtype=X.dtype)
+    torch.testing.assert_close(torch.vmap(fast)(stack), torch.stack([model(x) for x in stack]))
+
+
+def test_single_image_and_other_dtypes():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.LocalResponseNorm(5), nn.MaxPool2d(2))
+    fast = fastcnn.optimize(model)
+    torch.testing.assert_close(fast(X[0]), model(X[0]))
+    assert_same(fast.float().double(), model.float().double(), X)
+    pool = nn.Sequential(nn.Tanh(), nn.MaxPool2d(2)), torch.arange(64).view(1, 1, 8, 8)
+    assert_bitwise(fastcnn.optimize(pool[0][1:])(pool[1]), pool[0][1:](pool[1]))
+
+
+def test_complex_and_quantized_tensors_run_as_before():
+    for kind in (torch.complex64,):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity()).to(kind)
+        torch.testing.assert_close(fastcnn.optimize(model)(X.to(kind)), model(X.to(kind)))
+    pool = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+    q = torch.quantize_per_tensor(X.float(), 0.1, 0, torch.qint8)
+    assert_bitwise(fastcnn.optimize(pool)(q).int_repr(), pool(q).int_repr())
+
+
+def test_parametrized_weights():
+    for wrap in (
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.spectral_norm,
+    ):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(wrap(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.MaxPool2d(2)).eval()
+        fast = fastcnn.optimize(model)
+        assert_same(fast, model, X)
+        assert list(fast.state_dict()) == list(model.state_dict())
+
+
+def test_lazy_layers():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.MaxPool2d(2))
+        fast = fastcnn.optimize(model)
+        fast(X)
+    assert called(fast) == ["relu_lrn_max_pool2d"]
+    model(X)
+    model.load_state_dict(fast.state_dict())
+    assert_same(fast, model, X)
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.Conv2d):
+    """Has the forward of Conv2d."""
+
+
+def test_subclasses_with_a_forward_of_their_own_are_left_alone():
+    model = nn.Sequential(Scaled(3, 8, 3), nn.ReLU(), Renamed(8, 8, 3), nn.ReLU())
+    fast = fastcnn.optimize(model)
+    assert_same(fast, model, X)
+    assert called(fast) == ["conv2d_relu"]
+    (entry,) = fast.fastcnn_report.left
+    assert (entry.where, entry.what) == ("0", "Scaled")
+    assert "forward of its own" in entry.why_not
+
+
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.kept, self.register = nn.Conv2d(3, 8, 3), None, None
+
+    def forward(self, x):
+        self.kept = F.relu(self.conv(x))
+        return self.kept
+
+
+class Draws(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.conv, self.draw = nn.Conv2d(3, 8, 3), draw
+
+    def forward(self, x):
+        return F.relu(self.conv(x)) * self.draw()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Keeps, "keeps something"),
+        (lambda: Draws(random.random), "random numbers"),
+        (lambda: Draws(lambda: torch.rand(()).item()), "random numbers"),
+        (Branching, "cannot trace"),
+    ],
+)
+def test_forwards_that_a_graph_would_change_are_left_alone(make, reason):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make()
+    fast = fastcnn.optimize(model)
+    (entry,) = [e for e in fast.fastcnn_report.left if e.what.startswith("forward of")]
+    assert reason in entry.why_not
+    for m in (model, fast):
+        random.seed(3)
+        torch.manual_seed(3)
+        m.result = m(X)
+    torch.testing.assert_close(fast.result, model.result)
+    if make is Keeps:
+        assert fast.kept is fast.result
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_relu_may_overwrite_the_input_of_the_network(inplace):
+    model = nn.Sequential(nn.ReLU(inplace), nn.MaxPool2d(2))
+    fast = fastcnn.optimize(model)
+    ours, theirs = X.clone(), X.clone()
+    assert_bitwise(fast(ours), model(theirs))
+    assert_bitwise(ours, theirs)
+    assert called(fast) == (["max_pool2d"] if inplace else ["relu_lrn_max_pool2d"])
+
+
+class Twice(nn.Module):
+    """What a stage would leave out is used elsewhere too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.pool = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.relu(y)
+        return y.sum() + z.sum() + self.pool(z).sum()
+
+
+def test_outputs_used_twice_stay():
+    model = Twice()
+    fast = fastcnn.optimize(model)
+    assert_same(fast, model, X)
+    assert called(fast) == ["max_pool2d"]
+    assert [e.where for e in fast.fastcnn_report.left] == ["conv"]
+
+
+def test_nothing_to_replace():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    fast = fastcnn.optimize(model)
+    assert type(fast) is nn.Sequential
+    assert not fast.fastcnn_report.entries
+    assert str(fast.fastcnn_report).startswith("0 replaced, 0 left alone")
+    assert_bitwise(fast(X[0, 0, :, :3]), model(X[0, 0, :, :3]))
+
+
+def test_report_is_a_readable_table():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU()
+    )
+    text = str(fastcnn.optimize(model).fastcnn_report)
+    assert "1 replaced, 1 left alone" in text
+    assert "Conv2d -> ReLU" in text
+    assert "conv2d_relu" in text
+    assert "padding_mode='reflect'" in text
+
+
+# -- frozen feature extractors ----------------------------------------------------------------------------------------
+
+
+class PerceptualLoss(nn.Module):
+    """As lpips.LPIPS: control flow on arguments, a network called by its forward, normalized features, 1x1 weights."""
+
+    def __init__(self):
+        super().__init__()
+        conv = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)]
+        self.slice1 = nn.Sequential(conv[0], nn.ReLU(True), conv[1], nn.ReLU(True))
+        self.slice2 = nn.Sequential(nn.MaxPool2d(2, 2), conv[2], nn.ReLU(True))
+        self.lin = nn.ModuleList([nn.Conv2d(8, 1, 1, bias=False), nn.Conv2d(16, 1, 1, bias=False)])
+        self.requires_grad_(False)
+
+    def forward(self, a, b, normalize=False):
+        if normalize:
+            a, b = 2 * a - 1, 2 * b - 1
+        loss = 0
+        for fa, fb, lin in zip(self.features(a), self.features(b), self.lin, strict=True):
+            unit = [f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (fa, fb)]
+            loss = loss + lin((unit[0] - unit[1]).square()).mean((2, 3), keepdim=True)
+        return loss
+
+    def features(self, x):
+        first = self.slice1(x)
+        return first, self.slice2(first)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+def test_frozen_features_as_of_lpips(format):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = PerceptualLoss()
+    fast = fastcnn.optimize(model)
+    target = randn(2, 3, 32, 30, dtype=X.dtype, seed=4)
+    saved, grads = [], []
+    for m in (model, fast):
+        x, kept = leaf(in_format(X, format)), {}
+
+        def keep(t, kept=kept, m=m):
+            if t.untyped_storage().data_ptr() not in {p.untyped_storage().data_ptr() for p in m.parameters()}:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = m(x, in_format(target, format), normalize=True).sum()
+        grads.append(torch.autograd.grad(loss, x)[0])
+        saved.append(kept)
+    torch.testing.assert_close(grads[1], grads[0])
+    assert sum(saved[1].values()) < sum(saved[0].values())
+    assert called(fast.slice1) == ["conv2d_relu", "conv2d_relu"]
+    assert all(p.grad is None for p in fast.parameters())
+
+
+@pytest.mark.parametrize("argument", ["model", "inplace"])
+def test_arguments_of_another_type_raise(argument):
+    arguments = {"model": nn.ReLU(), "inplace": False, argument: "x"}
+    with pytest.raises(TypeError, match=argument):
+        fastcnn.optimize(arguments["model"], inplace=arguments["inplace"])
