@@ -28,6 +28,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f)
 
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpreter
 
 bench: setup  ## check kernels and AlexNet on photographs, time them beside PyTorch, write results/
 	$(BIN)/fastcnn bench kernels --input photographs --quick --out $(OUT)

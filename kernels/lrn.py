@@ -23,9 +23,11 @@ from .rounding import rounded
 def split(x, V: tl.constexpr):
     """The V columns of ``x``."""
     if V == 1:
-        return (tl.reshape(x, (x.shape[0],)),)
+        return (tl.reshape(x, [x.shape[0]]),)
+    elif V == 2:
+        return tl.split(x)
     else:
-        even, odd = tl.split(tl.reshape(x, (x.shape[0], V // 2, 2)))
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], V // 2, 2]))
         evens, odds = split(even, V // 2), split(odd, V // 2)
         columns = ()
         for i in tl.static_range(V // 2):
@@ -37,14 +39,38 @@ def split(x, V: tl.constexpr):
 def join(columns, V: tl.constexpr):
     """The inverse of :func:`split`; V is a power of 2."""
     if V == 1:
-        return tl.reshape(columns[0], (columns[0].shape[0], 1))
+        return tl.reshape(columns[0], [columns[0].shape[0], 1])
+    elif V == 2:
+        return tl.join(columns[0], columns[1])
     else:
         both = tl.join(join(columns[0::2], V // 2), join(columns[1::2], V // 2))
-        return tl.reshape(both, (columns[0].shape[0], V))
+        return tl.reshape(both, [columns[0].shape[0], V])
+
+
+@triton.constexpr_function
+def width(channels, V):
+    """Of the vectors in which so many neighbouring channels are loaded: a power of 2, at most V."""
+    return min(V, 1 << max(channels - 1, 0).bit_length())
 
 
 @triton.jit
-def load_planes(
+def load_vector(
+    x,
+    at,
+    first,
+    mask,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OTHER: tl.constexpr,
+):
+    """Channels ``first + OFFSET`` and following; all of them are inside the group, or none."""
+    inside = mask & (first + OFFSET >= 0) & (first + OFFSET < CHANNELS)
+    return tl.load(x + (at + OFFSET)[:, None] + tl.arange(0, WIDTH)[None, :], inside[:, None], OTHER)
+
+
+@triton.jit
+def load_parts(
     x,
     at,
     first,
@@ -57,24 +83,73 @@ def load_planes(
     CHANNELS_LAST: tl.constexpr,
     OTHER: tl.constexpr = 0.0,
 ):
-    """Channels ``first - BEFORE ... first + V - 1 + AFTER`` of each lane, as they are in memory; OTHER outside the group.
+    """What holds channels ``first - BEFORE ... first + V - 1 + AFTER`` of each lane; OTHER outside its group.
 
-    ``at`` is where the lane's first own channel is, ``first`` its number among the ``CHANNELS`` of its group.
+    Where channels are last, one vector of V channels between vectors of their neighbours; else planes. ``at`` is where
+    the lane's first own channel is, ``first`` its number among the ``CHANNELS`` of its group.
     """
-    planes = ()
+    parts = ()
     if CHANNELS_LAST:
-        BACK: tl.constexpr = (BEFORE + V - 1) // V
-        AHEAD: tl.constexpr = (AFTER + V - 1) // V
-        for i in tl.static_range(-BACK, AHEAD + 1):
-            inside = mask & (first + i * V >= 0) & (first + i * V < CHANNELS)
-            vector = (at + i * V)[:, None] + tl.arange(0, V)[None, :]
-            planes = planes + split(tl.load(x + vector, inside[:, None], OTHER), V)
-        planes = planes[BACK * V - BEFORE : (BACK + 1) * V + AFTER]
+        BEHIND: tl.constexpr = width(BEFORE, V)
+        AHEAD: tl.constexpr = width(AFTER, V)
+        for i in tl.static_range(-((BEFORE + BEHIND - 1) // BEHIND), 0):
+            parts = parts + (load_vector(x, at, first, mask, i * BEHIND, BEHIND, CHANNELS, OTHER),)
+        parts = parts + (load_vector(x, at, first, mask, 0, V, CHANNELS, OTHER),)
+        for i in tl.static_range((AFTER + AHEAD - 1) // AHEAD):
+            parts = parts + (load_vector(x, at, first, mask, V + i * AHEAD, AHEAD, CHANNELS, OTHER),)
     else:
         for i in tl.static_range(-BEFORE, V + AFTER):
             inside = mask & (first + i >= 0) & (first + i < CHANNELS)
-            planes = planes + (tl.load(x + at + i * stride, inside, OTHER),)
+            parts = parts + (tl.load(x + at + i * stride, inside, OTHER),)
+    return parts
+
+
+@triton.jit
+def zero_parts(
+    BLOCK: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Zeros, as many and of the same shapes as :func:`load_parts` gives."""
+    if CHANNELS_LAST:
+        BEHIND: tl.constexpr = width(BEFORE, V)
+        AHEAD: tl.constexpr = width(AFTER, V)
+        behind = (tl.zeros([BLOCK, BEHIND], ACC),) * ((BEFORE + BEHIND - 1) // BEHIND)
+        ahead = (tl.zeros([BLOCK, AHEAD], ACC),) * ((AFTER + AHEAD - 1) // AHEAD)
+        return behind + (tl.zeros([BLOCK, V], ACC),) + ahead
+    else:
+        return (tl.zeros([BLOCK], ACC),) * (BEFORE + V + AFTER)
+
+
+@triton.jit
+def to_planes(
+    parts, BEFORE: tl.constexpr, AFTER: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr
+):
+    """The planes, in ACC, of parts that :func:`load_parts` gave."""
+    planes = ()
+    for i in tl.static_range(len(parts)):
+        part = parts[i].to(ACC)
+        planes = planes + (split(part, part.shape[1]) if CHANNELS_LAST else (part,))
+    if CHANNELS_LAST:
+        SKIPPED: tl.constexpr = -BEFORE % width(BEFORE, V)
+        planes = planes[SKIPPED : SKIPPED + BEFORE + V + AFTER]
     return planes
+
+
+@triton.jit
+def store_parts(
+    y, parts, at, first, mask, stride, CHANNELS: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """Store each lane's own V channels: one vector, or V planes."""
+    if CHANNELS_LAST:
+        vector = at[:, None] + tl.arange(0, V)[None, :]
+        tl.store(y + vector, rounded(parts[0], y.dtype.element_ty), mask[:, None])
+    else:
+        for i in tl.static_range(V):
+            tl.store(y + at + i * stride, rounded(parts[i], y.dtype.element_ty), mask & (first + i < CHANNELS))
 
 
 @triton.jit
@@ -82,20 +157,8 @@ def store_planes(
     y, planes, at, first, mask, stride, CHANNELS: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
     """Store each lane's own V channels."""
-    if CHANNELS_LAST:
-        vector = at[:, None] + tl.arange(0, V)[None, :]
-        tl.store(y + vector, rounded(join(planes, V), y.dtype.element_ty), mask[:, None])
-    else:
-        for i in tl.static_range(V):
-            tl.store(y + at + i * stride, rounded(planes[i], y.dtype.element_ty), mask & (first + i < CHANNELS))
-
-
-@triton.jit
-def cast_planes(planes, ACC: tl.constexpr):
-    wide = ()
-    for i in tl.static_range(len(planes)):
-        wide = wide + (planes[i].to(ACC),)
-    return wide
+    parts = (join(planes, V),) if CHANNELS_LAST else planes
+    store_parts(y, parts, at, first, mask, stride, CHANNELS, V, CHANNELS_LAST)
 
 
 @triton.jit
@@ -227,7 +290,8 @@ def forward(
 ):
     at, first, mask = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(S, tl.int64)
-    planes = cast_planes(load_planes(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST), ACC)
+    parts = load_parts(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    planes = to_planes(parts, BEFORE, AFTER, V, CHANNELS_LAST, ACC)
     planes = normalize(planes, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST)
     store_planes(y, planes, at, first, mask, stride, CHANNELS, V, CHANNELS_LAST)
 
@@ -256,8 +320,10 @@ def backward(
     REACH: tl.constexpr = BEFORE + AFTER
     at, first, mask = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(S, tl.int64)
-    xs = cast_planes(load_planes(x, at, first, mask, stride, REACH, REACH, CHANNELS, V, CHANNELS_LAST), ACC)
-    dys = cast_planes(load_planes(dy, at, first, mask, stride, AFTER, BEFORE, CHANNELS, V, CHANNELS_LAST), ACC)
+    xs = load_parts(x, at, first, mask, stride, REACH, REACH, CHANNELS, V, CHANNELS_LAST)
+    dys = load_parts(dy, at, first, mask, stride, AFTER, BEFORE, CHANNELS, V, CHANNELS_LAST)
+    xs = to_planes(xs, REACH, REACH, V, CHANNELS_LAST, ACC)
+    dys = to_planes(dys, AFTER, BEFORE, V, CHANNELS_LAST, ACC)
     planes = normalize_backward(dys, xs, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
     store_planes(dx, planes, at, first, mask, stride, CHANNELS, V, CHANNELS_LAST)
 

@@ -15,7 +15,7 @@ or a branch: at stride 2, a 3 x 3 window costs 9 comparisons for 4 elements.
 import triton
 import triton.language as tl
 
-from .lrn import load_planes, store_planes
+from .lrn import load_parts, store_parts, zero_parts
 
 
 @triton.jit
@@ -101,10 +101,10 @@ def step(
     w += kw * DW
     inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     at += (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
-    values = load_planes(x, at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, C, V, CHANNELS_LAST, float("-inf"))
+    values = load_parts(x, at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, C, V, CHANNELS_LAST, float("-inf"))
     bests = ()
     places = ()
-    for c in tl.static_range(V):
+    for c in tl.static_range(len(values)):
         value, at_place = take(best[c], place[c], values[c].to(ACC), kh * KW + kw)
         bests = bests + (value,)
         places = places + (at_place,)
@@ -141,8 +141,13 @@ def forward(
     n, oh, ow, channel, first, mask = lanes(batch, OH, OW, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
     h, w = oh * SH - PH, ow * SW - PW
     at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-    best = (tl.full([BLOCK], float("-inf"), ACC),) * V
-    place = ((first_inside(h, DH) * KW + first_inside(w, DW)).to(tl.int32),) * V
+    place = (first_inside(h, DH) * KW + first_inside(w, DW)).to(tl.int32)
+    if CHANNELS_LAST:
+        best = (tl.full([BLOCK, V], float("-inf"), ACC),)
+        place = (place[:, None] + tl.zeros([BLOCK, V], tl.int32),)
+    else:
+        best = (tl.full([BLOCK], float("-inf"), ACC),) * V
+        place = (place,) * V
     if UNROLL:
         for kh in tl.static_range(KH):
             for kw in tl.static_range(KW):
@@ -157,9 +162,9 @@ def forward(
                 )
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     stride = tl.cast(OH, tl.int64) * OW
-    store_planes(y, best, at, first, mask, stride, C, V, CHANNELS_LAST)
+    store_parts(y, best, at, first, mask, stride, C, V, CHANNELS_LAST)
     if WITH_ARGMAX:
-        store_planes(argmax, place, at, first, mask, stride, C, V, CHANNELS_LAST)
+        store_parts(argmax, place, at, first, mask, stride, C, V, CHANNELS_LAST)
 
 
 @triton.jit
@@ -179,11 +184,11 @@ def add_where_place(
     CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Add the planes of dy at ``at`` where the maximum was at ``place`` of its window."""
-    places = load_planes(argmax, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
-    values = load_planes(dy, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    """Add the parts of dy at ``at`` where the maximum was at ``place`` of its window."""
+    places = load_parts(argmax, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    values = load_parts(dy, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
     more = ()
-    for c in tl.static_range(BEFORE + V + AFTER):
+    for c in tl.static_range(len(values)):
         more = more + (total[c] + tl.where(places[c] == place, values[c].to(ACC), 0.0),)
     return more
 
@@ -215,12 +220,12 @@ def gather(
     CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Planes of the gradient of element (TOP, LEFT) of each block: dy of the windows whose maximum it was.
+    """The gradient, in parts, of element (TOP, LEFT) of each block: dy of the windows whose maximum it was.
 
     Block and window (oh, ow) start together; that window's dy is at ``at``. The other windows that may hold the element
     start earlier.
     """
-    total = (tl.zeros(at.shape, ACC),) * (BEFORE + V + AFTER)
+    total = zero_parts(at.shape[0], BEFORE, AFTER, V, CHANNELS_LAST, ACC)
     for i in tl.static_range((KH - 1) * DH // SH + 1):
         for j in tl.static_range((KW - 1) * DW // SW + 1):
             if (TOP + i * SH) % DH == 0 and (LEFT + j * SW) % DW == 0:
@@ -274,14 +279,14 @@ def backward(
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     for i in tl.static_range(SH):
         for j in tl.static_range(SW):
-            planes = gather(
+            parts = gather(
                 *(dy, argmax, at, first, oh, ow, mask, OH, OW),
                 *(i, j, KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, CHANNELS_LAST, ACC),
             )
             h, w = oh * SH + (i - PH), ow * SW + (j - PW)
             inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-            store_planes(dx, planes, to, first, inside, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
+            store_parts(dx, parts, to, first, inside, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
 
 
 @triton.jit
@@ -312,7 +317,7 @@ def backward_far(
     """For windows or strides too large to unroll: a lane owns one input element and loops over the window."""
     n, h, w, channel, first, mask = lanes(batch, H, W, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(OH, tl.int64) * OW
-    total = (tl.zeros([BLOCK], ACC),) * V
+    total = zero_parts(BLOCK, 0, 0, V, CHANNELS_LAST, ACC)
     for kh in range(KH):
         for kw in range(KW):
             row, column = h + PH - kh * DH, w + PW - kw * DW
@@ -323,4 +328,4 @@ def backward_far(
                 total, dy, argmax, at, first, inside, stride, kh * KW + kw, 0, 0, C, V, CHANNELS_LAST, ACC
             )
     to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-    store_planes(dx, total, to, first, mask, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
+    store_parts(dx, total, to, first, mask, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)

@@ -147,7 +147,7 @@ def _run_far(x: Tensor, window: dict[str, Any], kernel: Any, *args: Any, **const
     )
 
 
-def _triton(x: Tensor, *lrn: Any, config: tuple[int, int] | None = None) -> Tensor:
+def triton(x: Tensor, *lrn: Any, config: tuple[int, int] | None = None) -> Tensor:
     x, y = dense(x, output_format(x)), empty_output(x)
     if x.numel() == 0:
         return y
@@ -159,7 +159,7 @@ def _triton(x: Tensor, *lrn: Any, config: tuple[int, int] | None = None) -> Tens
     return y
 
 
-def _backward_triton(dy: Tensor, x: Tensor, *lrn: Any, config: tuple[int, int] | None = None) -> Tensor:
+def triton_backward(dy: Tensor, x: Tensor, *lrn: Any, config: tuple[int, int] | None = None) -> Tensor:
     check_same("lrn_backward", "grad", dy, x)
     dy, x, dx = dense(dy, output_format(x)), dense(x, output_format(x)), empty_output(x)
     if x.numel() == 0:
@@ -217,7 +217,7 @@ lrn_backward = define(
     implementations={
         "reference": _backward_reference,
         "cpu": partial(_backward_compiled, "fastcnn_cpu"),
-        "triton": _backward_triton,
+        "triton": triton_backward,
         "cuda": partial(_backward_compiled, "fastcnn_cuda"),
     },
     fake=lambda dy, x, *lrn: empty_output(x),
@@ -230,7 +230,7 @@ lrn = define(
     implementations={
         "reference": _reference,
         "cpu": partial(_compiled, "fastcnn_cpu"),
-        "triton": _triton,
+        "triton": triton,
         "cuda": partial(_compiled, "fastcnn_cuda"),
     },
     fake=lambda x, *lrn: empty_output(x),

@@ -156,7 +156,7 @@ def _run(
     )
 
 
-def _triton(x: Tensor, *args: Any, config: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+def triton(x: Tensor, *args: Any, config: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     *pool, with_argmax = args
     y, argmax = _fake(x, *args)
     channels_last = is_channels_last(x)
@@ -175,7 +175,7 @@ def _triton(x: Tensor, *args: Any, config: tuple[int, int] | None = None) -> tup
     return y, argmax
 
 
-def _backward_triton(
+def triton_backward(
     dy: Tensor,
     argmax: Tensor,
     size: list[int],
@@ -250,7 +250,7 @@ pooled_backward = define(
     implementations={
         "reference": _backward_reference,
         "cpu": partial(_backward_compiled, "fastcnn_cpu"),
-        "triton": _backward_triton,
+        "triton": triton_backward,
         "cuda": partial(_backward_compiled, "fastcnn_cuda"),
     },
     fake=_backward_fake,
@@ -263,7 +263,7 @@ pooled = define(
     implementations={
         "reference": _reference,
         "cpu": partial(_compiled, "fastcnn_cpu"),
-        "triton": _triton,
+        "triton": triton,
         "cuda": partial(_compiled, "fastcnn_cuda"),
     },
     fake=_fake,

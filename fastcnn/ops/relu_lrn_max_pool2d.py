@@ -10,8 +10,11 @@ from torch import Tensor
 
 from .. import reference
 from ..params import LRNParams, PoolParams, check_bias, check_input, opmath, pooled_size
+from . import lrn as single_lrn
+from . import max_pool2d as single_pool
 from ._layout import dense, empty_output, is_channels_last, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
+from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch, processors, vector
 from .lrn import local_response_norm
 from .max_pool2d import empty_argmax, max_pool2d
 
@@ -181,6 +184,147 @@ def _backward_compiled(
     return dx, dbias if bias is None else dbias.to(bias.dtype)
 
 
+# Of the Triton kernels: lanes in a program, and warps that they are spread over; forward also, how many neighbouring
+# outputs a lane owns where their windows overlap. The first is for channels_last, the second for NCHW; the others are
+# what a GPU test checks too.
+FORWARD_CONFIGS = [(128, 4, 2), (128, 4, 2), (128, 4, 1), (256, 8, 2), (64, 2, 1)]
+BACKWARD_CONFIGS = [(128, 4), (128, 4), (64, 2), (256, 8)]
+
+
+def _constants(x: Tensor, tail: Any) -> dict[str, Any] | None:
+    """What both Triton kernels take; None where a window is too large to unroll."""
+    relu, lrn, pool = tail[0], tail[1:6], tail[6:11]
+    channels = x.shape[1]
+    window = single_lrn.triton_window(channels, *(lrn if lrn[0] else (1, 0.0, 0.0, 1.0, 1)))
+    pooling = single_pool.triton_pool(pool if pool[0] else ([1, 1], [1, 1], [0, 0], [1, 1], False))
+    if not single_lrn.is_near(window) or not single_pool.is_near(pooling):
+        return None
+    channels_last = is_channels_last(x)
+    return {
+        "C": channels,
+        "RELU": relu,
+        "LRN": lrn[0] > 0,
+        "CHANNELS_LAST": channels_last,
+        "V": vector(window["CHANNELS"], x) if channels_last else min(8, 1 << (window["CHANNELS"] - 1).bit_length()),
+        "ACC": acc_dtype(x.dtype),
+        **window,
+        **pooling,
+    }
+
+
+def triton(
+    x: Tensor, bias: Tensor | None, *args: Any, config: tuple[int, int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    *tail, with_argmax = args
+    bias = _wide_bias(bias, x)
+    y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
+    if y.numel() == 0:
+        return y, argmax
+    constants = _constants(x, tail)
+    if constants is None:
+        return _triton_in_steps(x, bias, *args)
+    (h, w), (oh, ow) = x.shape[2:], y.shape[2:]
+    block, num_warps, r = config or FORWARD_CONFIGS[not is_channels_last(x)]
+    if constants["KW"] <= constants["SW"] or constants["DW"] > 1:
+        r = 1
+    columns = (
+        x.shape[0] * x.shape[1] // constants["CHANNELS"] * cdiv(constants["CHANNELS"], constants["V"]) * cdiv(ow, r)
+    )
+    # As long as all multiprocessors are busy: the longer a segment, the fewer rows are normalized twice.
+    segment = cdiv(oh, min(oh, cdiv(4 * 512 * processors(x.device), columns)))
+    lanes = columns * cdiv(oh, segment)
+    inside = all(
+        constants["P" + d] == 0 and (o - 1) * constants["S" + d] + (constants["K" + d] - 1) * constants["D" + d] < size
+        for d, o, size in (("H", oh, h), ("W", ow, w))
+    )
+    launch(
+        kernels("relu_lrn_max_pool2d").forward,
+        cdiv(lanes, block),
+        *(dense(x, output_format(x)), x if bias is None else bias, y, argmax, x.shape[0], h, w, oh, ow, segment),
+        PADDED=not inside,
+        WITH_BIAS=bias is not None,
+        WITH_ARGMAX=argmax.numel() > 0,
+        R=r,
+        BLOCK=block,
+        INDEX=index_dtype(lanes),
+        num_warps=num_warps,
+        **constants,
+    )
+    return y, argmax
+
+
+def _triton_in_steps(x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    """One operator after the other, rounded once at the end."""
+    *tail, with_argmax = args
+    y, argmax = reference.rectified(x.to(opmath(x.dtype)), bias, tail[0]), x.new_empty(0, dtype=torch.uint8)
+    if tail[1]:
+        y = single_lrn.triton(y, *tail[1:6])
+    if tail[6]:
+        y, argmax = single_pool.triton(y, *tail[6:11], with_argmax)
+    return output(y.to(x.dtype), output_format(x)), argmax
+
+
+def _triton_backward_in_steps(
+    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
+) -> tuple[Tensor, Tensor]:
+    wide = opmath(x.dtype)
+    z, dz = reference.rectified(x.to(wide), bias, tail[0]), dy.to(wide)
+    if tail[6]:
+        dz = single_pool.triton_backward(dz, argmax, list(x.shape[2:]), is_channels_last(x), *tail[6:11])
+    if tail[1]:
+        dz = single_lrn.triton_backward(dz, z, *tail[1:6])
+    if tail[0]:
+        dz = dz.masked_fill(z <= 0, 0)
+    return output(dz.to(x.dtype), output_format(x)), dz.sum((0, 2, 3)) if bias is not None else x.new_empty(0)
+
+
+def triton_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any, config: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    op, like = "relu_lrn_max_pool2d_backward", _empty_outputs(x, *tail, with_argmax=True)
+    check_same(op, "grad", dy, like[0])
+    check_same(op, "argmax", argmax, like[1]) if tail[6] else None
+    wide_bias, format, dx = _wide_bias(bias, x), output_format(x), empty_output(x)
+    constants = _constants(x, tail) if x.numel() else {}
+    if constants is None:
+        dx, dbias = _triton_backward_in_steps(dy, x, wide_bias, argmax, *tail)
+        return dx, dbias if bias is None else dbias.to(bias.dtype)
+    rows = columns = splits = 0
+    if constants:
+        rows = cdiv(x.shape[2] + constants["PH"], constants["SH"])
+        columns = cdiv(x.shape[3] + constants["PW"], constants["SW"])
+        channels = constants["CHANNELS"]
+        lanes = rows * columns * x.shape[1] // channels * cdiv(channels, constants["V"])
+        # As long as all multiprocessors are busy: the fewer, the fewer partial sums.
+        splits = min(x.shape[0], cdiv(2 * 512 * processors(x.device), lanes))
+    sums = x.new_empty((splits * rows * columns, x.shape[1]) if bias is not None else 0, dtype=opmath(x.dtype))
+    if constants:
+        block, num_warps = config or BACKWARD_CONFIGS[not constants["CHANNELS_LAST"]]
+        launch(
+            kernels("relu_lrn_max_pool2d").backward,
+            cdiv(splits * lanes, block),
+            *(
+                dense(dy, format),
+                dense(x, format),
+                x if wide_bias is None else wide_bias,
+                dense(argmax, format) if tail[6] else argmax,
+                dx,
+                sums,
+                x.shape[0],
+                *x.shape[2:],
+                *dy.shape[2:],
+                splits,
+            ),
+            POOL=bool(tail[6]),
+            WITH_BIAS=bias is not None,
+            BLOCK=block,
+            INDEX=index_dtype(splits * lanes),
+            num_warps=num_warps,
+            **constants,
+        )
+    return dx, sums if bias is None else sums.sum(0).to(bias.dtype)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, bias, *ctx.tail, ctx.has_argmax = inputs
     ctx.save_for_backward(x, bias, output[1])
@@ -259,6 +403,7 @@ tail_backward = define(
     implementations={
         "reference": _backward_reference,
         "cpu": partial(_backward_compiled, "fastcnn_cpu"),
+        "triton": triton_backward,
         "cuda": partial(_backward_compiled, "fastcnn_cuda"),
     },
     fake=_backward_fake,
@@ -271,6 +416,7 @@ tail = define(
     implementations={
         "reference": _reference,
         "cpu": partial(_compiled, "fastcnn_cpu"),
+        "triton": triton,
         "cuda": partial(_compiled, "fastcnn_cuda"),
     },
     fake=_fake,

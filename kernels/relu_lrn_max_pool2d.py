@@ -1,0 +1,289 @@
+"""The tail of an AlexNet stage: ``y = max_pool2d(lrn(relu(x + bias)))``, any part of which may be absent.
+
+Forward reads x once and writes the pooled map and, where asked for, a byte an output for the place of its maximum: at
+stride 2, 1 + 1/4 elements and 1/4 byte an element of x. Backward reads x, dy and the byte and writes dx, 2 + 1/4
+elements and 1/4 byte; with a bias also one partial sum a lane and channel. Nothing else is kept or written in between.
+
+Forward: a lane owns V channels of R neighbouring outputs and walks down a segment of the map. Of each row it keeps the
+maximum of each window's columns, so that rows that windows share are normalized once, as are the columns that the R
+windows share: at 3x3/2 with R = 2, 5/4 normalizations an element instead of 9/4.
+Backward: a lane owns V channels of a block of inputs between two windows, in every few images. It gathers the gradient
+of the normalized map, also of the neighbouring channels, and normalizes again.
+"""
+
+import triton
+import triton.language as tl
+
+from .lrn import (
+    join,
+    load_parts,
+    normalize_backward,
+    powers,
+    split,
+    store_parts,
+    store_planes,
+    sum_of_squares,
+    to_planes,
+)
+from .max_pool2d import address, first_inside, gather, lanes, take
+
+
+@triton.jit
+def rectified(
+    x,
+    bias,
+    at,
+    first,
+    mask,
+    stride,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    RELU: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``relu(x + bias)``, in planes; ``bias`` is in parts, or an empty tuple."""
+    x = load_parts(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    parts = ()
+    for i in tl.static_range(len(x)):
+        z = x[i].to(ACC)
+        if len(bias) > 0:
+            z += bias[i].to(ACC)
+        if RELU:
+            z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        parts = parts + (z,)
+    return to_planes(parts, BEFORE, AFTER, V, CHANNELS_LAST, ACC)
+
+
+@triton.jit
+def row_maxima(
+    x,
+    bias,
+    n,
+    channel,
+    first,
+    h,
+    w,
+    mask,
+    H,
+    W,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    LRN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    REST: tl.constexpr,
+    KW: tl.constexpr,
+    SW: tl.constexpr,
+    DW: tl.constexpr,
+    PADDED: tl.constexpr,
+    R: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    V: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """For V channels of each of R windows from column w on: the maximum over their columns of row h, its number kw."""
+    columns = ()
+    stride = tl.cast(H, tl.int64) * W
+    at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
+    for j in tl.static_range((R - 1) * SW + KW):
+        inside = mask & (h >= 0) & (h < H) & (w + j * DW >= 0) & (w + j * DW < W)
+        pixel = at + j * DW * (C if CHANNELS_LAST else 1)
+        z = rectified(x, bias, pixel, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST, RELU, ACC)
+        value = join(z[BEFORE : BEFORE + V], V)
+        if LRN:
+            sums = ()
+            for c in tl.static_range(V):
+                sums = sums + (sum_of_squares(z, c, BEFORE + 1 + AFTER),)
+            p, _ = powers(K + SCALE * join(sums, V), QUARTERS, REST)
+            value *= p
+        columns = columns + ((tl.where(inside[:, None], value, float("-inf")) if PADDED else value),)
+    best = ()
+    place = ()
+    for r in tl.static_range(R):
+        value = columns[r * SW]
+        kw = first_inside(w + r * SW, DW).to(tl.int32)[:, None] + tl.zeros(value.shape, tl.int32)
+        for j in tl.static_range(1, KW):
+            value, kw = take(value, kw, columns[r * SW + j], j)
+        best = best + (value,)
+        place = place + (kw,)
+    return best, place
+
+
+@triton.jit
+def forward(
+    x,
+    bias,
+    y,
+    argmax,
+    batch,
+    H,
+    W,
+    OH,
+    OW,
+    segment,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    LRN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    REST: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    PADDED: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
+    WITH_ARGMAX: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    R: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    SHARED: tl.constexpr = KH - SH if DH == 1 and KH > SH else 0  # rows of a window that are also the next one's
+    n, part, block, channel, first, mask = lanes(
+        batch, (OH + segment - 1) // segment, (OW + (R - 1)) // R, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK
+    )
+    top, left = part * segment, block * R
+    w = left * SW - PW
+    b = ()
+    if WITH_BIAS:
+        b = load_parts(bias, channel, first, mask, 1, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    values = ()
+    places = ()
+    for i in tl.static_range(SHARED):
+        best, place = row_maxima(
+            *(x, b, n, channel, first, top * SH - PH + i, w, mask, H, W, C),
+            *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
+            *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, ACC),
+        )
+        values = values + best
+        places = places + place
+    for oh in range(segment):
+        h = (top + oh) * SH - PH
+        for i in tl.static_range(SHARED, KH):
+            best, place = row_maxima(
+                *(x, b, n, channel, first, h + i * DH, w, mask, H, W, C),
+                *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
+                *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, ACC),
+            )
+            values = values + best
+            places = places + place
+        start = (first_inside(h, DH).to(tl.int32) * KW)[:, None]
+        at = address(n, channel, top + oh, left, C, OH, OW, CHANNELS_LAST)
+        stride = tl.cast(OH, tl.int64) * OW
+        for r in tl.static_range(R):
+            value, k = values[r], start + places[r]
+            for i in tl.static_range(1, KH):
+                value, k = take(value, k, values[i * R + r], i * KW + places[i * R + r])
+            inside = mask & (top + oh < OH) & (left + r < OW)
+            to = at + r * (C if CHANNELS_LAST else 1)
+            store_parts(
+                y, (value,) if CHANNELS_LAST else split(value, V), to, first, inside, stride, CHANNELS, V, CHANNELS_LAST
+            )
+            if WITH_ARGMAX:
+                k = (k,) if CHANNELS_LAST else split(k, V)
+                store_parts(argmax, k, to, first, inside, stride, CHANNELS, V, CHANNELS_LAST)
+        values = values[(KH - SHARED) * R :]
+        places = places[(KH - SHARED) * R :]
+
+
+@triton.jit
+def backward(
+    dy,
+    x,
+    bias,
+    argmax,
+    dx,
+    sums,
+    batch,
+    H,
+    W,
+    OH,
+    OW,
+    splits,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    LRN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    REST: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    POOL: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A lane does one block in the images split, split + splits, ... and leaves its sums of dx, for the bias, in sums.
+
+    They have the shape (splits, rows, columns, C).
+    """
+    REACH: tl.constexpr = BEFORE + AFTER
+    rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
+    split, oh, ow, channel, first, mask = lanes(splits, rows, columns, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
+    b = ()
+    if WITH_BIAS:
+        b = load_parts(bias, channel, first, mask, 1, REACH, REACH, CHANNELS, V, CHANNELS_LAST)
+    stride = tl.cast(H, tl.int64) * W
+    total = (tl.zeros([BLOCK], ACC),) * V
+    for step in range((batch + splits - 1) // splits):
+        n = split + step * splits
+        mine = mask & (n < batch)
+        window = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
+        for i in tl.static_range(SH):
+            for j in tl.static_range(SW):
+                h, w = oh * SH + (i - PH), ow * SW + (j - PW)
+                inside = mine & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
+                if POOL:
+                    d = gather(
+                        *(dy, argmax, window, first, oh, ow, mine, OH, OW),
+                        *(i, j, KH, KW, SH, SW, DH, DW, AFTER, BEFORE, C, CHANNELS, V, CHANNELS_LAST, ACC),
+                    )
+                else:
+                    d = load_parts(dy, at, first, inside, stride, AFTER, BEFORE, CHANNELS, V, CHANNELS_LAST)
+                d = to_planes(d, AFTER, BEFORE, V, CHANNELS_LAST, ACC)
+                z = rectified(x, b, at, first, inside, stride, REACH, REACH, CHANNELS, V, CHANNELS_LAST, RELU, ACC)
+                if LRN:
+                    d = normalize_backward(d, z, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
+                out = ()
+                new_total = ()
+                for c in tl.static_range(V):
+                    value = tl.where(z[REACH + c] <= 0, 0.0, d[c]) if RELU else d[c]
+                    out = out + (value,)
+                    new_total = new_total + (total[c] + tl.where(inside, value, 0.0),)
+                store_planes(dx, out, at, first, inside, stride, CHANNELS, V, CHANNELS_LAST)
+                total = new_total
+    if WITH_BIAS:
+        to = address(split, channel, oh, ow, C, rows, columns, True)
+        store_planes(sums, total, to, first, mask, 1, CHANNELS, V, CHANNELS_LAST)
