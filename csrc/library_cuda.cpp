@@ -145,6 +145,7 @@ void conv2d_relu(Tensor x, Tensor rows, std::optional<Tensor> bias, Tensor out, 
   expect("rows", rows, task.dtype, outputs * row);
   STD_TORCH_CHECK(row % 8 == 0 && row >= kernel[0] * kernel[1] * channels,
                   "rows must hold the windows, and zeros to a multiple of 8");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0, "rows must be aligned to 16 bytes");
   if (bias) expect("bias", *bias, task.dtype, outputs);
   for (int i = 0; i < 2; ++i) {
     const ConvAxis a = axis(i);

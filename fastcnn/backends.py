@@ -60,6 +60,8 @@ def _preferred(op: str, tensor: Tensor) -> tuple[str, ...]:
     """The backends that are made for tensors like this one, the fastest first."""
     if tensor.device.type != "cuda":
         return ("cpu",) if tensor.device.type == "cpu" else ()
+    if op.startswith("conv2d_relu"):
+        return ("triton", "cuda")  # with cuDNN beside them; it chooses by itself
     if MEASURED:
         key = (op, tensor.dtype, is_channels_last(tensor), size_class(tensor))
         if MEASURED.get(key) == "triton":

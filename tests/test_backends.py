@@ -224,6 +224,7 @@ def test_cuda_runs_where_nothing_was_measured_and_triton_where_it_was_faster(cud
     monkeypatch.setattr(backends, "MEASURED", measured)
     assert backends.choose("lrn", names, x) == ("cuda" if backends.INTERPRETING else "triton")
     assert backends.choose("max_pool2d", names, x) == "cuda"
+    assert backends.choose("conv2d_relu", names, x) == ("cuda" if backends.INTERPRETING else "triton")  # and cuDNN
     assert backends.choose("lrn", names, torch.zeros(64, 8, 64, 64).as_subclass(CudaTensor)) == "cuda"
     assert backends.choose("lrn", names, x.double()) == "cuda"
     assert backends.choose("lrn", names, x.to(memory_format=torch.channels_last)) == "cuda"

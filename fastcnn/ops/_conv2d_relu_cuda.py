@@ -1,9 +1,9 @@
 """conv2d_relu on NVIDIA GPUs: the Triton kernel, cuDNN with bias and ReLU in one more pass, and which of them runs.
 
 cuDNN runs, unless :data:`MEASURED` says otherwise. With ``torch.backends.cudnn.benchmark`` every new shape is tuned:
-candidates are cuDNN, ``torch.cudnn_convolution_relu`` and the configurations of the Triton kernel, and only the latter
-where the backend "triton" is forced. A configuration runs only after its output was compared with cuDNN's, because
-compilers have got such loops wrong.
+candidates are cuDNN, ``torch.cudnn_convolution_relu``, the CUDA kernel and the configurations of the Triton kernel, and
+only the latter where the backend "triton" is forced. A configuration runs only after its output was compared with
+cuDNN's, because compilers have got such loops wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from .._version import __version__
+from . import _conv2d_relu_compiled as compiled
 from . import conv2d_relu as op
 from ._layout import dense, empty_output, format_of, is_channels_last, output, output_format
 from ._triton import cdiv, check_same, index_dtype, kernels, launch
@@ -129,6 +130,8 @@ def candidates(x: Tensor, weight: Tensor, *args: Any) -> dict[str, Run]:
     runs: dict[str, Run] = {"cudnn": cudnn}
     if x.is_cuda and torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled:
         runs["cudnn_convolution_relu"] = cudnn_convolution_relu
+    if compiled.can_run(x):
+        runs["cuda"] = compiled.run
     for config in configurations(x, weight, args[3]):
         runs[str(config)] = functools.partial(triton, config=config)
     return runs

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..params import ConvParams, IntOrPair, autocast
+from . import _conv2d_relu_compiled as compiled
 from . import _conv2d_relu_cuda as on_gpu
 from ._layout import dense, empty_output, format_of, is_channels_last, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
@@ -296,7 +297,12 @@ _CONV = "int[] stride, int[] padding, int[] dilation, int groups"
 conv_relu_backward = define(
     "conv2d_relu_backward(Tensor grad, Tensor output_or_mask, Tensor? input, Tensor weight, SymInt[] input_size, "
     f"bool channels_last, {_CONV}, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    implementations={"reference": _backward_reference, "cpu": _backward_cpu, "triton": on_gpu.backward},
+    implementations={
+        "reference": _backward_reference,
+        "cpu": _backward_cpu,
+        "triton": on_gpu.backward,
+        "cuda": _backward_reference,
+    },
     fake=_backward_fake,
     setup_context=_backward_setup_context,
     backward=_backward_backward,
@@ -304,7 +310,7 @@ conv_relu_backward = define(
 )
 conv_relu = define(
     f"conv2d_relu(Tensor input, Tensor weight, Tensor? bias, {_CONV}, bool with_mask) -> (Tensor, Tensor)",
-    implementations={"reference": _reference, "cpu": _cpu, "triton": on_gpu.forward},
+    implementations={"reference": _reference, "cpu": _cpu, "triton": on_gpu.forward, "cuda": compiled.forward},
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
