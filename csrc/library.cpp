@@ -1,42 +1,13 @@
 // The private ops fastcnn_cpu::*, on the LibTorch stable ABI.
-// Python allocates every output and has checked every argument; the tensors are dense in the format it names.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 #include <string>
-#include <vector>
 
+#include "arguments.h"
 #include "cpu/capability.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 
 namespace fastcnn {
 namespace {
-
-using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case torch::headeronly::ScalarType::Half: return DType::float16;
-    case torch::headeronly::ScalarType::BFloat16: return DType::bfloat16;
-    case torch::headeronly::ScalarType::Float: return DType::float32;
-    case torch::headeronly::ScalarType::Double: return DType::float64;
-    default: STD_TORCH_CHECK(false, "not implemented for this dtype");
-  }
-}
-
-// The ops can be called without fastcnn's own functions: what does not fit would be read or written out of bounds.
-void expect(const char* name, const Tensor& t, DType dtype, int64_t elements) {
-  STD_TORCH_CHECK(t.numel() == elements && dtype_of(t) == dtype, name, " must have ", elements,
-                  " elements of the dtype that goes with the input, but has ", t.numel());
-}
-
-void expect_bytes(const char* name, const Tensor& t, int64_t elements, int64_t size) {
-  STD_TORCH_CHECK(t.numel() == elements && static_cast<int64_t>(t.element_size()) == size, name, " must have ", elements,
-                  " elements of ", size, " bytes, but has ", t.numel(), " of ", t.element_size());
-}
 
 // An output, whose units are written image by image: `units` of them to an image.
 struct Output {
@@ -103,30 +74,13 @@ void lrn_backward(Tensor dy, Tensor x, Tensor dx, bool channels_last, int64_t si
   run_lrn(task, dx, true);
 }
 
-using Ints = std::vector<int64_t>;
-
-PoolAxis pool_axis(int64_t size, int i, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
-                   bool ceil_mode) {
-  PoolAxis axis{kernel[i], stride[i], padding[i], dilation[i], size, 0};
-  const int64_t span = size + 2 * axis.padding - axis.dilation * (axis.kernel - 1) - 1;
-  axis.out = (span + (ceil_mode ? axis.stride - 1 : 0)) / axis.stride + 1;
-  if (ceil_mode && (axis.out - 1) * axis.stride >= size + axis.padding) --axis.out;
-  // Where there is one window its stride does not matter, and where it has one element neither does its dilation.
-  if (axis.out == 1) axis.stride = 1;
-  if (axis.kernel == 1) axis.dilation = 1;
-  return axis;
-}
-
 // The task of pooling, or none of it, a map of this tensor's shape.
 TailTask pool_task(const Tensor& map, bool channels_last, const Ints& kernel, const Ints& stride, const Ints& padding,
                    const Ints& dilation, bool ceil_mode) {
   TailTask task{};
   task.dtype = dtype_of(map);
   task.shape = {map.size(0), map.size(1), map.size(2), map.size(3), channels_last};
-  if (!kernel.empty()) {
-    task.pool.h = pool_axis(map.size(2), 0, kernel, stride, padding, dilation, ceil_mode);
-    task.pool.w = pool_axis(map.size(3), 1, kernel, stride, padding, dilation, ceil_mode);
-  }
+  task.pool = pool_of(map, kernel, stride, padding, dilation, ceil_mode);
   return task;
 }
 
@@ -135,8 +89,6 @@ int64_t out_elements(const TailTask& task) {
   return task.pool ? task.shape.N * task.shape.C * task.pool.h.out * task.pool.w.out
                    : task.shape.N * task.shape.image_stride();
 }
-
-DType wide(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
 void run_tail(TailTask& task, const Tensor& out, const std::optional<Tensor>& argmax) {
   const int64_t rows = task.shape.N * (task.pool ? task.pool.h.out : task.shape.H);
@@ -252,9 +204,6 @@ int64_t fingerprint(Tensor x) {
     bytes = units * sizeof(uint64_t);
   }
 }
-
-#define FASTCNN_LRN "int size, float alpha, float beta, float k, int groups"
-#define FASTCNN_POOL "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
 STABLE_TORCH_LIBRARY(fastcnn_cpu, m) {
   m.def("lrn(Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
