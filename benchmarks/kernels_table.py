@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, product
@@ -25,7 +27,7 @@ except ImportError:  # run as a script
     from compiled import ARCHITECTURES, Kernel, compiling  # type: ignore[no-redef]
     from compiled_cuda import all_kernels  # type: ignore[no-redef]
 
-from fastcnn.bench.cases import FORMATS, LRN, POOL
+from fastcnn.bench.cases import CONVOLUTIONS, FORMATS, LRN, POOL, Convolution
 from fastcnn.ops import _conv2d_relu_cuda as conv2d_relu
 from fastcnn.ops._operator import BACKENDS
 from fastcnn.params import PoolParams
@@ -34,23 +36,6 @@ from fastcnn.params import PoolParams
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 BATCH = 256
 
-# Input channels and height, output channels, window, stride, padding, groups.
-CONVOLUTIONS = {
-    "AlexNet conv1": (3, 227, 96, 11, 4, 0, 1),
-    "AlexNet conv2": (96, 27, 256, 5, 1, 2, 2),
-    "AlexNet conv3": (256, 13, 384, 3, 1, 1, 1),
-    "AlexNet conv4": (384, 13, 384, 3, 1, 1, 2),
-    "AlexNet conv5": (384, 13, 256, 3, 1, 1, 2),
-    "VGG-16 conv1_1": (3, 224, 64, 3, 1, 1, 1),
-    "VGG-16 conv1_2": (64, 224, 64, 3, 1, 1, 1),
-    "VGG-16 conv2_1": (64, 112, 128, 3, 1, 1, 1),
-    "VGG-16 conv2_2": (128, 112, 128, 3, 1, 1, 1),
-    "VGG-16 conv3_1": (128, 56, 256, 3, 1, 1, 1),
-    "VGG-16 conv3_2": (256, 56, 256, 3, 1, 1, 1),
-    "VGG-16 conv4_1": (256, 28, 512, 3, 1, 1, 1),
-    "VGG-16 conv4_2": (512, 28, 512, 3, 1, 1, 1),
-    "VGG-16 conv5": (512, 14, 512, 3, 1, 1, 1),
-}
 # Channels and height of the input; of the tails, whether LRN takes part.
 NORMALIZED = {"AlexNet conv1": (96, 55), "AlexNet conv2": (256, 27)}
 POOLED = {**NORMALIZED, "AlexNet conv5": (256, 13)}
@@ -115,20 +100,17 @@ def _meta(dtype: str, format: str, *shape: int) -> Tensor:
 
 
 def _convolutions() -> Iterator[Case]:
-    for (layer, numbers), dtype, format in product(CONVOLUTIONS.items(), DTYPES, FORMATS):
-        yield _case(_convolve, "conv2d_relu", layer, dtype, format, *numbers)
+    for (layer, conv), dtype, format in product(CONVOLUTIONS.items(), DTYPES, FORMATS):
+        yield _case(_convolve, "conv2d_relu", layer, dtype, format, conv)
     for dtype, format in product(("bf16", "fp32"), FORMATS):
         yield _case(_mask, "conv2d_relu", "AlexNet conv1", dtype, format, 96, 55)
 
 
-def _convolve(
-    dtype: str, format: str, c: int, size: int, outputs: int, window: int, stride: int, padding: int, groups: int
-) -> None:
-    x = _meta(dtype, format, BATCH, c, size, size)
-    weight = _meta(dtype, format, outputs, c // groups, window, window)
-    args = [stride] * 2, [padding] * 2, [1, 1], groups, False
-    config = conv2d_relu.configurations(x, weight, groups)[0]
-    conv2d_relu.triton(x, weight, x.new_empty(outputs), *args, config=config)
+def _convolve(dtype: str, format: str, conv: Convolution) -> None:
+    x = _meta(dtype, format, BATCH, conv.channels, conv.size, conv.size)
+    weight = _meta(dtype, format, conv.outputs, conv.channels // conv.groups, conv.window, conv.window)
+    config = conv2d_relu.configurations(x, weight, conv.groups)[0]
+    conv2d_relu.triton(x, weight, x.new_empty(conv.outputs), *conv.params.op_args(), False, config=config)
 
 
 def _mask(dtype: str, format: str, c: int, size: int) -> None:
@@ -200,24 +182,36 @@ class Row:
 
 
 def triton_rows() -> Iterator[Row]:
-    for case in cases():
-        for arch in ARCHITECTURES:
+    """fp16, and convolutions in IEEE fp32, for one architecture alone."""
+
+    def rare(case: Case) -> bool:
+        return case.dtype == "fp16" or (case.op, case.dtype) == ("conv2d_relu", "fp32")
+
+    pairs = [(case, arch) for case in cases() for arch in ARCHITECTURES if arch == 90 or not rare(case)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        for (case, arch), rows in zip(pairs, pool.map(_rows, *zip(*pairs, strict=True)), strict=True):
             print(case, arch, file=sys.stderr)
-            for kernel in case.compile(arch):
-                yield Row(
-                    "Triton",
-                    f"{case.op}: {kernel.name}",
-                    case.layer,
-                    case.dtype,
-                    case.format,
-                    f"sm_{arch}",
-                    kernel.registers,
-                    kernel.spills,
-                    kernel.shared,
-                    _widths(kernel.loads),
-                    _widths(kernel.stores),
-                    ", ".join(kernel.tensor_cores),
-                )
+            yield from rows
+
+
+def _rows(case: Case, arch: int) -> list[Row]:
+    return [
+        Row(
+            "Triton",
+            f"{case.op}: {kernel.name}",
+            case.layer,
+            case.dtype,
+            case.format,
+            f"sm_{arch}",
+            kernel.registers,
+            kernel.spills,
+            kernel.shared,
+            _widths(kernel.loads),
+            _widths(kernel.stores),
+            ", ".join(kernel.tensor_cores),
+        )
+        for kernel in case.compile(arch)
+    ]
 
 
 def cuda_rows() -> Iterator[Row]:

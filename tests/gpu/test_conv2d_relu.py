@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.test_conv2d_relu import BACKWARD, CASES, OP, SMALL, case, errors, torch_conv_relu
+from ops.test_conv2d_relu import BACKWARD, CASES, OP, SMALL, case, errors, op_args, torch_conv_relu
 from promises import FORMATS, assert_bitwise, gradients, ident, leaf, randn
 
 import fastcnn
@@ -71,12 +71,7 @@ def test_smallest_cases_stay_within_their_memory(format, name):
         with fastcnn.backends.use("triton"):
             for frozen in (False, True):
                 assert all(t.isfinite().all() for t in run(tensors, kwargs, frozen))
-        conv = fastcnn.params.ConvParams.of(*tensors, *(kwargs.get(k, d) for k, d in DEFAULTS.items()))[0].op_args()
-        if kwargs.get("padding") != "same":
-            on_gpu.cudnn(*tensors, *conv, True)
-
-
-DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        on_gpu.cudnn(*tensors, *op_args(tensors, {**kwargs, "padding": 0}), True)
 
 
 @numbers
