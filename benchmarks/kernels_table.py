@@ -130,8 +130,8 @@ def _normalizations() -> Iterator[Case]:
 
 def _normalize(dtype: str, format: str, c: int, size: int) -> None:
     op, x = importlib.import_module("fastcnn.ops.lrn"), _meta(dtype, format, BATCH, c, size, size)
-    op._triton(x, *LRN.op_args())
-    op._backward_triton(x, x, *LRN.op_args())
+    op.triton(x, *LRN.op_args())
+    op.triton_backward(x, x, *LRN.op_args())
 
 
 def _pools() -> Iterator[Case]:
@@ -144,8 +144,8 @@ def _pools() -> Iterator[Case]:
 
 def _pool(dtype: str, format: str, pool: PoolParams, c: int, size: int) -> None:
     op, x = importlib.import_module("fastcnn.ops.max_pool2d"), _meta(dtype, format, BATCH, c, size, size)
-    y, argmax = op._triton(x, *pool.op_args(), True)
-    op._backward_triton(y, argmax, list(x.shape[2:]), format == "channels_last", *pool.op_args())
+    y, argmax = op.triton(x, *pool.op_args(), True)
+    op.triton_backward(y, argmax, list(x.shape[2:]), format == "channels_last", *pool.op_args())
 
 
 def _tails() -> Iterator[Case]:
@@ -159,8 +159,8 @@ def _tail(dtype: str, format: str, with_lrn: bool, c: int, size: int) -> None:
     lrn = LRN.op_args() if with_lrn else (0, 0.0, 0.0, 0.0, 1)
     args = True, *lrn, *POOL.op_args()
     bias = x.new_empty(c)
-    y, argmax = op._triton(x, bias, *args, True)
-    op._backward_triton(y, x, bias, argmax, *args)
+    y, argmax = op.triton(x, bias, *args, True)
+    op.triton_backward(y, x, bias, argmax, *args)
 
 
 @dataclass(frozen=True)

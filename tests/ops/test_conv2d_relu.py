@@ -28,9 +28,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastcnn
 import fastcnn.functional as FF
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
 from fastcnn.ops import _packed
-from fastcnn.ops._tuning import agree
 from fastcnn.params import ConvParams
 
 OP, BACKWARD = torch.ops.fastcnn.conv2d_relu.default, torch.ops.fastcnn.conv2d_relu_backward.default
@@ -262,29 +260,6 @@ def test_fingerprint_sees_every_change(best_backend, elements):
     assert len(seen) == len(places) + min(elements, 2)
     with pytest.raises(RuntimeError, match="contiguous"):
         fingerprint(randn(4, 4).t())
-
-
-@pytest.mark.skipif(not fastcnn.backends.INTERPRETING, reason="there is a run of its own in Triton's interpreter")
-@pytest.mark.parametrize("name", ["alexnet_conv1", *SMALL])
-@pytest.mark.parametrize("format", FORMATS, ids=ident)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ident)
-@pytest.mark.parametrize("index", ["int32", "int64"])
-def test_every_configuration_of_the_kernel_agrees_with_torch(monkeypatch, index, dtype, format, name):
-    """On the inputs, and by the measure, by which a GPU's tuner judges them; also with the indices of huge tensors."""
-    language = pytest.importorskip("triton.language")
-    monkeypatch.setattr(on_gpu, "index_dtype", lambda items: getattr(language, index))
-    tensors, kwargs = case(name, dtype, format)
-    kwargs = {"padding": 0} if kwargs.get("padding") == "same" else kwargs
-    args = *op_args(tensors, kwargs), True
-    runs = on_gpu.candidates(*tensors[:2], *args)
-    assert len(runs) > 1
-    for checked in on_gpu._check_inputs(*tensors):
-        truth, _ = on_gpu.cudnn(*checked, *args)
-        assert_bitwise(truth.isnan(), torch_conv_relu(*checked, **kwargs).isnan())
-        for run in runs.values():
-            y, bits = run(*checked, *args)
-            assert agree(y, truth, on_gpu._tolerance(dtype))
-            assert_bitwise(on_gpu._mask_backward(y, bits), y)
 
 
 # -- memory formats ---------------------------------------------------------------------------------------------------
