@@ -46,9 +46,11 @@ class CudaKernel(Kernel):
         assert found, self.name
         function, dtype, channels_last, rest = found.groups()
         window = re.search(r"Norm\)(\d)", rest)
-        kind = [_WINDOWS[window[1]]] if window else [rest.strip(", ")]
-        if function == "backward":
+        kind = [_WINDOWS[window[1]]] if window else []
+        if function in ("backward", "terms"):
             kind.append("pool" if rest.endswith("true") else "no pool")
+        elif function == "conv2d_relu_kernel":
+            kind.append("windows in vectors" if rest.endswith("true") else "windows in elements")
         format = {"true": "channels_last", "false": "NCHW", None: ""}[channels_last]
         return function, _DTYPES[dtype], format, ", ".join(filter(None, kind))
 

@@ -86,6 +86,13 @@ void run_backward(Op op, Task& task, const Tensor& dy, const Tensor* x, const st
     partials = torch::stable::new_empty(*dbias, {cuda::bias_partials(task) * task.shape.C});
     task.partials = partials->mutable_data_ptr();
   }
+  std::optional<Tensor> terms;
+  if (const int64_t elements = cuda::lrn_terms(task)) {
+    const bool is_double = task.dtype == DType::float64;
+    const auto wide_dtype = is_double ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+    terms = torch::stable::new_empty(dy, {elements}, wide_dtype);
+    task.terms = terms->mutable_data_ptr();
+  }
   op(task, on.stream());
 }
 

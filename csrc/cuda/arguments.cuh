@@ -36,7 +36,7 @@ struct Arguments {
   int C;
   bool relu, vectors, wide_argmax;
   const void *x, *bias, *dy;
-  void *out, *argmax, *partials;
+  void *out, *argmax, *partials, *terms;
   // Work is shared out as units, `pixels_per_block` of an image's pixels; `chunks` of them make an image.
   int64_t units, chunks;
   int pixels_per_block, runs_per_block, runs, runs_per_group;
@@ -53,7 +53,7 @@ inline Arguments arguments(const Task& task, int run) {
   a.N = shape.N, a.pixels = a.out_pixels = shape.pixels(), a.C = static_cast<int>(shape.C);
   a.relu = task.relu;
   a.x = task.x, a.bias = task.bias, a.dy = task.dy;
-  a.out = task.out, a.argmax = task.argmax, a.partials = task.partials;
+  a.out = task.out, a.argmax = task.argmax, a.partials = task.partials, a.terms = task.terms;
   a.group = static_cast<int>(shape.C / task.lrn.groups);
   a.vectors = shape.channels_last && a.group % run == 0 && aligned(a.x) && aligned(a.dy) && aligned(a.out) &&
               aligned(a.argmax);

@@ -60,10 +60,29 @@ FASTCNN_DEVICE void add_up(const Arguments& a, const A (&sums)[length]) {
 }
 
 template <typename T, bool channels_last, Norm norm, bool pooled>
+using Gradient = std::conditional_t<pooled, PoolGradient<T, channels_last, kReach<norm>>,
+                                    TensorGradient<T, channels_last, kReach<norm>>>;
+
+// The terms of LRN's backward for any window, laid out like x.
+template <typename T, bool channels_last, bool pooled>
+__global__ void __launch_bounds__(kThreads, 1) terms(const Arguments a) {
+  using A = Compute<T>;
+  const int index = run_of_thread<channels_last>(a);
+  if (index >= a.runs) return;
+  const Run run(a, index, kRun<T>);
+  const Differentiated<T, channels_last, Norm::any> input(a, run);
+  for_each_pixel<channels_last>(a, a.pixels, [&](int64_t n, int64_t pixel) {
+    const int64_t at = n * a.C * a.pixels + pixel * (channels_last ? a.C : 1);
+    A q[kRun<T>];
+    const Gradient<T, channels_last, Norm::any, pooled> gradient(a, run, n, pixel);
+    input.load_terms(static_cast<const T*>(a.x) + at, gradient, q);
+    store_run<channels_last, kRun<T>>(a, static_cast<A*>(a.terms) + at, a.pixels, run, [&](int i) { return q[i]; });
+  });
+}
+
+template <typename T, bool channels_last, Norm norm, bool pooled>
 __global__ void __launch_bounds__(kThreads, 1) backward(const Arguments a) {
   using A = Compute<T>;
-  using Gradient = std::conditional_t<pooled, PoolGradient<T, channels_last, kReach<norm>>,
-                                      TensorGradient<T, channels_last, kReach<norm>>>;
   const int index = run_of_thread<channels_last>(a);
   A sums[kRun<T>] = {};
   if (index < a.runs) {
@@ -72,7 +91,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward(const Arguments a) {
     for_each_pixel<channels_last>(a, a.pixels, [&](int64_t n, int64_t pixel) {
       const int64_t at = n * a.C * a.pixels + pixel * (channels_last ? a.C : 1);
       A dx[kRun<T>];
-      input.load(static_cast<const T*>(a.x) + at, Gradient(a, run, n, pixel), dx);
+      const Gradient<T, channels_last, norm, pooled> gradient(a, run, n, pixel);
+      input.load(static_cast<const T*>(a.x) + at, gradient, static_cast<const A*>(a.terms) + at, dx);
 #pragma unroll
       for (int i = 0; i < kRun<T>; ++i) sums[i] += dx[i];
       store_run<channels_last, kRun<T>>(a, static_cast<T*>(a.out) + at, a.pixels, run,
@@ -93,6 +113,9 @@ template <typename T, bool channels_last, Norm norm, bool pooled>
 void launch_backward(const char* name, const Task& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
   const Launch shape = share_out(a, channels_last, a.pixels, task.shape.W);
+  if constexpr (norm == Norm::any) {
+    launch<&terms<T, channels_last, pooled>>(name, shape.grid, shape.block, 0, stream, a);
+  }
   const size_t shared = task.partials ? kThreads * kRun<T> * sizeof(Compute<T>) : 0;
   launch<&backward<T, channels_last, norm, pooled>>(name, shape.grid, shape.block, shared, stream, a);
 }

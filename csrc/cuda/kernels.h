@@ -21,6 +21,7 @@ struct Task {
   const void *x, *bias, *dy;  // bias: may be null; in the compute type. dy: backward only
   void *out, *argmax;         // y or dx; argmax may be null in forward
   void *partials, *dbias;     // backward: null without bias; partials: bias_partials() rows of C sums; compute type
+  void* terms;                // backward: lrn_terms() elements of the compute type
 };
 
 struct ConvTask {
@@ -40,6 +41,7 @@ void max_pool2d_backward(const Task&, Stream);
 void relu_lrn_max_pool2d(const Task&, Stream);
 void relu_lrn_max_pool2d_backward(const Task&, Stream);
 int64_t bias_partials(const Task&);
+int64_t lrn_terms(const Task&);
 void conv2d_relu(const ConvTask&, Stream);
 
 }  // namespace fastcnn::cuda

@@ -12,6 +12,17 @@ void lrn(const Task& task, Stream stream) {
   });
 }
 
+int64_t lrn_terms(const Task& task) {
+  if (empty(task) || !task.lrn) return 0;
+  int64_t elements = 0;
+  with_dtype_and_format(task, [&](auto t, auto) {
+    with_norm<decltype(t)>(task, [&](auto norm) {
+      if (norm == Norm::any) elements = task.shape.N * task.shape.image_stride();
+    });
+  });
+  return elements;
+}
+
 void lrn_backward(const Task& task, Stream stream) {
   if (empty(task)) return;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {

@@ -2,7 +2,8 @@
 // dx = dy * s^-beta - 2*alpha*beta/size * x * sum(q), q = dy * x * s^-(beta+1), over the windows that hold the channel.
 //
 // AlexNet's window, five channels and beta = 3/4, is held in registers; neighbouring runs come from the L1 cache. For
-// any other the window is read again for each channel. Either way each sum is added anew from its window's elements.
+// any other the window is read again for each channel, and q is written to memory by a pass of its own. Either way each
+// sum is added anew from its window's elements.
 #pragma once
 
 #include "channels.cuh"
@@ -111,8 +112,7 @@ struct Normalized {
   }
 };
 
-// dx of a run, from the gradients of y that `gradient` finds: gradient.load(g) for the run and kReach channels to
-// either side, gradient.at(c) for any channel of the group.
+// dx of a run, from the gradients of y that `gradient` finds for the run and kReach channels to either side.
 template <typename T, bool channels_last, Norm norm>
 struct Differentiated {
   using A = Compute<T>;
@@ -124,9 +124,26 @@ struct Differentiated {
   FASTCNN_DEVICE Differentiated(const Arguments& a, const Run& run)
       : input(a, run), any(a, run), slope(static_cast<A>(a.slope)) {}
 
-  // Without LRN and ReLU x is not read.
+  // q of the run, of which any window is the sum.
   template <typename Gradient>
-  FASTCNN_DEVICE void load(const T* x, const Gradient& gradient, A (&dx)[kLength]) const {
+  FASTCNN_DEVICE void load_terms(const T* x, const Gradient& gradient, A (&q)[kLength]) const {
+    A v[kLength];
+    any.input.load(x, v);
+    gradient.load(q);
+#pragma unroll
+    for (int i = 0; i < kLength; ++i) {
+      if (i < input.run.count) {
+        A over_s;
+        inverse_power<norm>(any.scale_of(x, input.run.c + i), any.beta, &over_s);
+        q[i] *= v[i] * over_s;
+      }
+    }
+  }
+
+  // Without LRN and ReLU x is not read; `terms` are read for any window.
+  template <typename Gradient>
+  FASTCNN_DEVICE void load(const T* x, const Gradient& gradient, [[maybe_unused]] const A* terms,
+                           A (&dx)[kLength]) const {
     A v[input.kCount];
     if (norm != Norm::none || input.a.relu) input.load(x, v);
     if constexpr (norm == Norm::five) {
@@ -156,9 +173,7 @@ struct Differentiated {
           A sum = 0;
           const int end = min(c + input.a.before + 1, input.run.last);
           for (int j = max(c - input.a.after, input.run.first); j < end; ++j) {
-            A over_s;
-            inverse_power<norm>(any.scale_of(x, j), any.beta, &over_s);
-            sum += gradient.at(j) * input.at(x, j) * over_s;
+            sum += terms[channels_last ? j : j * input.a.pixels];
           }
           dx[i] = dx[i] * inverse_power<norm>(any.scale_of(x, c), any.beta) - slope * v[i] * sum;
         }

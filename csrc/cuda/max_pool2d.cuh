@@ -78,17 +78,6 @@ struct PoolGradient {
     else gather(static_cast<const uint8_t*>(a.argmax), g);
   }
 
-  FASTCNN_DEVICE A at(int c) const {
-    A sum = 0;
-    for_each_source([&](int64_t from, int place) {
-      const int64_t i = from + (channels_last ? c : c * a.out_pixels);
-      const int argmax =
-          a.wide_argmax ? static_cast<const int32_t*>(a.argmax)[i] : static_cast<const uint8_t*>(a.argmax)[i];
-      if (argmax == place) sum += widen(static_cast<const T*>(a.dy)[i]);
-    });
-    return sum;
-  }
-
  private:
   // f(offset of channel 0 of an output, place of this pixel in its window)
   template <typename F>
@@ -133,7 +122,6 @@ struct TensorGradient {
     for_each_channel<channels_last, kLength, reach, reach>(a, dy, a.pixels, run,
                                                            [&](int j, T element) { g[j] = widen(element); });
   }
-  FASTCNN_DEVICE A at(int c) const { return widen(dy[channels_last ? c : c * a.pixels]); }
 };
 
 }  // namespace fastcnn::cuda

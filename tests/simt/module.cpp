@@ -66,6 +66,8 @@ void backward(Task t, const Buffer& dy, const Buffer* x, const Buffer* bias, con
   std::optional<Buffer> partials;
   if (dbias) partials.emplace(fastcnn::cuda::bias_partials(t) * t.shape.C * (t.dtype == DType::float64 ? 8 : 4));
   t.partials = partials ? partials->data() : nullptr;
+  const Buffer terms(fastcnn::cuda::lrn_terms(t) * (t.dtype == DType::float64 ? 8 : 4));
+  t.terms = terms.data();
   op(t, nullptr);
 }
 
