@@ -40,7 +40,12 @@ def info(
         _table("environment", {name: escape(_shown(value)) for name, value in facts["environment"].items()}),
         _table("backends that can run here", can_run),
         *(_table(f"what runs on {device}", runs) for device, runs in facts["operators"].items()),
-        _table("the C++ library", {name: escape(value) for name, value in facts["build"].items()} or {"": "not there"}),
+        *(
+            _table(
+                f"the {name} library", {key: escape(value) for key, value in facts[part].items()} or {"": "not there"}
+            )
+            for name, part in (("C++", "build"), ("CUDA", "cuda_build"))
+        ),
     ]
     for table in tables:
         Console(highlight=False).print(table, "")
@@ -52,6 +57,7 @@ def _facts() -> dict[str, Any]:
         "backends": backends.status(),
         "operators": {device: {op: _runs(op, device) for op in sorted(BACKENDS)} for device in _devices()},
         "build": dict(backends._C.build_info()) if backends._C is not None else {},
+        "cuda_build": dict(backends._C_cuda.build_info()) if backends._C_cuda is not None else {},
     }
 
 

@@ -104,6 +104,7 @@ struct Normalized {
   FASTCNN_DEVICE A scale_of(const T* x, int c) const {
     A sum = 0;
     const int end = min(c + input.a.after + 1, input.run.last);
+#pragma unroll 1  // it is there for each channel of the run
     for (int j = max(c - input.a.before, input.run.first); j < end; ++j) {
       const A v = input.at(x, j);
       sum += v * v;
@@ -172,6 +173,7 @@ struct Differentiated {
           const int c = input.run.c + i;
           A sum = 0;
           const int end = min(c + input.a.before + 1, input.run.last);
+#pragma unroll 1
           for (int j = max(c - input.a.after, input.run.first); j < end; ++j) {
             sum += terms[channels_last ? j : j * input.a.pixels];
           }
