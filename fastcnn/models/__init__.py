@@ -5,6 +5,7 @@ from .convnet import ConvNet
 from .inception_v1 import InceptionOutputs, InceptionV1
 from .preprocessing import PREPROCESSINGS, Preprocessing
 from .registry import create_model, list_models, register_model
+from .weights import WeightsError, WeightsReport, load_weights
 
 __all__ = [
     "PREPROCESSINGS",
@@ -12,7 +13,10 @@ __all__ = [
     "InceptionOutputs",
     "InceptionV1",
     "Preprocessing",
+    "WeightsError",
+    "WeightsReport",
     "create_model",
     "list_models",
+    "load_weights",
     "register_model",
 ]

@@ -15,7 +15,7 @@ def build_classifier(
     in_features: int,
     num_classes: int,
     dropout: str,
-    hidden: int = 4096,
+    hidden: tuple[int, int] = (4096, 4096),
     *,
     dropout_first: bool = False,
     numbered: bool = False,
@@ -26,9 +26,9 @@ def build_classifier(
     instead of naming them.
     """
     layers: list[tuple[str, nn.Module]] = []
-    for name, width in (("6", in_features), ("7", hidden)):
+    for name, before, width in (("6", in_features, hidden[0]), ("7", *hidden)):
         drop = [(f"drop{name}", DROPOUTS[dropout](0.5))]
-        full = [(f"fc{name}", nn.Linear(width, hidden)), (f"relu{name}", nn.ReLU())]
+        full = [(f"fc{name}", nn.Linear(before, width)), (f"relu{name}", nn.ReLU())]
         layers += drop + full if dropout_first else full + drop
-    layers.append(("fc8", nn.Linear(hidden, num_classes)))
+    layers.append(("fc8", nn.Linear(hidden[1], num_classes)))
     return nn.Sequential(OrderedDict((str(i) if numbered else name, layer) for i, (name, layer) in enumerate(layers)))

@@ -28,6 +28,7 @@ class ConvNet(nn.Module):
         numbered: number the layers in the keys, as torchvision does, instead of naming them.
         dropout_first: dropout in front of the hidden layers instead of behind them.
         average: average the last map over its positions.
+        hidden: units of fc6 and fc7.
 
     Attributes:
         input_size: height and width of the images.
@@ -58,6 +59,7 @@ class ConvNet(nn.Module):
         numbered: bool = False,
         dropout_first: bool = False,
         average: bool = False,
+        hidden: tuple[int, int] = (4096, 4096),
     ) -> None:
         super().__init__()
         num_classes = check_positive(name, "num_classes", num_classes)
@@ -72,7 +74,12 @@ class ConvNet(nn.Module):
         self.features = build_features(built, plain=plain, numbered=numbered)
         self.avgpool = nn.AdaptiveAvgPool2d(1) if average else nn.Identity()
         self.classifier = build_classifier(
-            built[-1].out_channels * size**2, num_classes, dropout, dropout_first=dropout_first, numbered=numbered
+            built[-1].out_channels * size**2,
+            num_classes,
+            dropout,
+            hidden,
+            dropout_first=dropout_first,
+            numbered=numbered,
         )
         self._layer_names = [*(f"conv{stage.name}" for stage in built), "fc6", "fc7", "fc8"]
         self.reset_parameters(init)

@@ -66,19 +66,20 @@ def zfnet512(
     init: str = "paper",
     plain: bool = False,
 ) -> ConvNet:
-    """ZFNet-512 of the ONNX model zoo: 512-1024-512 maps in the last stages, LRN in front of the pools.
+    """ZFNet-512 of the ONNX model zoo: 512 maps in the last stages, 1024 units in fc7, LRN in front of the pools.
 
-    The arguments are those of :func:`zfnet`.
+    The arguments are those of :func:`zfnet`. What its training images went through is not published;
+    ``preprocessing`` is a guess.
 
-    Source: the graph zfnet512, made by Caffe2; Zeiler and Fergus (2014), 5.1, for the larger stages.
+    Source: the graph zfnet512, trained and exported by Caffe2.
     """
     lrn, pool = LRNParams(5, alpha=5e-4, beta=0.75, k=2.0), PoolParams(3, 2)
     stages = [
         Stage("1", 3, 96, 7, stride=2, lrn=lrn, pool=pool),
         Stage("2", 96, 256, 5, stride=2, lrn=lrn, pool=pool),
         Stage("3", 256, 512, 3, padding=1),
-        Stage("4", 512, 1024, 3, padding=1),
-        Stage("5", 1024, 512, 3, padding=1, pool=PoolParams(2)),
+        Stage("4", 512, 512, 3, padding=1),
+        Stage("5", 512, 512, 3, padding=1, pool=PoolParams(2)),
     ]
     return ConvNet(
         "zfnet512",
@@ -90,4 +91,5 @@ def zfnet512(
         plain=plain,
         inits=INITS,
         preprocessing=CAFFE,
+        hidden=(4096, 1024),
     )
