@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import functional as FF
 from . import nn as layers
 from .models.layers import GroupedLocalResponseNorm
+from .ops._inference import conv_stage, linear, runs_packed
 from .ops._operator import needs_grad
-from .params import FLOATING_DTYPES, LRNParams, PoolParams
+from .params import FLOATING_DTYPES, ConvParams, LRNParams, PoolParams
 
 PARTS = ("conv", "relu", "lrn", "pool")  # in the order in which they may follow each other
 
@@ -108,6 +109,48 @@ def _has_kernels(x: Any) -> bool:
     if not isinstance(x, Tensor) or is_traceable_wrapper_subclass(x):
         return False
     return x.dim() == 4 and x.dtype in FLOATING_DTYPES and x.layout == torch.strided
+
+
+def infer_stage(
+    x: Tensor, conv: nn.Module, relu: Part | None = None, lrn: Part | None = None, pool: Part | None = None
+) -> Any:
+    """:func:`run_stage` for inference: packed weights, in their dtype."""
+    x = x.to(conv.weight.dtype)  # type: ignore[arg-type]
+    parts = zip(PARTS, (conv, relu, lrn, pool), strict=True)
+    if any(isinstance(part, nn.Module) and why_not(part, name) for name, part in parts):
+        return run_stage(x, conv, relu, lrn, pool)
+    y = _infer(x, conv, relu is not None, _lrn_params(lrn), _pool_params(pool))
+    return run_stage(x, conv, relu, lrn, pool) if y is None else y
+
+
+def infer_fused_layer(x: Tensor, layer: Any) -> Tensor:
+    """A layer of fastcnn that begins with a convolution, for inference."""
+    x = x.to(layer.weight.dtype)
+    y = None
+    if layer.padding_mode == "zeros" and not _has_hooks(layer):
+        y = _infer(x, layer, True, getattr(layer, "lrn", None), getattr(layer, "pool", None))
+    return layer(x) if y is None else y
+
+
+def _infer(x: Tensor, conv: nn.Module, relu: bool, lrn: LRNParams | None, pool: PoolParams | None) -> Tensor | None:
+    weight, bias, stride, padding, dilation, groups = conv_arguments(conv)
+    if not _has_kernels(x) or isinstance(padding, str) or not runs_packed(x, weight):
+        return None
+    arguments, _ = ConvParams.of(x, weight, bias, stride, padding, dilation, groups)
+    return conv_stage(x, weight, bias, *arguments.op_args(), relu, lrn, pool)
+
+
+def infer_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A linear layer for inference: packed weights, in their dtype."""
+    x = x.to(layer.weight.dtype)
+    if (
+        type(layer).forward is not nn.Linear.forward
+        or _has_hooks(layer)
+        or x.dim() != 2
+        or not runs_packed(x, layer.weight)
+    ):
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
 
 
 def conv_arguments(conv: Part) -> tuple[Any, ...]:

@@ -21,7 +21,9 @@ from rich.table import Table
 from torch import fx, nn
 
 from . import nn as layers
-from ._stage import PARTS, Function, part_of, run_stage, why_not
+from ._stage import PARTS, Function, infer_fused_layer, infer_linear, infer_stage, part_of, run_stage, why_not
+from .models.layers import ConvReLULRNMaxPool2d
+from .params import FLOATING_DTYPES
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Report:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def optimize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def optimize(
+    model: nn.Module, *, inference: bool = False, dtype: torch.dtype | None = None, inplace: bool = False
+) -> nn.Module:
     """The same model with fused layers: same outputs, gradients, ``state_dict`` keys and train/eval behaviour.
 
     Convolution -> ReLU [-> LRN] [-> max-pool], [ReLU ->] LRN [-> max-pool], ReLU -> max-pool, and single LRN and
@@ -70,6 +74,12 @@ def optimize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Args:
         model: any module. The result may be compiled, exported, copied, pickled and wrapped for several processes.
+        inference: also make it one for inference: in evaluation mode, its weights frozen and channels_last; on CPU
+            convolutions and linear layers compute from packed copies of them, made when they first run and again where
+            a weight changed (but not where it was written through ``.data``, which cannot be seen); dropout is left
+            out. Maps are then channels_last between the layers and in the output.
+        dtype: of the weights, and to which the input of the first of these layers is cast, with ``inference``; None:
+            as they are. bfloat16 needs no more than a CPU or GPU that has it.
         inplace: change ``model`` itself, otherwise a deep copy.
 
     Returns:
@@ -77,18 +87,29 @@ def optimize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         attribute ``fastcnn_report`` is a :class:`Report`.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``inplace`` not a bool.
+        TypeError: an argument is of the wrong type.
+        ValueError: ``dtype`` without ``inference``, or one that is not floating point.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize(): argument 'model' must be Module, not {type(model).__name__}")
-    if not isinstance(inplace, bool):
-        raise TypeError(f"optimize(): argument 'inplace' must be bool, not {type(inplace).__name__}")
+    for name, value in (("inference", inference), ("inplace", inplace)):
+        if not isinstance(value, bool):
+            raise TypeError(f"optimize(): argument '{name}' must be bool, not {type(value).__name__}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"optimize(): argument 'dtype' must be torch.dtype or None, not {type(dtype).__name__}")
+    if dtype is not None and not (inference and dtype in FLOATING_DTYPES):
+        raise ValueError(
+            f"optimize(): dtype={dtype} needs inference=True and must be one of {', '.join(map(str, FLOATING_DTYPES))}"
+        )
     if not inplace:
         model = copy.deepcopy(model)
+    if inference:
+        model.eval().requires_grad_(False).to(dtype=dtype)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     report = Report()
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        report.entries += _rewrite(module, name)
+        report.entries += _rewrite(module, name, inference)
     told = {where for entry in report.entries for where in entry.where.split(" + ")}
     for name, module in modules.items():
         entry = _replace_layer(module, name)
@@ -130,6 +151,7 @@ class _Plan(NamedTuple):
 
     original: type[nn.Module]
     forwards: tuple[Callable[..., Any], Callable[..., Any]]
+    inference: bool
     children: tuple[str, ...]
     settings: dict[str, Any]
 
@@ -146,7 +168,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {n: v for n, v in vars(module).items() if type(v) in simple and n not in hidden}
 
 
-def _rewrite(module: nn.Module, name: str) -> list[Entry]:
+def _rewrite(module: nn.Module, name: str, inference: bool) -> list[Entry]:
     """Give the module a forward with fused calls, where its own can be traced and has any."""
     plan = vars(type(module)).get("_fastcnn_plan")
     if plan is not None:
@@ -155,15 +177,15 @@ def _rewrite(module: nn.Module, name: str) -> list[Entry]:
     if not _has_own_forward(module):
         return []
     graphs = []
-    for training in (False, True):
+    for training in (False,) if inference else (False, True):
         graph, reason = _trace(module, training)
         if graph is None:
             return [Entry(name or type(module).__name__, f"forward of {cls.__name__}", why_not=reason)]
-        graphs.append((graph, _fuse(graph, module, name)))
-    entries = graphs[0][1] + [entry for entry in graphs[1][1] if entry not in graphs[0][1]]
+        graphs.append((graph, _fuse(graph, module, name, inference)))
+    entries = list(dict.fromkeys(entry for _, of_mode in graphs for entry in of_mode))
     if any(entry.now for entry in entries):
-        forwards = tuple(_compiled(graph, cls) for graph, _ in graphs)
-        _change_class(module, _Plan(cls, forwards, tuple(module._modules), _settings(module)))  # type: ignore[arg-type]
+        forwards = (*(_compiled(graph, cls) for graph, _ in graphs), cls.forward)[:2]
+        _change_class(module, _Plan(cls, forwards, inference, tuple(module._modules), _settings(module)))  # type: ignore[arg-type]
     return entries
 
 
@@ -186,19 +208,19 @@ def _change_class(module: nn.Module, plan: _Plan) -> None:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         # a class made here cannot be found by its name: saved is the original one, traced again when loaded
-        return (_blank, (cls,), *object.__reduce_ex__(self, protocol)[2:])
+        return (_blank, (cls, plan.inference), *object.__reduce_ex__(self, protocol)[2:])
 
     members = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "_fastcnn_plan": plan}
     module.__class__ = type(cls.__name__, (cls,), members)
 
 
-def _blank(cls: type[nn.Module]) -> nn.Module:
+def _blank(cls: type[nn.Module], inference: bool) -> nn.Module:
     """An instance of ``cls`` without a state, which is rewritten when it gets one."""
 
     def set_state(self: nn.Module, state: dict[str, Any]) -> None:
         self.__class__ = cls
         self.__setstate__(state)
-        _rewrite(self, "")
+        _rewrite(self, "", inference)
 
     loading = type(cls.__name__, (cls,), {"__setstate__": set_state})
     return loading.__new__(loading)  # type: ignore[call-overload]
@@ -304,15 +326,16 @@ def _read(node: fx.Node, module: nn.Module) -> _Call | None:
     return _Call(node, function.part, input, function, name, "its arguments are computed" if computed else "")
 
 
-def _fuse(graph: fx.Graph, module: nn.Module, name: str) -> list[Entry]:
+def _fuse(graph: fx.Graph, module: nn.Module, name: str, inference: bool) -> list[Entry]:
     """Make one call of each stage of the graph."""
+    entries = _freeze(graph, module, name) if inference else []
     calls = {call.node: call for call in (_read(node, module) for node in graph.nodes) if call is not None}
-    entries, stages = [], []
+    stages = []
     taken: set[fx.Node] = set()
     for call in calls.values():
         if call.node in taken:
             continue
-        stage = _stage(call, calls, module)
+        stage = _stage(call, calls, module, inference)
         if not stage:
             if call.function is not None and call.part != "relu":
                 reason = call.why_not or "no ReLU is called on its output alone"
@@ -322,17 +345,19 @@ def _fuse(graph: fx.Graph, module: nn.Module, name: str) -> list[Entry]:
         stages.append(stage)
         parts = [call.part for call in stage]
         now = "conv2d + relu_lrn_max_pool2d" if parts[0] == "conv" else "relu_lrn_max_pool2d"
-        if parts == ["conv", "relu"]:
-            now = "conv2d_relu"
+        if parts in (["conv"], ["conv", "relu"]):
+            now = "conv2d_relu" if len(parts) == 2 else "conv2d"
+        if inference and parts[0] == "conv" and call.function is None:
+            now += ", packed"
         where, what = " + ".join(_where(c, name) for c in stage), " -> ".join(c.what for c in stage)
         entries.append(Entry(where, what, now))
     for stage in stages:
-        _replace(graph, stage, module)
+        _replace(graph, stage, module, inference)
     graph.lint()
     return entries
 
 
-def _stage(first: _Call, calls: dict[fx.Node, _Call], module: nn.Module) -> list[_Call]:
+def _stage(first: _Call, calls: dict[fx.Node, _Call], module: nn.Module, inference: bool) -> list[_Call]:
     """The calls that can run as one, starting with this; none if that gains nothing."""
     stage = [first]
     while len(users := list(stage[-1].node.users)) == 1 and (following := calls.get(users[0])) is not None:
@@ -343,7 +368,7 @@ def _stage(first: _Call, calls: dict[fx.Node, _Call], module: nn.Module) -> list
     stage = stage[:stop]
     parts = [call.part for call in stage]
     if parts[:1] == ["conv"] and parts[1:2] != ["relu"]:
-        return []
+        return stage[:1] if inference and first.function is None else []
     if parts[:1] == ["relu"] and not _may_skip_writing(first, module):
         return []
     if len(parts) == 1:  # a layer runs as ours anyway
@@ -363,14 +388,44 @@ def _may_skip_writing(relu: _Call, module: nn.Module) -> bool:
     return isinstance(module.get_submodule(str(source.target)), new)
 
 
-def _replace(graph: fx.Graph, stage: list[_Call], module: nn.Module) -> None:
+_PACKED: dict[type, Callable[..., Any]] = {
+    nn.Linear: infer_linear,
+    layers.ConvReLU2d: infer_fused_layer,
+    ConvReLULRNMaxPool2d: infer_fused_layer,
+}
+
+
+def _freeze(graph: fx.Graph, module: nn.Module, name: str) -> list[Entry]:
+    """For inference: leave dropout out, and let linear layers compute from packed weights."""
+    entries = []
+    for node in list(graph.nodes):
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if layer is None or len(node.args) != 1 or node.kwargs:
+            continue
+        where = f"{name}.{node.target}" if name else str(node.target)
+        if type(layer) in (nn.Dropout, nn.Dropout2d, nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            entries.append(Entry(where, type(layer).__name__, now="nothing"))
+        elif type(layer) in _PACKED:
+            with graph.inserting_before(node):
+                new = graph.call_function(_PACKED[type(layer)], (node.args[0], graph.get_attr(str(node.target))))
+            node.replace_all_uses_with(new)
+            entries.append(Entry(where, type(layer).__name__, now="the same, packed"))
+        else:
+            continue
+        graph.erase_node(node)
+    return entries
+
+
+def _replace(graph: fx.Graph, stage: list[_Call], module: nn.Module, inference: bool) -> None:
     first = _read(stage[0].node, module)  # its input may have been replaced meanwhile
     assert first is not None
     with graph.inserting_before(stage[-1].node):
         parts: dict[str, Any] = {
             call.part: call.function or graph.get_attr(str(call.node.target)) for call in (first, *stage[1:])
         }
-        node = graph.call_function(run_stage, (first.input,), parts)
+        packed = inference and first.part == "conv" and first.function is None
+        node = graph.call_function(infer_stage if packed else run_stage, (first.input,), parts)
     stage[-1].node.replace_all_uses_with(node)
     for call in reversed(stage):
         graph.erase_node(call.node)

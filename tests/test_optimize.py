@@ -588,6 +588,151 @@ def test_frozen_features_as_of_lpips(format):
     assert all(p.grad is None for p in fast.parameters())
 
 
+# -- inference --------------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """Every kind of layer that inference treats."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(True), nn.LocalResponseNorm(*LRN), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(16, 16, 3, padding=1, groups=2), nn.ReLU(True)),
+            *(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.ReLU(True), nn.MaxPool2d(2), nn.Identity()),
+            fastcnn.nn.ConvReLU2d(8, 8, 3, padding=1),
+            fastcnn.models.layers.ConvReLULRNMaxPool2d(8, 8, 3, padding="same", lrn=fastcnn.LRNParams(3)),
+        )
+        self.classifier = nn.Sequential(
+            nn.Dropout(), nn.Linear(8 * 3 * 3, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 5)
+        )
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
+@pytest.fixture
+def classifier():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Classifier().float()
+
+
+IMAGES = randn(3, 3, 32, 32)
+
+
+def error(y, exact):
+    return ((y.double() - exact).norm() / (exact - exact.mean()).norm()).item()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_inference_gives_the_same_outputs(classifier, format, no_grad):
+    fast = fastcnn.optimize(classifier, inference=True)
+    exact = classifier.eval().double()(IMAGES.double()).detach()
+    with no_grad():
+        first = fast(in_format(IMAGES, format))
+        second = fast(in_format(IMAGES, format))
+    assert error(first, exact) < 1e-5
+    assert_bitwise(first, second)
+    assert first.data_ptr() != second.data_ptr()
+    assert not first.requires_grad
+    assert list(fast.state_dict()) == list(classifier.state_dict())
+    packed = [e.where for e in fast.fastcnn_report.replaced if "packed" in e.now]
+    assert len(packed) == 7
+    assert [e.now for e in fast.fastcnn_report.replaced].count("nothing") == 3
+
+
+@pytest.mark.parametrize("batch", [0, 1, 70])
+def test_inference_of_any_batch(classifier, batch):
+    fast = fastcnn.optimize(classifier, inference=True)
+    fast.features[0].padding = 40  # the maps of 70 images are more than are computed at once
+    classifier.features[0].padding = 40
+    model = nn.Sequential(*classifier.features[:4]).eval()
+    x = randn(batch, 3, 160, 160)
+    torch.testing.assert_close(fast.features[:4](x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        fastcnn.optimize(model, inference=True)(x), model(x), rtol=1e-4, atol=1e-5, check_stride=False
+    )
+
+
+def test_inference_in_bfloat16(classifier):
+    fast = fastcnn.optimize(classifier, inference=True, dtype=torch.bfloat16)
+    exact = classifier.eval().double()(IMAGES.double()).detach()
+    y = fast(IMAGES)
+    assert y.dtype == torch.bfloat16
+    assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
+    rounded = classifier.bfloat16().double()
+    for layer in rounded.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda m, x, y: y.bfloat16().double())
+    assert error(y, exact) < 2 * error(rounded(IMAGES.bfloat16().double()), exact)
+
+
+def test_inference_sees_weights_that_change(classifier):
+    fast, model = fastcnn.optimize(classifier, inference=True), classifier.eval()
+    fast(IMAGES)
+    with torch.no_grad():
+        for m in (fast, model):
+            m.features[0].weight.mul_(-0.5)
+            m.classifier[1].weight.add_(0.01)
+    torch.testing.assert_close(fast(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+    state = {
+        name: torch.rand_like(value) / 8 for name, value in model.state_dict().items() if value.is_floating_point()
+    }
+    for m in (fast, model):
+        m.load_state_dict(state, strict=False)
+    torch.testing.assert_close(fast(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+    for m in (fast, model):
+        m.classifier[4].weight = nn.Parameter(torch.ones(5, 32).float() / 32)
+    torch.testing.assert_close(fast(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_inference_keeps_nan(classifier):
+    fast, x = fastcnn.optimize(classifier, inference=True), IMAGES.clone()
+    x[0, 1, 15, 15] = float("nan")
+    assert_bitwise(fast(x).isnan(), classifier.eval()(x).isnan())
+
+
+def test_inference_with_hooks_training_gradients_and_copies(classifier):
+    fast, model = fastcnn.optimize(classifier, inference=True), classifier.eval()
+    expected = model(IMAGES)
+    seen = []
+    for index in (0, 2, 4, 11):
+        fast.features[index].register_forward_hook(lambda *_: seen.append(1))
+    fast.classifier[1].register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(fast(IMAGES), expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 5
+    fast = fastcnn.optimize(classifier, inference=True)
+    x, y = leaf(IMAGES), leaf(IMAGES)
+    ours, theirs = torch.autograd.grad(fast(x).sum(), x), torch.autograd.grad(model(y).sum(), y)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert_bitwise(again(IMAGES), fast(IMAGES))
+    torch.compiler.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IMAGES), expected, rtol=1e-4, atol=1e-5)
+    with torch.random.fork_rng():
+        for m in (fast.train(), model.train()):
+            torch.manual_seed(0)
+            m.result = m(IMAGES)
+    torch.testing.assert_close(fast.result, model.result, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"dtype": torch.bfloat16}, ValueError, "inference"),
+        ({"inference": True, "dtype": torch.int8}, ValueError, "int8"),
+        ({"inference": True, "dtype": "bfloat16"}, TypeError, "dtype"),
+        ({"inference": 1}, TypeError, "inference"),
+    ],
+)
+def test_options_of_inference_are_checked(options, error, match):
+    with pytest.raises(error, match=match):
+        fastcnn.optimize(nn.ReLU(), **options)
+
+
 @pytest.mark.parametrize("argument", ["model", "inplace"])
 def test_arguments_of_another_type_raise(argument):
     arguments = {"model": nn.ReLU(), "inplace": False, argument: "x"}

@@ -31,6 +31,7 @@ class Frozen:
 
 
 _frozen = WeakTensorKeyDictionary()
+_unchanged = WeakTensorKeyDictionary()
 
 
 def contents_of(weight: Tensor) -> Frozen | None:
@@ -46,4 +47,13 @@ def contents_of(weight: Tensor) -> Frozen | None:
     known = _frozen.get(weight)
     if known is None or known.contents != contents:
         known = _frozen[weight] = Frozen(contents)
+    return known
+
+
+def unchanged(weight: Tensor) -> Frozen:
+    """The entry of a weight that is written only where torch can see it: not through ``.data``. Costs no read."""
+    contents = weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+    known = _unchanged.get(weight)
+    if known is None or known.contents != contents:
+        known = _unchanged[weight] = Frozen(contents)
     return known
