@@ -79,8 +79,9 @@ struct Launch {
   dim3 grid, block;
 };
 
-// Cut `pixels` an image of width `width` into units, for blocks that go round until all are done.
-inline Launch share_out(Arguments& a, bool channels_last, int64_t pixels, int64_t width) {
+// Cut `pixels` an image of width `width` into units, for blocks that go round until all are done; `waves` times as many
+// blocks as the device holds at once.
+inline Launch share_out(Arguments& a, bool channels_last, int64_t pixels, int64_t width, int waves = 4) {
   const int pixel_lanes = channels_last ? 1 : 32;
   a.runs_per_block = std::min(a.runs, kThreads / pixel_lanes);
   a.pixels_per_block = kThreads / a.runs_per_block;
@@ -90,7 +91,7 @@ inline Launch share_out(Arguments& a, bool channels_last, int64_t pixels, int64_
   const Device here = device();
   const unsigned run_blocks = (a.runs + a.runs_per_block - 1) / a.runs_per_block;
   const int64_t resident = static_cast<int64_t>(here.multiprocessors) * (here.threads_per_multiprocessor / kThreads);
-  const int64_t most = std::max<int64_t>(1, 4 * resident / run_blocks);
+  const int64_t most = std::max<int64_t>(1, waves * resident / run_blocks);
   const unsigned p = a.pixels_per_block, r = a.runs_per_block;
   return {dim3(static_cast<unsigned>(std::min(a.units, most)), run_blocks), channels_last ? dim3(r, p) : dim3(p, r)};
 }

@@ -109,10 +109,12 @@ void launch_forward(const char* name, const Task& task, Stream stream) {
   launch<&forward<T, channels_last, norm>>(name, shape.grid, shape.block, 0, stream, a);
 }
 
+constexpr int kBiasWaves = 1;  // few sums for the second stage
+
 template <typename T, bool channels_last, Norm norm, bool pooled>
 void launch_backward(const char* name, const Task& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
-  const Launch shape = share_out(a, channels_last, a.pixels, task.shape.W);
+  const Launch shape = share_out(a, channels_last, a.pixels, task.shape.W, task.dbias ? kBiasWaves : 4);
   if constexpr (norm == Norm::any) {
     launch<&terms<T, channels_last, pooled>>(name, shape.grid, shape.block, 0, stream, a);
   }

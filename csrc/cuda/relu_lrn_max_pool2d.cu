@@ -127,10 +127,10 @@ struct Partials {
   int C;
 };
 
-constexpr int kRows = kThreads / 32;
+constexpr int kRows = kThreads / 8;
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads, 1) sum_partials(const Partials p) {
+__global__ void __launch_bounds__(32 * kRows) sum_partials(const Partials p) {
   A* shared = dynamic_shared<A>();
   const int c = blockIdx.x * 32 + threadIdx.x;
   A sum = 0;
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kThreads, 1) sum_partials(const Partials p) {
 template <typename A>
 void launch_sum_partials(const Task& task, Stream stream) {
   const Partials p{task.partials, task.dbias, bias_partials(task), static_cast<int>(task.shape.C)};
-  launch<&sum_partials<A>>("relu_lrn_max_pool2d_backward", dim3((p.C + 31) / 32), dim3(32, kRows), kThreads * sizeof(A),
-                           stream, p);
+  launch<&sum_partials<A>>("relu_lrn_max_pool2d_backward", dim3((p.C + 31) / 32), dim3(32, kRows),
+                           32 * kRows * sizeof(A), stream, p);
 }
 
 }  // namespace
@@ -191,7 +191,7 @@ int64_t bias_partials(const Task& task) {
   if (empty(task)) return 0;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
     Arguments a = arguments(task, kRun<decltype(t)>);
-    rows = share_out(a, channels_last, a.pixels, 0).grid.x;
+    rows = share_out(a, channels_last, a.pixels, 0, kBiasWaves).grid.x;
   });
   return rows;
 }

@@ -92,8 +92,20 @@ class Emulator:
     def _start(self) -> subprocess.Popen[bytes]:
         # The sanitizer's runtime before any other, and C++'s with it: it looks up __cxa_throw when it starts.
         preload = f"{_library(f'lib{self._sanitizer[0]}san.so')} {_library('libstdc++.so.6')}"
-        environment = {**os.environ, **_OPTIONS, "LD_PRELOAD": preload}
-        command = [sys.executable, "-S", str(HERE / "worker.py"), self._path.stem, str(self._path)]
+        # ThreadSanitizer cannot do with more random bits in addresses than kernels used to have.
+        bits = Path("/proc/sys/vm/mmap_rnd_bits")
+        fixed = ["setarch", "-R"] if bits.exists() and int(bits.read_text()) > 28 else []
+        environment = {**os.environ, **_OPTIONS}
+        command = [
+            *fixed,
+            "env",
+            f"LD_PRELOAD={preload}",
+            sys.executable,
+            "-S",
+            str(HERE / "worker.py"),
+            self._path.stem,
+            str(self._path),
+        ]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._stderr, env=environment)
 
