@@ -202,8 +202,8 @@ def _tensor(onnx: Any, proto: Any) -> Tensor:
 
 
 def _name(node: Any) -> str:
-    """Of its weight, which the published files name after the layer, or else of the node or its output."""
-    return node.input[1] if len(node.input) > 1 and node.op_type != "MaxPool" else node.name or node.output[0]
+    """Of its weight, which the published files name after the layer, or else of its output."""
+    return node.input[1] if len(node.input) > 1 else node.output[0]
 
 
 def _shortest(value: float) -> float:
