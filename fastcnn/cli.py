@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import torch
@@ -15,10 +16,14 @@ from rich.table import Table
 from . import backends
 from .bench.cli import bench
 from .bench.environment import environment
+from .models import list_models
+from .models.summary import layer_table
 from .ops._operator import BACKENDS
+from .predict import predict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(bench, name="bench")
+app.command()(predict)
 
 
 @app.callback()
@@ -28,9 +33,13 @@ def main() -> None:
 
 @app.command()
 def info(
+    model: Annotated[str | None, typer.Option(help="Show the layers of this model instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show versions, the backends that can run here and why others cannot, and what runs each operator."""
+    if model is not None:
+        _info_of_model(model, as_json)
+        return
     facts = _facts()
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
@@ -49,6 +58,37 @@ def info(
     ]
     for table in tables:
         Console(highlight=False).print(table, "")
+
+
+def _info_of_model(name: str, as_json: bool) -> None:
+    if name not in list_models():
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(list_models())}", param_hint="--model")
+    try:
+        rows = layer_table(name)
+    except ImportError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from None
+    runs = {device: {op: f"{op} ({_runs(op, device)})" for op in BACKENDS} for device in _devices()}
+    layers = [
+        {**asdict(row), "runs": {device: runs[device].get(row.operator or "", "torch") for device in runs}}
+        for row in rows
+    ]
+    totals = {key: sum(layer[key] for layer in layers) for key in ("parameters", "multiply_adds")}
+    if as_json:
+        typer.echo(json.dumps({"model": name, **totals, "layers": layers}, indent=1))
+        return
+    table = Table("layer", "", "output", title=name, title_justify="left", title_style="bold", box=None)
+    for heading in ("parameters", "multiply-adds"):
+        table.add_column(heading, justify="right")
+    for device in runs:
+        table.add_column(f"runs on {device}")
+    for layer in layers:
+        counts = (f"{layer[key]:,}" if layer[key] else "" for key in totals)
+        table.add_row(
+            layer["name"], layer["kind"], "x".join(map(str, layer["output"])), *counts, *layer["runs"].values()
+        )
+    table.add_section()
+    table.add_row("total", "", "", *(f"{total:,}" for total in totals.values()))
+    Console(highlight=False).print(table)
 
 
 def _facts() -> dict[str, Any]:
