@@ -18,7 +18,7 @@ from fastcnn.bench.cases import ANY_FORMAT, Case
 from fastcnn.bench.measure import Budget, held_bytes
 from fastcnn.bench.network_measure import measure_network, peak_bytes
 from fastcnn.bench.network_providers import NetworkProvider, network_providers
-from fastcnn.bench.networks import Features, count_flop, make_network, select_networks
+from fastcnn.bench.networks import NETWORKS, Features, count_flop, make_network, select_networks
 from fastcnn.bench.rows import Row, add_ratios
 
 pytest.importorskip("PIL")
@@ -57,8 +57,12 @@ def test_usual_cases() -> None:
         "alexnet training step, fp32 any format (32, 3, 227, 227)",
         "vgg16-features input gradient, fp32 any format (4, 3, 224, 224)",
     ]
-    more = set(select_networks()) - set(select_networks(quick=True))
-    assert more == {Case("alexnet", (32, 3, 227, 227), "bf16", ANY_FORMAT, "inference")}
+    every = select_networks()
+    assert set(every) > set(select_networks(quick=True))
+    assert Case("alexnet", (32, 3, 227, 227), "bf16", ANY_FORMAT, "inference") in every
+    assert {case.op for case in every} == set(NETWORKS)
+    for name in NETWORKS:  # what is asked for is run, also beside quick
+        assert {case.op for case in select_networks(networks=[name], quick=True)} == {name}
     asked = select_networks(networks=["alexnet"], modes=["inference"], batches=[1, 8], dtypes=["fp32"], size=99)
     assert [case.shape for case in asked] == [(1, 3, 99, 99), (8, 3, 99, 99)]
 

@@ -111,10 +111,10 @@ def networks(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure whole networks on photographs: AlexNet's inference and training, VGG-16's features with frozen weights.
+    """Measure whole networks on photographs: AlexNet, VGG-16 and InceptionV1, VGG-16's features with frozen weights.
 
-    "fastcnn" and torch.compile run in channels_last; torch.compile infers with frozen weights.
-    onnxruntime and OpenVINO only infer, and are optional: `pip install fastcnn[peers]`.
+    "fastcnn" and torch.compile run in channels_last, and infer with frozen weights (optimize(inference=True)).
+    onnxruntime and OpenVINO only infer, and are optional: `pip install 'fastcnn\\[peers]'`.
     Training has dropout; for its check it is off. The saved MB are what
     autograd keeps for backward without the parameters, the peak is the growth of the process during a call.
     """

@@ -11,6 +11,7 @@ import torch._inductor.config as inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..optimize import optimize
 from . import peers
 from .cases import DTYPES, Case
 from .networks import Laps
@@ -27,6 +28,7 @@ class NetworkProvider:
     Args:
         name: as shown and as given to ``--providers``.
         fused: from the layers of fastcnn, not torch's.
+        optimized: for inference through ``fastcnn.optimize(inference=True)``.
         channels_last: weights and images in this format, otherwise NCHW.
         compile: through torch.compile, for inference with freezing.
         graphs: torch.compile captures CUDA graphs; on GPUs only.
@@ -35,6 +37,7 @@ class NetworkProvider:
 
     name: str
     fused: bool = False
+    optimized: bool = False
     channels_last: bool = False
     compile: bool = False
     graphs: bool = False
@@ -48,7 +51,7 @@ class NetworkProvider:
 def network_providers(device: str = "cpu") -> dict[str, NetworkProvider]:
     """By name: fastcnn, then PyTorch, then, on CPU, the others, installed or not."""
     every = [
-        NetworkProvider("fastcnn", fused=True, channels_last=True),
+        NetworkProvider("fastcnn", fused=True, optimized=True, channels_last=True),
         NetworkProvider("fastcnn NCHW", fused=True),
         NetworkProvider("torch.eager"),
         NetworkProvider("torch.eager channels_last", channels_last=True),
@@ -108,6 +111,8 @@ def _compiled(provider: NetworkProvider, network: nn.Module) -> Forward:
 
 
 def _inference(provider: NetworkProvider, network: nn.Module, x: Tensor) -> Call:
+    if provider.optimized:
+        network = optimize(network, inference=True, inplace=True)
     run = _compiled(provider, network)
 
     def call() -> tuple[Tensor, ...]:

@@ -19,15 +19,29 @@ from .. import models
 from .. import nn as layers
 from .cases import ANY_FORMAT, Case
 
-NETWORKS = ("alexnet", "vgg16-features")
 NETWORK_MODES = ("inference", "training step", "input gradient")
 NETWORK_DTYPES = ("fp32", "bf16")
 
-_SIZES = {"alexnet": 227, "vgg16-features": 224}
-_SMALLEST = {"alexnet": 64, "vgg16-features": 16}
-_BATCHES = {"alexnet": 32, "vgg16-features": 4}
-_MODES = {"alexnet": NETWORK_MODES[:2], "vgg16-features": NETWORK_MODES[2:]}
-_FIRST_LAYERS = {"alexnet": "conv1", "vgg16-features": "conv1_1"}
+
+@dataclass(frozen=True)
+class Network:
+    """What is usual for a network; ``model`` is its name in the registry, None for one of this file."""
+
+    model: str | None
+    size: int
+    smallest: int
+    batches: tuple[int, ...]  # of inference
+    batch: int  # of the other modes
+    modes: tuple[str, ...] = NETWORK_MODES[:2]
+
+
+NETWORKS = {
+    "alexnet": Network("alexnet", 227, 64, (1, 8, 32, 128), 32),
+    "vgg16": Network("vgg16", 224, 32, (1, 8), 4),
+    "inception_v1": Network("inception_v1", 224, 32, (1, 8, 32), 8),
+    "vgg16-features": Network(None, 224, 16, (4,), 4, NETWORK_MODES[2:]),
+}
+_QUICK = (("alexnet", "inference", 32), ("alexnet", "training step", 32), ("vgg16-features", "input gradient", 4))
 _VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and convolutions of each stage
 _TAPPED = ("conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3")
 
@@ -92,35 +106,36 @@ def select_networks(
 ) -> list[Case]:
     """The cases to run. Each network runs in its own modes, and only inference in another dtype than fp32.
 
-    Usual are AlexNet's inference in fp32 and bf16 and its training step, both with 32 images, and VGG-16's input
-    gradient with 4; ``quick`` leaves bf16 out.
+    ``quick`` are AlexNet's inference and training with 32 images and VGG-16's input gradient with 4, in fp32; what is
+    asked for beside it is run instead.
     """
 
     def cases() -> Iterator[Case]:
-        for network, dtype in product(
-            networks or NETWORKS, dtypes or (NETWORK_DTYPES[:1] if quick else NETWORK_DTYPES)
-        ):
-            for mode in _MODES[network]:
+        for name, dtype in product(networks or NETWORKS, dtypes or (NETWORK_DTYPES[:1] if quick else NETWORK_DTYPES)):
+            network = NETWORKS[name]
+            for mode in network.modes:
                 if (modes and mode not in modes) or (dtype != "fp32" and mode != "inference"):
                     continue
-                side = size or _SIZES[network]
-                for batch in batches or [_BATCHES[network]]:
-                    yield Case(network, (batch, 3, side, side), dtype, ANY_FORMAT, mode)
+                side = size or network.size
+                for batch in batches or (network.batches if mode == "inference" else (network.batch,)):
+                    if not quick or networks or batches or (name, mode, batch) in _QUICK:
+                        yield Case(name, (batch, 3, side, side), dtype, ANY_FORMAT, mode)
 
     return list(cases())
 
 
 def check_size(network: str, size: int) -> None:
     """Raise ValueError where nothing would be left of an image of this size."""
-    if size < _SMALLEST[network]:
-        raise ValueError(f"{size}: {network} needs at least {_SMALLEST[network]}")
+    if size < NETWORKS[network].smallest:
+        raise ValueError(f"{size}: {network} needs at least {NETWORKS[network].smallest}")
 
 
 def make_network(case: Case, *, plain: bool) -> nn.Module:
     """Built in evaluation mode, with He's initialization."""
-    if case.op == "alexnet":
-        return models.create_model("alexnet", init="kaiming", input_size=case.shape[-1], plain=plain).eval()
-    return Features(plain=plain).eval()
+    model = NETWORKS[case.op].model
+    if model is None:
+        return Features(plain=plain).eval()
+    return models.create_model(model, init="kaiming", input_size=case.shape[-1], plain=plain).eval()
 
 
 def count_flop(case: Case, network: nn.Module) -> int:
@@ -135,5 +150,6 @@ def count_flop(case: Case, network: nn.Module) -> int:
         network(torch.zeros(1, *image))
     forward = counter.get_total_flops()
     counts = counter.get_flop_counts()
-    first = sum(next(c for name, c in counts.items() if name.endswith(f".{_FIRST_LAYERS[case.op]}")).values())
+    first_layer = next(name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d))
+    first = sum(next(c for name, c in counts.items() if name.endswith(f".{first_layer}")).values())
     return n * {"inference": forward, "training step": 3 * forward - first, "input gradient": 2 * forward}[case.mode]

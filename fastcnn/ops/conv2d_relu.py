@@ -150,7 +150,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Te
 
 def _pack(weight: Tensor, x: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
     """In the blocked format that oneDNN prefers for an input like ``x``; good for any."""
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
         weight.detach().to_mkldnn(), padding, stride, dilation, groups, x.shape
     )
 
