@@ -162,7 +162,8 @@ def predict(
         return
     console = Console(highlight=False)
     for path, best in zip(images, guesses, strict=True):
-        console.print(_table(path, best), "")
+        console.print(f"[bold]{escape(str(path))}", soft_wrap=True)
+        console.print(_table(best), "")
     console.print(f"preprocessing: {prepare.name}\n{report}", markup=False)
 
 
@@ -213,8 +214,8 @@ def _read_images(paths: Sequence[Path]) -> list[Image]:
     return pictures
 
 
-def _table(path: Path, best: Sequence[Guess]) -> Table:
-    table = Table("class", title=escape(str(path)), title_justify="left", title_style="bold", box=None)
+def _table(best: Sequence[Guess]) -> Table:
+    table = Table("class", box=None)
     if any(guess.label for guess in best):
         table.add_column("label")
     table.add_column("probability", justify="right")
