@@ -8,6 +8,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..params import LRNParams
@@ -78,8 +79,14 @@ def _differences(theirs: Step, own: Step) -> list[str]:
         names = ("kernel", "stride", "padding", "dilation")
         pairs += [(name, getattr(theirs.window, name), getattr(own.window, name)) for name in names]
     lines = [f"{own.name}: {name} is {a} in the file and {b} in the model" for name, a, b in pairs if a != b]
-    lines += [f"{own.name}.{key} is missing in the file" for key in own.tensors if key not in theirs.tensors]
+    missing = [key for key in own.tensors if key not in theirs.tensors and not _may_be_zero(own, key)]
+    lines += [f"{own.name}.{key} is missing in the file" for key in missing]
     return lines + [f"{own.name} of the model has no {key}" for key in theirs.tensors if key not in own.tensors]
+
+
+def _may_be_zero(step: Step, key: str) -> bool:
+    """Exporters leave out biases that are all 0."""
+    return key == "bias" and step.kind in ("convolution", "fully connected")
 
 
 def _match_tensors(found: Match, theirs: Step, own: Step) -> None:
@@ -90,6 +97,10 @@ def _match_tensors(found: Match, theirs: Step, own: Step) -> None:
         if name == "weight" and factor != 1:
             found.state[key] = tensor * factor
             found.changes.append(f"{key} is {factor:g} times the file's: the model scales its input by {1 / factor:g}")
+    for name, tensor in own.tensors.items():
+        if name not in theirs.tensors and _may_be_zero(own, name):
+            found.state[f"{own.name}.{name}".lstrip(".")] = torch.zeros_like(tensor)
+            found.changes.append(f"{own.name} has a {name} of 0, for the file has none")
 
 
 def _match_map(found: Match, model: nn.Module, theirs: Step, own: Step, size: int) -> int | None:

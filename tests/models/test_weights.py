@@ -222,6 +222,13 @@ def node(kind, inputs, output, **attributes):
     return onnx.helper.make_node(kind, inputs.split(), [output], **attributes)
 
 
+def test_bias_that_the_graph_leaves_out_is_zero(tmp_path):
+    path = small_graph(tmp_path / "g.onnx", node("Conv", "image w", "c", kernel_shape=[3, 3]), w=(8, 3, 3, 3))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    assert models.load_weights(model, path).changes == ["0 has a bias of 0, for the file has none"]
+    assert not model[0].bias.any()
+
+
 def test_mean_in_the_graph_matrix_product_and_batch_norm(tmp_path):
     path = small_graph(
         tmp_path / "small.onnx",
