@@ -83,8 +83,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> WeightsRepor
             computes: LRN parameters (and ``groups=1``: ONNX has no others) are taken over, and whether pools round up
             and how many zeros are behind the image, where that matters for images of ``model.input_size``. Where the
             model scales the input of a layer, as the paper's dropout does, the weights are divided by that factor. For
-            graphs converted from Caffe, ``model.preprocessing`` becomes Caffe's. LRN must be the operator LRN: exporters
-            that write it as arithmetic are refused.
+            graphs converted from Caffe, ``model.preprocessing`` becomes Caffe's. LRN must be the operator LRN:
+            graphs that write it as arithmetic are refused.
 
     Returns:
         What was read and changed, a :class:`WeightsReport`. Tensors are converted to the dtype and device of the model.
