@@ -169,7 +169,7 @@ def compiling(arch: int) -> Iterator[list[Kernel]]:
                 None if callable(grid) else grid,
                 compiled.asm["cubin"],
                 metadata.shared,
-                compiled.asm,
+                dict(compiled.asm),
             )
         )
 
