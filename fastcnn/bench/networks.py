@@ -69,7 +69,7 @@ class ConvThenReLU2d(nn.Conv2d):
 class Features(nn.Sequential):
     """VGG-16 up to conv5_3, its weights frozen: images -> the loss of each, as perceptual losses have it.
 
-    The loss is the sum of the Euclidean norms of the features behind the ReLUs 1_2, 2_2, 3_3, 4_3 and 5_3.
+    The loss is the sum of the squares of the features behind the ReLUs 1_2, 2_2, 3_3, 4_3 and 5_3.
     """
 
     def __init__(self, *, plain: bool) -> None:
@@ -91,7 +91,7 @@ class Features(nn.Sequential):
         for name, layer in self.named_children():
             input = layer(input)
             if name in _TAPPED:
-                loss = loss + torch.linalg.vector_norm(input, dim=(1, 2, 3))
+                loss = loss + input.square().sum((1, 2, 3))
         return loss
 
 
