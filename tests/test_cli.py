@@ -141,7 +141,7 @@ def assert_refused(result: Result, said: list[str]) -> None:
 def test_bench_models_prints_tables_and_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("PIL")
     monkeypatch.setattr("fastcnn.bench.network_measure.MATMUL", 64)
-    who = ("--providers", "fastcnn", "--providers", "torch.eager")
+    who = ("--providers", "fastcnn", "--providers", "torch.eager", "--model", "alexnet", "--model", "vgg16-features")
     options = ("--size", 67, "--batch", 2, "--dtype", "fp32", "--repeats", 1, "--out", tmp_path)
     result = fastcnn_command("bench", "models", *who, *options)
     assert result.exit_code == 0, result.output
@@ -157,7 +157,7 @@ def test_bench_models_prints_tables_and_writes_files(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model", "lenet"], ["--model", "'lenet'", "alexnet, vgg16-features"]),
+        (["--model", "lenet"], ["--model", "'lenet'", "alexnet, vgg16, inception_v1"]),
         (["--mode", "sleep"], ["--mode", "'sleep'", "inference, training step, input gradient"]),
         (["--dtype", "fp16"], ["--dtype", "'fp16'", "fp32, bf16"]),
         (["--providers", "caffe"], ["--providers", "'caffe'", "fastcnn", "torch.eager", "openvino"]),
