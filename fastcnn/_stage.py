@@ -68,10 +68,11 @@ def why_not(layer: nn.Module, part: str) -> str:
         return "return_indices=True"
     if "forward" in vars(layer):
         return "its forward was replaced"
-    return "it has hooks" if _has_hooks(layer) else ""
+    return "it has hooks" if has_hooks(layer) else ""
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether anything wants to see or change what goes in or out."""
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
@@ -127,7 +128,7 @@ def infer_fused_layer(x: Tensor, layer: Any) -> Tensor:
     """A layer of fastcnn that begins with a convolution, for inference."""
     x = x.to(layer.weight.dtype)
     y = None
-    if layer.padding_mode == "zeros" and not _has_hooks(layer):
+    if layer.padding_mode == "zeros" and not has_hooks(layer):
         y = _infer(x, layer, True, getattr(layer, "lrn", None), getattr(layer, "pool", None))
     return layer(x) if y is None else y
 
@@ -145,7 +146,7 @@ def infer_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     x = x.to(layer.weight.dtype)
     if (
         type(layer).forward is not nn.Linear.forward
-        or _has_hooks(layer)
+        or has_hooks(layer)
         or x.dim() != 2
         or not runs_packed(x, layer.weight)
     ):

@@ -21,8 +21,19 @@ from rich.table import Table
 from torch import fx, nn
 
 from . import nn as layers
-from ._stage import PARTS, Function, infer_fused_layer, infer_linear, infer_stage, part_of, run_stage, why_not
+from ._stage import (
+    PARTS,
+    Function,
+    has_hooks,
+    infer_fused_layer,
+    infer_linear,
+    infer_stage,
+    part_of,
+    run_stage,
+    why_not,
+)
 from .models.layers import ConvReLULRNMaxPool2d
+from .ops._inference import in_parts
 from .params import FLOATING_DTYPES
 
 
@@ -152,6 +163,7 @@ class _Plan(NamedTuple):
     original: type[nn.Module]
     forwards: tuple[Callable[..., Any], Callable[..., Any]]
     inference: bool
+    by_image: bool  # every call treats each image by itself
     children: tuple[str, ...]
     settings: dict[str, Any]
 
@@ -185,7 +197,8 @@ def _rewrite(module: nn.Module, name: str, inference: bool) -> list[Entry]:
     entries = list(dict.fromkeys(entry for _, of_mode in graphs for entry in of_mode))
     if any(entry.now for entry in entries):
         forwards = (*(_compiled(graph, cls) for graph, _ in graphs), cls.forward)[:2]
-        _change_class(module, _Plan(cls, forwards, inference, tuple(module._modules), _settings(module)))  # type: ignore[arg-type]
+        by_image = inference and isinstance(module, nn.Sequential) and _is_by_image(graphs[0][0], module)
+        _change_class(module, _Plan(cls, forwards, inference, by_image, tuple(module._modules), _settings(module)))  # type: ignore[arg-type]
     return entries
 
 
@@ -199,10 +212,13 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 def _change_class(module: nn.Module, plan: _Plan) -> None:
     cls = plan.original
+    largest: dict[Any, int] = {}
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if plan.holds(self):
+            if plan.by_image and not self.training and not any(map(has_hooks, self.children())):
+                return in_parts(functools.partial(plan.forwards[False], self), largest, *args, **kwargs)
             return plan.forwards[self.training](self, *args, **kwargs)
         return cls.forward(self, *args, **kwargs)
 
@@ -386,6 +402,21 @@ def _may_skip_writing(relu: _Call, module: nn.Module) -> bool:
         return False
     new = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.LocalResponseNorm, nn.MaxPool2d)
     return isinstance(module.get_submodule(str(source.target)), new)
+
+
+def _is_by_image(graph: fx.Graph, module: nn.Module) -> bool:
+    alone = (nn.ReLU, nn.MaxPool2d, nn.LocalResponseNorm, nn.BatchNorm2d)
+
+    def is_alone(node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(module.get_submodule(str(node.target)), alone)
+        return node.op in ("placeholder", "get_attr", "output") or node.target in (
+            infer_stage,
+            infer_fused_layer,
+            run_stage,
+        )
+
+    return all(map(is_alone, graph.nodes))
 
 
 _PACKED: dict[type, Callable[..., Any]] = {

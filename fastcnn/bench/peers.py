@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import tempfile
 from pathlib import Path
@@ -48,7 +49,38 @@ def openvino(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:
     return lambda x: torch.from_numpy(compiled(x.numpy(), share_inputs=True)[0])
 
 
+class _Norm(nn.Module):
+    """LRN as one node of ONNX, which the exporter would write as a dozen; its groups go into the batch."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.groups = getattr(norm, "groups", 1)
+        self.attributes = {
+            "size": norm.size,
+            "alpha": float(norm.alpha),
+            "beta": float(norm.beta),
+            "bias": float(norm.k),
+        }
+
+    def forward(self, input: Tensor) -> Tensor:
+        n, c, h, w = input.shape
+        x = input.reshape(n * self.groups, c // self.groups, h, w)
+        y = torch.onnx.ops.symbolic("LRN", (x,), self.attributes, dtype=x.dtype, shape=x.shape, version=18)
+        return y.reshape(n, c, h, w)
+
+
+def _with_norms(network: nn.Module) -> nn.Module:
+    network = copy.deepcopy(network)
+    for name, layer in list(network.named_modules()):
+        # of an even size ONNX's window lies on the other side
+        if isinstance(layer, nn.LocalResponseNorm) and layer.size % 2:
+            parent, _, last = name.rpartition(".")
+            setattr(network.get_submodule(parent), last, _Norm(layer))
+    return network
+
+
 def _exported(network: nn.Module, x: Tensor, folder: Path) -> str:
+    network = _with_norms(network)
     with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its progress
         torch.onnx.export(network, (x,), str(folder / "network.onnx"), dynamo=True, verbose=False)
     return str(folder / "network.onnx")

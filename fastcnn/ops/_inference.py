@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,34 @@ from .conv2d_relu import _magnitude, _onednn_runs, _output_shape, _pack
 # A larger block is mapped anew each time it is allocated, by the GNU C library for one; smaller ones are used again.
 _REUSED_BYTES = 32 << 20
 _LINEAR_BATCH = 32  # that weights are packed for, and good for any
+
+
+_seen = threading.local()  # .largest: bytes of an image's largest map since it was set to 0
+
+
+def in_parts(run: Callable[[Tensor], Any], largest: dict[Any, int], input: Any) -> Any:
+    """``run(input)``, a few images at a time where the maps in between would be too large to be used again.
+
+    ``largest`` keeps, for each kind of input, the bytes of an image's largest map, found when it is first met.
+    """
+    x = input
+    if type(x) is not Tensor or x.dim() != 4 or x.device.type != "cpu" or len(x) < 2 or torch.compiler.is_compiling():
+        return run(x)
+    if torch._C._are_functorch_transforms_active() or (torch.is_grad_enabled() and x.requires_grad):
+        return run(x)
+    kind = x.shape[1:], x.dtype
+    if kind not in largest:
+        _seen.largest = 0
+        y = run(x)
+        largest[kind] = _seen.largest if isinstance(y, Tensor) else 0
+        if _images_at_a_time(len(x), largest[kind]) == len(x):
+            return y  # else anew, so that the first time gives the same bits as the next
+    step = _images_at_a_time(len(x), largest[kind])
+    return run(x) if step == len(x) else torch.cat([run(part) for part in x.split(step)])
+
+
+def _images_at_a_time(images: int, bytes_of_one: int) -> int:
+    return images if images * bytes_of_one <= _REUSED_BYTES else max(1, _REUSED_BYTES // 2 // bytes_of_one)
 
 
 def runs_packed(x: Tensor, weight: Tensor) -> bool:
@@ -49,6 +79,9 @@ def conv_stage(
 ) -> Tensor:
     """Convolution -> ReLU? -> LRN? -> max-pool?, in channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
+    shape = _output_shape(x, weight, stride, padding, dilation, groups)
+    image_bytes = shape[1] * shape[2] * shape[3] * x.element_size()
+    _seen.largest = max(getattr(_seen, "largest", 0), image_bytes)
     frozen = unchanged(weight)
     packed = frozen.get("forward", lambda: _pack(weight, x, stride, padding, dilation, groups))
 
@@ -60,10 +93,11 @@ def conv_stage(
     if lrn is None and pool is None:
         if not relu:
             return convolve(x, bias, "none")
-        if _is_finite(x, weight, bias, frozen):  # oneDNN's ReLU makes 0 of NaN
+        # oneDNN's ReLU makes 0 of NaN: it may run where a read of the input, if that is not too long, rules NaN out.
+        if x.numel() <= 2 * len(x) * image_bytes // x.element_size() and _is_finite(x, weight, bias, frozen):
             return convolve(x, bias, "relu")
         return torch.relu_(convolve(x, bias, "none"))
-    return _with_tail(x, convolve, _output_shape(x, weight, stride, padding, dilation, groups), bias, relu, lrn, pool)
+    return _with_tail(x, convolve, shape, image_bytes, bias, relu, lrn, pool)
 
 
 def _is_finite(x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> bool:
@@ -75,6 +109,7 @@ def _with_tail(
     x: Tensor,
     convolve: Any,
     shape: list[int],
+    image_bytes: int,
     bias: Tensor | None,
     relu: bool,
     lrn: LRNParams | None,
@@ -87,9 +122,8 @@ def _with_tail(
     out_size = size if pool is None else pooled_size(size, *pool_args)
     y = torch.empty((n, c, *out_size), dtype=x.dtype, memory_format=torch.channels_last)
     wide_bias = None if bias is None else bias.to(opmath(x.dtype)).contiguous()
-    image_bytes = c * size[0] * size[1] * x.element_size()
-    step = n if n * image_bytes <= _REUSED_BYTES else max(1, _REUSED_BYTES // 2 // image_bytes)
-    for i in range(0, n, step):
+    step = _images_at_a_time(n, image_bytes)
+    for i in range(0, n, max(step, 1)):
         z = convolve(x[i : i + step], None, "none")
         torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(
             z, wide_bias, y[i : i + step], None, True, relu, *lrn_args, *pool_args
