@@ -207,7 +207,9 @@ def _has_own_forward(module: nn.Module) -> bool:
     package = cls.__module__.split(".")[0]
     if isinstance(module, torch.jit.ScriptModule | torch.jit.TopLevelTracedModule) or "forward" in vars(module):
         return False
-    return isinstance(module, nn.Sequential) or (package not in ("torch", "fastcnn") and part_of(module) is None)
+    if package == "fastcnn":  # its networks, not its layers
+        return bool(module._modules)
+    return isinstance(module, nn.Sequential) or (package != "torch" and part_of(module) is None)
 
 
 def _change_class(module: nn.Module, plan: _Plan) -> None:

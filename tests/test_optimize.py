@@ -695,6 +695,29 @@ def test_inference_keeps_nan(classifier):
     assert_bitwise(fast(x).isnan(), classifier.eval()(x).isnan())
 
 
+class Overwrites(nn.Module):
+    """Writes a map between two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.register_buffer("factor", torch.ones(16, 1, 1))
+
+    def forward(self, x):
+        return F.relu(self.two(F.relu(self.one(x)).mul_(self.factor)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_inference_sees_nan_that_appears_on_the_way(value):
+    fast = fastcnn.optimize(Overwrites().float(), inference=True)
+    assert torch.isfinite(fast(IMAGES)).all()
+    fast.factor[3] = value
+    fast.two.weight[:, 3] *= 1e20 if value == 1e30 else 1
+    expected = F.relu(F.conv2d(F.relu(fast.one(IMAGES)).mul_(fast.factor), fast.two.weight, fast.two.bias))
+    assert not torch.isfinite(expected).all()
+    assert_bitwise(fast(IMAGES).isnan(), expected.isnan())
+
+
 def test_inference_with_hooks_training_gradients_and_copies(classifier):
     fast, model = fastcnn.optimize(classifier, inference=True), classifier.eval()
     expected = model(IMAGES)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .. import backends
 from ..params import LRNParams, PoolParams, opmath, pooled_size
-from ._packed import Frozen, unchanged
+from ._packed import unchanged
 from .conv2d_relu import _magnitude, _onednn_runs, _output_shape, _pack
 
 # A larger block is mapped anew each time it is allocated, by the GNU C library for one; smaller ones are used again.
 _REUSED_BYTES = 32 << 20
+_LARGE = 1e38  # far enough below the largest float32 that no sum on the way overflows
 _LINEAR_BATCH = 32  # that weights are packed for, and good for any
 
 
@@ -85,6 +86,12 @@ def conv_stage(
     frozen = unchanged(weight)
     packed = frozen.get("forward", lambda: _pack(weight, x, stride, padding, dilation, groups))
 
+    bound = _bound(x)  # of absolute values; what comes out of this layer is bounded by it too
+
+    def outgoing(of_input: float) -> float:
+        of_weight = frozen.get("magnitude", lambda: torch.tensor(_magnitude(weight))).item()
+        return of_input * of_weight * weight[0].numel() + _magnitude(bias)
+
     def convolve(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(
             x, packed, bias, padding, stride, dilation, groups, activation, [], ""
@@ -93,16 +100,27 @@ def conv_stage(
     if lrn is None and pool is None:
         if not relu:
             return convolve(x, bias, "none")
-        # oneDNN's ReLU makes 0 of NaN: it may run where a read of the input, if that is not too long, rules NaN out.
-        if x.numel() <= 2 * len(x) * image_bytes // x.element_size() and _is_finite(x, weight, bias, frozen):
-            return convolve(x, bias, "relu")
-        return torch.relu_(convolve(x, bias, "none"))
-    return _with_tail(x, convolve, shape, image_bytes, bias, relu, lrn, pool)
+        # oneDNN's ReLU makes 0 of NaN: it may run where NaN is ruled out, if need be by a read of a short input.
+        if bound is None or not outgoing(bound) < _LARGE:
+            bound = _magnitude(x) if x.numel() <= 2 * len(x) * image_bytes // x.element_size() else None
+        if bound is None or not outgoing(bound) < _LARGE:
+            return torch.relu_(convolve(x, bias, "none"))
+        return _bounded(convolve(x, bias, "relu"), outgoing(bound))
+    y = _with_tail(x, convolve, shape, image_bytes, bias, relu, lrn, pool)
+    whole = pool is None or pool.op_args()[3] == [1, 1]  # a dilated window may hold nothing, and give -inf
+    return _bounded(y, outgoing(bound)) if lrn is None and whole and bound is not None else y
 
 
-def _is_finite(x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> bool:
-    of_weight = frozen.get("magnitude", lambda: torch.tensor(_magnitude(weight))).item()
-    return _magnitude(x) * of_weight * weight[0].numel() + _magnitude(bias) < 1e38
+def _bounded(y: Tensor, bound: float) -> Tensor:
+    """``y``, which remembers that none of its values is larger, nor NaN, until it is written."""
+    if bound < _LARGE and not y.is_inference():
+        y._fastcnn_bound = bound, y._version  # type: ignore[attr-defined]
+    return y
+
+
+def _bound(x: Tensor) -> float | None:
+    bound, version = getattr(x, "_fastcnn_bound", (None, None))
+    return bound if bound is not None and x._version == version else None
 
 
 def _with_tail(
