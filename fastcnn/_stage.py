@@ -98,8 +98,12 @@ def run_stage(
     if conv is None:
         return FF.relu_lrn_max_pool2d(x, relu=rectify, lrn=lrn_params, pool=pool_params)
     weight, bias, *arguments = conv_arguments(conv)
+    if relu is None and lrn is None and pool is None:
+        return F.conv2d(x, weight, bias, *arguments)
     frozen = needs_grad(x) and not needs_grad(weight, bias)
-    if lrn is None and (pool is None or frozen):  # of frozen weights a bit an output is kept, and a byte of the pool's
+    if (
+        relu is not None and lrn is None and (pool is None or frozen)
+    ):  # of frozen weights a bit an output is kept, and a byte of the pool's
         y = FF.conv2d_relu(x, weight, bias, *arguments)
         return y if pool_params is None else FF.max_pool2d(y, *pool_params.op_args())
     y = F.conv2d(x, weight, None, *arguments)

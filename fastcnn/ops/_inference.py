@@ -56,6 +56,8 @@ def runs_packed(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
+    if weight.is_inference():  # made under torch.inference_mode: whether it changes cannot be seen
+        return False
     return _onednn_runs(x) and backends.choose("conv2d_relu", ("reference", "cpu"), x) == "cpu"
 
 
