@@ -140,6 +140,7 @@ class Writer:
                 define = f"-DFASTCNN_CAPABILITY={capability}"
                 self.compile(f"cpu/{kernel}.cpp", [*kernel_flags, *flags, define], f".{capability}")
         self.compile("cpu/capability.cpp", [*self.common, *(["-DFASTCNN_X86"] if X86 else [])])
+        self.compile("cpu/kept_memory.cpp", self.common)
         self.compile("library.cpp", [*self.common, *self.library_flags])
         defines = [
             _define("FASTCNN_COMPILER", _version(COMPILER, 0)),

@@ -3,6 +3,7 @@
 
 #include "arguments.h"
 #include "cpu/capability.h"
+#include "cpu/kept_memory.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 
@@ -205,11 +206,20 @@ int64_t fingerprint(Tensor x) {
   }
 }
 
+// An uninitialized tensor of this one's form, in memory that is kept for the next.
+Tensor kept_like(Tensor x) {
+  const Block block = take_memory(x.numel() * x.element_size());
+  STD_TORCH_CHECK(block.begin, "out of memory: a tensor of ", x.numel() * x.element_size(), " bytes");
+  return torch::stable::from_blob(block.begin, x.sizes(), x.strides(), x.device(), x.scalar_type(),
+                                  [block](void*) { keep_memory(block); });
+}
+
 STABLE_TORCH_LIBRARY(fastcnn_cpu, m) {
   m.def("lrn(Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
   m.def("lrn_backward(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
   m.def("max_pool2d(Tensor input, Tensor(a!) out, Tensor(b!)? argmax, bool channels_last, " FASTCNN_POOL ") -> ()");
   m.def("max_pool2d_backward(Tensor grad, Tensor argmax, Tensor(a!) out, bool channels_last, " FASTCNN_POOL ") -> ()");
+  m.def("kept_like(Tensor input) -> Tensor");
   m.def("relu_mask(Tensor output, Tensor(a!) mask) -> ()");
   m.def("relu_mask_backward(Tensor grad, Tensor mask, Tensor(a!) out) -> ()");
   m.def("fingerprint(Tensor input) -> int");
@@ -224,6 +234,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) {
   m.impl("lrn_backward", TORCH_BOX(&lrn_backward));
   m.impl("max_pool2d", TORCH_BOX(&max_pool2d));
   m.impl("max_pool2d_backward", TORCH_BOX(&max_pool2d_backward));
+  m.impl("kept_like", TORCH_BOX(&kept_like));
   m.impl("relu_mask", TORCH_BOX(&relu_mask));
   m.impl("relu_mask_backward", TORCH_BOX(&relu_mask_backward));
   m.impl("fingerprint", TORCH_BOX(&fingerprint));

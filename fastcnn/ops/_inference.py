@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..params import LRNParams, PoolParams, opmath, pooled_size
+from ._layout import kept
 from ._packed import unchanged
 from .conv2d_relu import _magnitude, _onednn_runs, _output_shape, _pack
 
@@ -140,7 +141,7 @@ def _with_tail(
     lrn_args = (0, 0.0, 0.0, 0.0, 1) if lrn is None else lrn.op_args()
     pool_args = ([], [], [], [], False) if pool is None else pool.op_args()
     out_size = size if pool is None else pooled_size(size, *pool_args)
-    y = torch.empty((n, c, *out_size), dtype=x.dtype, memory_format=torch.channels_last)
+    y = kept(torch.empty((n, c, *out_size), dtype=x.dtype, memory_format=torch.channels_last))
     wide_bias = None if bias is None else bias.to(opmath(x.dtype)).contiguous()
     step = _images_at_a_time(n, image_bytes)
     for i in range(0, n, max(step, 1)):

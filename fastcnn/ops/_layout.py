@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_UNMAPPED_BYTES = 32 << 20  # the GNU C library keeps freed blocks up to this size
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -37,6 +38,13 @@ def output(y: Tensor, format: torch.memory_format) -> Tensor:
     """``y`` with the very strides of a new tensor of that format, which those of empty and 1-wide ones need not be."""
     new = torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=format)
     return y if y.stride() == new.stride() else new.copy_(y)
+
+
+def kept(empty: Tensor) -> Tensor:
+    """``empty``, or where the C library would map it anew, page by page, the same in memory that fastcnn keeps."""
+    if not empty.is_cpu or empty.nbytes <= _UNMAPPED_BYTES or torch.are_deterministic_algorithms_enabled():
+        return empty
+    return torch.ops.fastcnn_cpu.kept_like(empty)
 
 
 def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..params import ConvParams, IntOrPair, autocast
 from . import _conv2d_relu_compiled as compiled
 from . import _conv2d_relu_cuda as on_gpu
-from ._layout import dense, empty_output, format_of, is_channels_last, output, output_format
+from ._layout import dense, empty_output, format_of, is_channels_last, kept, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
 from ._packed import Frozen, contents_of
 
@@ -200,7 +200,7 @@ def _backward_cpu(
     if x is not None:
         return _convolution_backward(torch.ops.aten.threshold_backward(dy, y_or_mask, 0), x, weight, *args)
     dy = dense(dy, format_of(args[1]))
-    dz = torch.empty_like(dy)
+    dz = kept(torch.empty_like(dy))
     torch.ops.fastcnn_cpu.relu_mask_backward(dy, y_or_mask, dz)
     dx = _input_gradient(dz, weight, *args)
     if dx is None:

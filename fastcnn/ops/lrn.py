@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..params import LRNParams, check_input, opmath
-from ._layout import dense, empty_output, is_channels_last, output, output_format
+from ._layout import dense, empty_output, is_channels_last, kept, output, output_format
 from ._operator import define, double_backward, fold_batch, unfold_batch
 from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch, vector
 
@@ -61,7 +61,7 @@ def _reference(x: Tensor, size: int, alpha: float, beta: float, k: float, groups
 
 def _compiled(library: str, x: Tensor, *lrn: Any) -> Tensor:
     format = output_format(x)
-    y = empty_output(x)
+    y = kept(empty_output(x))
     getattr(torch.ops, library).lrn(dense(x, format), y, is_channels_last(x), *lrn)
     return y
 
@@ -74,7 +74,7 @@ def _backward_reference(dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
 
 def _backward_compiled(library: str, dy: Tensor, x: Tensor, *lrn: Any) -> Tensor:
     format = output_format(x)
-    dx = empty_output(x)
+    dx = kept(empty_output(x))
     getattr(torch.ops, library).lrn_backward(dense(dy, format), dense(x, format), dx, is_channels_last(x), *lrn)
     return dx
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..params import IntOrPair, PoolParams, check_input, opmath, pooled_size
-from ._layout import dense, empty_output, format_of, is_channels_last, output, output_format
+from ._layout import dense, empty_output, format_of, is_channels_last, kept, output, output_format
 from ._operator import define, fold_batch, needs_grad, unfold_batch
 from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch, vector
 
@@ -90,7 +90,7 @@ def _reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _compiled(library: str, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *pool, with_argmax = args
     y, argmax = _fake(x, *args)
-    x = dense(x, output_format(x))
+    x, y = dense(x, output_format(x)), kept(y)
     getattr(torch.ops, library).max_pool2d(x, y, argmax if with_argmax else None, is_channels_last(x), *pool)
     return y, argmax
 
@@ -109,7 +109,7 @@ def _backward_compiled(
     library: str, dy: Tensor, argmax: Tensor, size: list[int], channels_last: bool, *pool: Any
 ) -> Tensor:
     format = format_of(channels_last)
-    dx = _backward_fake(dy, argmax, size, channels_last)
+    dx = kept(_backward_fake(dy, argmax, size, channels_last))
     backward = getattr(torch.ops, library).max_pool2d_backward
     backward(dense(dy, format), dense(argmax, format), dx, channels_last, *pool)
     return dx

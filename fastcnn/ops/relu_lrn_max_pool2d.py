@@ -12,7 +12,7 @@ from .. import reference
 from ..params import LRNParams, PoolParams, check_bias, check_input, opmath, pooled_size
 from . import lrn as single_lrn
 from . import max_pool2d as single_pool
-from ._layout import dense, empty_output, is_channels_last, output, output_format
+from ._layout import dense, empty_output, is_channels_last, kept, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
 from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch, processors, vector
 from .lrn import local_response_norm
@@ -132,6 +132,7 @@ def _compiled(library: str, x: Tensor, bias: Tensor | None, *args: Any) -> tuple
     *tail, with_argmax = args
     format = output_format(x)
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
+    y = kept(y)
     getattr(torch.ops, library).relu_lrn_max_pool2d(
         dense(x, format),
         _wide_bias(bias, x),
@@ -168,7 +169,7 @@ def _backward_compiled(
     library: str, dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any
 ) -> tuple[Tensor, Tensor]:
     format = output_format(x)
-    dx = empty_output(x)
+    dx = kept(empty_output(x))
     wide_bias = _wide_bias(bias, x)
     dbias = x.new_empty(0) if wide_bias is None else torch.empty_like(wide_bias)
     getattr(torch.ops, library).relu_lrn_max_pool2d_backward(

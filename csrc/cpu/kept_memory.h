@@ -1,0 +1,19 @@
+// Memory of large outputs, kept for the next ones. The C library unmaps a freed block above 32 MB, so that each step of a
+// training would have the system map and clear every page of every large output anew: up to half the time of a pool.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcnn {
+
+struct Block {
+  void* begin = nullptr;
+  int64_t bytes = 0;
+};
+
+// A block of at least so many bytes, or an empty one where none is left.
+Block take_memory(int64_t bytes);
+// Keep it for the next taker, and unmap the oldest of what is too much to keep.
+void keep_memory(Block block);
+
+}  // namespace fastcnn

@@ -1,0 +1,116 @@
+"""Memory of large outputs, kept for the next ones. See csrc/cpu/kept_memory.h."""
+
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastcnn
+import fastcnn.functional as FF
+from fastcnn import LRNParams, PoolParams
+from fastcnn.ops import _layout
+
+pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="needs the C++ library")
+
+
+@pytest.fixture(autouse=True)
+def every_output_is_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The deterministic mode, in which tests run, fills new tensors with NaN: there memory is not kept."""
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(_layout, "_UNMAPPED_BYTES", 0)
+    yield
+    torch.use_deterministic_algorithms(True)
+
+
+def poison(like: torch.Tensor) -> None:
+    """What is in the memory that the next outputs may get."""
+    blocks = [torch.ops.fastcnn_cpu.kept_like(like).fill_(torch.nan) for _ in range(4)]
+    del blocks
+
+
+OPERATORS = {
+    "lrn": lambda x: FF.local_response_norm(x, 5),
+    "max_pool2d": lambda x: FF.max_pool2d(x, 3, 2),
+    "relu_lrn_max_pool2d": lambda x: FF.relu_lrn_max_pool2d(x, lrn=LRNParams(5), pool=PoolParams(3, 2)),
+    "conv2d_relu": lambda x: FF.conv2d_relu(x, torch.linspace(-1, 1, 6 * 6 * 9).view(6, 6, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_the_same_bits_with_kept_memory(operator: str, format: torch.memory_format, monkeypatch) -> None:
+    x = torch.randn(2, 6, 15, 15, generator=torch.manual_seed(0)).to(memory_format=format).requires_grad_()
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        y = OPERATORS[operator](x)
+        return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y) * 0.5)[0]
+
+    poison(x)
+    y, dx = run()
+    monkeypatch.setattr(_layout, "_UNMAPPED_BYTES", 1 << 60)
+    new_y, new_dx = run()
+    assert torch.equal(y, new_y)
+    assert torch.equal(dx, new_dx)
+    assert y.stride() == new_y.stride()
+    assert dx.stride() == new_dx.stride()
+
+
+def test_memory_is_used_again_and_never_while_in_use() -> None:
+    like = torch.empty(3, 1000, dtype=torch.bfloat16)
+    first, second = (_layout.kept(like) for _ in range(2))
+    view, there = first[1:], first.data_ptr()
+    assert second.data_ptr() != there
+    del first
+    third = _layout.kept(like)
+    assert third.data_ptr() not in (there, second.data_ptr())  # the view still holds the first block
+    del view
+    assert _layout.kept(like).data_ptr() == there
+    assert third.dtype == torch.bfloat16
+    assert third.shape == (3, 1000)
+
+
+def test_a_block_goes_to_outputs_of_about_its_size() -> None:
+    block = _layout.kept(torch.empty(1 << 20))
+    there = block.data_ptr()
+    del block
+    assert _layout.kept(torch.empty(1 << 19)).data_ptr() != there
+    assert _layout.kept(torch.empty((1 << 20) + 1)).data_ptr() != there
+    assert _layout.kept(torch.empty((1 << 20) - 1000)).data_ptr() == there
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the size of the process from /proc")
+def test_at_most_half_a_gigabyte_is_kept() -> None:
+    def mapped() -> int:
+        return int(re.findall(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) << 10
+
+    blocks = [_layout.kept(torch.empty(300 << 20, dtype=torch.uint8)) for _ in range(6)]
+    in_use = mapped()
+    del blocks
+    assert in_use - mapped() >= 5 * (300 << 20)
+
+
+def test_threads_share_it() -> None:
+    wrong = []
+
+    def work(value: int) -> None:
+        for _ in range(200):
+            block = torch.ops.fastcnn_cpu.kept_like(torch.empty(4096)).fill_(value)
+            if not bool((block == value).all()):
+                wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_only_what_the_c_library_would_unmap_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    small, large = torch.empty(32 << 20, dtype=torch.uint8), torch.empty((32 << 20) + 1, dtype=torch.uint8)
+    assert _layout.kept(small) is small
+    assert _layout.kept(large) is not large
