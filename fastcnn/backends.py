@@ -51,6 +51,11 @@ if torch.version.cuda is not None:
 MEASURED: dict[tuple[str, torch.dtype, bool, int], str] = {}
 
 
+def cpu_capability() -> str:
+    """Which C++ kernels run: baseline, avx2 or avx512. Nothing where they are not here."""
+    return "" if _C is None else _C.cpu_capability()
+
+
 def size_class(tensor: Tensor) -> int:
     """Tensors of the same class are of like size, as a GPU sees it: a factor of 16 from one class to the next."""
     return tensor.numel().bit_length() // 4

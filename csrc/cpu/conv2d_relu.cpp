@@ -1,33 +1,11 @@
 // What conv2d_relu adds to oneDNN's convolution: the bit mask of a ReLU, and its use; and a hash of frozen weights.
 // Memory: the mask is one bit an element; backward reads it and dy and writes dx.
+#include "bits.h"
 #include "dispatch.h"
 #include "kernels.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {
-
-template <typename A>
-FASTCNN_INLINE IntVec<A> lane_bits() {
-  IntVec<A> bits;
-  for (int l = 0; l < kLanes<A>; ++l) bits[l] = Lane<A>(1) << l;
-  return bits;
-}
-
-// The bits of one vector; those of x not above 0 are off, those of NaN on.
-template <typename A>
-FASTCNN_INLINE uint32_t passing(Vec<A> x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(A) == 4) return _mm512_cmp_ps_mask((__m512)x, _mm512_setzero_ps(), _CMP_NLE_UQ);
-  else return _mm512_cmp_pd_mask((__m512d)x, _mm512_setzero_pd(), _CMP_NLE_UQ);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NLE_UQ));
-  else return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)x, _mm256_setzero_pd(), _CMP_NLE_UQ));
-#else
-  uint32_t bits = 0;
-  for (int l = 0; l < kLanes<A>; ++l) bits |= static_cast<uint32_t>(!(x[l] <= 0)) << l;
-  return bits;
-#endif
-}
 
 // f(first, n, word) for every 32 elements, the last of which may be fewer.
 template <typename F>
@@ -62,13 +40,11 @@ void relu_mask_backward(const MaskTask& task, int64_t begin, int64_t end, void*)
     using A = Compute<T>;
     const T* dy = static_cast<const T*>(task.x);
     T* dx = static_cast<T*>(task.out);
-    const IntVec<A> bits = lane_bits<A>();
     for_each_word(task, begin, end, [&](int64_t first, int64_t n) {
       uint32_t word = 0;
       std::memcpy(&word, task.mask + first / 8, (n + 7) / 8);
       for (int64_t i = 0; i < n; i += kLanes<A>) {
-        const IntVec<A> here = IntVec<A>{} + static_cast<Lane<A>>(word >> i);
-        const Vec<A> v = (here & bits) != 0 ? load_some(dy + first + i, n - i) : Vec<A>{};
+        const Vec<A> v = where_set<A>(word >> i, load_some(dy + first + i, n - i));
         if (n - i >= kLanes<A>) store(dx + first + i, v);
         else store_first(dx + first + i, v, n - i);
       }

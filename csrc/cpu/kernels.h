@@ -4,6 +4,8 @@
 // the caller: one block of scratch_bytes() for each range. No torch header and no allocation in a kernel's file.
 #pragma once
 
+#include <atomic>
+
 #include "../lrn.h"
 #include "../max_pool2d.h"
 #include "../tensor.h"
@@ -50,6 +52,36 @@ struct FingerprintTask {
   uint64_t* out;
 };
 
+// A convolution with 3x3 windows in steps of 1, float32, channels_last. Channels and outputs of a group are multiples of 16.
+// Units are kTiles tiles of 2x2 outputs.
+//
+// The weights are transformed by WinogradWeightTask: for each group and each panel of at most 64 of its outputs, 16 matrices
+// of channels x outputs.
+struct WinogradTask {
+  static constexpr int kTiles = 6;
+  Shape shape;  // of x
+  int64_t out_h, out_w, outputs, groups, padding[2];
+  bool relu, pool;  // pool: the maximum of each whole tile
+  const float *x, *weight, *bias;  // weight: transformed; bias: may be null
+  const uint8_t* x_mask;           // null, or a bit for each element of x: whether it counts
+  float* out;
+  uint8_t* out_mask;               // null, or a bit for each element before pooling: whether ReLU passes the gradient
+  std::atomic<uint32_t>* largest;  // the bits of the largest magnitude before ReLU; NaN is larger than inf
+  int64_t tiles_down() const { return (out_h + 1) / 2; }
+  int64_t tiles_across() const { return (out_w + 1) / 2; }
+  int64_t tiles() const { return shape.N * tiles_down() * tiles_across(); }
+};
+
+// Units are groups * panels * channels.
+struct WinogradWeightTask {
+  int64_t channels, outputs, groups;  // channels and outputs of one group
+  int64_t stride[5];                  // of a group, an output, a channel, a row and a column
+  const float* weight;
+  float* out;
+  int64_t panels() const { return (outputs + 63) / 64; }
+  int64_t first_output(int64_t panel) const { return outputs / 16 * panel / panels() * 16; }
+};
+
 #define FASTCNN_DECLARE_KERNELS(capability)                                                      \
   namespace capability {                                                                         \
   int64_t lrn_units(const LRNTask&);                                                             \
@@ -57,6 +89,9 @@ struct FingerprintTask {
   void lrn(const LRNTask&, int64_t begin, int64_t end, void* scratch);                           \
   void lrn_backward(const LRNTask&, int64_t begin, int64_t end, void* scratch);                  \
   void fingerprint(const FingerprintTask&, int64_t begin, int64_t end, void* scratch);           \
+  int64_t winograd_scratch_bytes(const WinogradTask&);                                            \
+  void winograd(const WinogradTask&, int64_t begin, int64_t end, void* scratch);                 \
+  void winograd_weight(const WinogradWeightTask&, int64_t begin, int64_t end, void* scratch);    \
   void relu_mask(const MaskTask&, int64_t begin, int64_t end, void* scratch);                    \
   void relu_mask_backward(const MaskTask&, int64_t begin, int64_t end, void* scratch);           \
   int64_t relu_lrn_max_pool2d_scratch_bytes(const TailTask&);                                    \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..params import ConvParams, IntOrPair, autocast
 from . import _conv2d_relu_compiled as compiled
 from . import _conv2d_relu_cuda as on_gpu
+from . import _winograd
 from ._layout import dense, empty_output, format_of, is_channels_last, kept, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
 from ._packed import Frozen, contents_of
@@ -135,6 +137,12 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Te
     bias = None if bias is None else bias.contiguous()
     # From packed weights oneDNN writes channels_last: of no use to NCHW.
     frozen = contents_of(weight) if _onednn_runs(x) and is_channels_last(x) else None
+    if _winograd.runs(x, weight, stride, padding, dilation, groups):
+        y, mask = _fake(x, weight, bias, *args)
+        y, out_mask = kept(y), mask if with_mask else None
+        run = partial(_winograd.convolve, frozen=frozen, relu=True, out_mask=out_mask)
+        if run(x, weight, bias, y, padding, groups) is not None:
+            return y, mask
     if _onednn_runs(x) and _cannot_be_nan(x, weight, bias, frozen):
         if frozen is not None:
             weight = frozen.get("forward", lambda: _pack(weight, x, stride, padding, dilation, groups))
@@ -197,35 +205,50 @@ def _passes(dy: Tensor, y_or_mask: Tensor, x: Tensor | None, channels_last: bool
 def _backward_cpu(
     dy: Tensor, y_or_mask: Tensor, x: Tensor | None, weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x is not None:
-        return _convolution_backward(torch.ops.aten.threshold_backward(dy, y_or_mask, 0), x, weight, *args)
+    *rest, needs = args
     dy = dense(dy, format_of(args[1]))
+    mask, dz = y_or_mask if x is None else None, dy
+    if mask is None:
+        dz = torch.ops.aten.threshold_backward(dy, y_or_mask, 0)
+    dx = _input_gradient(dz, mask, weight, *rest) if needs[0] else None
+    if dx is not None and not any(needs[1:]):
+        return dx, dx.new_empty(0), dx.new_empty(0)
+    if mask is not None:
+        dz = _unmasked(dy, mask)
+    grads = _convolution_backward(dz, x, weight, *rest, [needs[0] and dx is None, *needs[1:]])
+    return grads if dx is None else (dx, *grads[1:])
+
+
+def _unmasked(dy: Tensor, mask: Tensor) -> Tensor:
     dz = kept(torch.empty_like(dy))
-    torch.ops.fastcnn_cpu.relu_mask_backward(dy, y_or_mask, dz)
-    dx = _input_gradient(dz, weight, *args)
-    if dx is None:
-        return _convolution_backward(dz, x, weight, *args)
-    return dx, dz.new_empty(0), dz.new_empty(0)
+    torch.ops.fastcnn_cpu.relu_mask_backward(dy, mask, dz)
+    return dz
 
 
-def _input_gradient(dz: Tensor, weight: Tensor, *args: Any) -> Tensor | None:
-    """The gradient for the input alone, with packed weights; None where there are none.
+def _input_gradient(dy: Tensor, mask: Tensor | None, weight: Tensor, *args: Any) -> Tensor | None:
+    """The gradient for the input, of that of the output where the mask passes it; None where nothing here is faster.
 
     With stride 1 it is a convolution too: each window turned round, input and output channels exchanged.
     """
-    _, channels_last, stride, padding, dilation, groups, needs = args
-    turned_padding = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
-    convolves = needs == [True, False, False] and stride == [1, 1] and min(turned_padding) >= 0
-    frozen = contents_of(weight) if convolves and channels_last and _onednn_runs(dz) else None
-    if frozen is None:
+    size, channels_last, stride, padding, dilation, groups = args
+    padding = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+    if stride != [1, 1] or min(padding) < 0 or not channels_last:
+        return None
+    frozen = contents_of(weight)
+    if _winograd.runs(dy, weight, stride, padding, dilation, groups):
+        dx = kept(torch.empty(size, memory_format=torch.channels_last))
+        run = partial(_winograd.convolve, frozen=frozen, turned=True, x_mask=mask)
+        if run(dy, weight, None, dx, padding, groups) is not None:
+            return dx
+    if mask is None or frozen is None or not _onednn_runs(dy):
         return None
 
     def turned() -> Tensor:
         flipped = weight.detach().flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        return _pack(flipped.contiguous(), dz, stride, turned_padding, dilation, groups)
+        return _pack(flipped.contiguous(), dy, stride, padding, dilation, groups)
 
     dx = torch.ops.mkldnn._convolution_pointwise(
-        dz, frozen.get("backward", turned), None, turned_padding, stride, dilation, groups, "none", [], ""
+        _unmasked(dy, mask), frozen.get("backward", turned), None, padding, stride, dilation, groups, "none", [], ""
     )
     return output(dx, format_of(channels_last))
 

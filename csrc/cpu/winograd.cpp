@@ -1,0 +1,237 @@
+// Convolution with 3x3 windows by Winograd's minimal filtering F(2x2, 3x3): 16 products for 4 outputs instead of 36.
+//
+// A tile is 2x2 outputs, from 4x4 inputs. A block of tiles at a time: transform the inputs, B' d B, to 16 matrices of
+// tiles x channels; multiply each by its matrix of transformed weights; transform the products back, A' m A, and add the
+// bias, rectify and pool on the way out. Memory: a block's matrices stay in cache, so the input is read once and the output
+// written once; the weights, 16/9 of their size, are read once a block.
+//
+// Source: Lavin and Gray (2016), Fast Algorithms for Convolutional Neural Networks.
+#include <algorithm>
+
+#include "bits.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace fastcnn::FASTCNN_CAPABILITY {
+namespace {
+
+using Floats = Vec<float>;
+constexpr int64_t kLane = kLanes<float>, kRows = WinogradTask::kTiles;
+// So many vectors of a row that kRows rows of sums fit into registers.
+constexpr int kColumns = kVectorBytes == 64 ? 4 : 2;
+
+// sums[kRows x columns] = a[kRows x depth] * b[depth x columns], added to what is there or not.
+template <int columns>
+FASTCNN_INLINE void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                                  float* sums, bool add) {
+  Floats sum[kRows][columns];
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < columns; ++j) sum[r][j] = add ? load(sums + r * b_stride + j * kLane) : Floats{};
+  for (int64_t c = 0; c < depth; ++c, b += b_stride) {
+    Floats row[columns];
+    for (int j = 0; j < columns; ++j) row[j] = load(b + j * kLane);
+    for (int r = 0; r < kRows; ++r) {
+      const Floats value = broadcast(a[r * a_stride + c]);
+      for (int j = 0; j < columns; ++j) sum[r][j] += value * row[j];
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int j = 0; j < columns; ++j) store(sums + r * b_stride + j * kLane, sum[r][j]);
+}
+
+// sums[rows x columns] = a[rows x depth] * b[depth x columns]; b and sums are dense. columns is 16, 32, 48 or 64.
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t rows, int64_t depth, int64_t columns, float* sums) {
+  constexpr int64_t kDepth = 128;  // so many rows of b stay in the first cache
+  for (int64_t c = 0; c < depth; c += kDepth, a += kDepth, b += kDepth * columns) {
+    for (int64_t r = 0; r < rows; r += kRows)
+      for (int64_t j = 0; j < columns; j += kColumns * kLane) {
+        const auto run = [&](auto n) FASTCNN_INLINE_LAMBDA {
+          multiply_rows<n.value>(a + r * a_stride, a_stride, b + j, columns, std::min(kDepth, depth - c),
+                                 sums + r * columns + j, c > 0);
+        };
+        switch (std::min<int64_t>(kColumns, (columns - j) / kLane)) {
+          case 1: run(std::integral_constant<int, 1>{}); break;
+          case 3: run(std::integral_constant<int, std::min(kColumns, 3)>{}); break;
+          case 4: run(std::integral_constant<int, kColumns>{}); break;
+          default: run(std::integral_constant<int, 2>{});
+        }
+      }
+  }
+}
+
+// The image of a tile, and its first output there.
+struct Tile {
+  int64_t n, y, x;
+};
+
+Tile tile_at(const WinogradTask& task, int64_t i) {
+  const int64_t across = task.tiles_across(), of_image = task.tiles_down() * across;
+  return {i / of_image, i % of_image / across * 2, i % across * 2};
+}
+
+// To v: 16 matrices of tiles x channels, `plane` elements apart.
+template <bool masked>
+void transform_input(const WinogradTask& task, int64_t begin, int64_t end, float* v, int64_t plane) {
+  static constexpr float zeros[kLane] = {};
+  const Shape& s = task.shape;
+  for (int64_t i = begin; i < end; ++i, v += s.C) {
+    const Tile tile = tile_at(task, i);
+    int64_t pixel[4][4];  // outside the map: -1
+    for (int y = 0; y < 4; ++y)
+      for (int x = 0; x < 4; ++x) {
+        const int64_t h = tile.y + y - task.padding[0], w = tile.x + x - task.padding[1];
+        pixel[y][x] = h >= 0 && h < s.H && w >= 0 && w < s.W ? ((tile.n * s.H + h) * s.W + w) * s.C : -1;
+      }
+    for (int64_t c = 0; c < s.C; c += kLane) {
+      Floats d[4][4];
+      for (int y = 0; y < 4; ++y) {
+        Floats in[4];
+        for (int x = 0; x < 4; ++x) {
+          const int64_t at = pixel[y][x] + c;
+          in[x] = load(pixel[y][x] < 0 ? zeros : task.x + at);
+          if (masked && pixel[y][x] >= 0) in[x] = where_set<float>(load_bits(task.x_mask, at), in[x]);
+        }
+        d[y][0] = in[0] - in[2];
+        d[y][1] = in[1] + in[2];
+        d[y][2] = in[2] - in[1];
+        d[y][3] = in[1] - in[3];
+      }
+      for (int x = 0; x < 4; ++x) {
+        store(v + (0 + x) * plane + c, d[0][x] - d[2][x]);
+        store(v + (4 + x) * plane + c, d[1][x] + d[2][x]);
+        store(v + (8 + x) * plane + c, d[2][x] - d[1][x]);
+        store(v + (12 + x) * plane + c, d[1][x] - d[3][x]);
+      }
+    }
+  }
+}
+
+// From m: 16 matrices of tiles x columns, which are the outputs from `first` on. `largest` are bits of magnitudes, which are
+// in the order of the values, with NaN last.
+template <bool masked>
+void transform_output(const WinogradTask& task, int64_t begin, int64_t end, int64_t first, int64_t columns, const float* m,
+                      int64_t plane, IntVec<float>& largest) {
+  const int64_t K = task.outputs;
+  for (int64_t i = begin; i < end; ++i, m += columns) {
+    const Tile tile = tile_at(task, i);
+    const bool right = tile.x + 1 < task.out_w, below = tile.y + 1 < task.out_h;  // those outputs are in the map
+    for (int64_t k = 0; k < columns; k += kLane) {
+      Floats s[2][4], out[2][2];
+      for (int x = 0; x < 4; ++x) {
+        const Floats m0 = load(m + x * plane + k), m1 = load(m + (4 + x) * plane + k);
+        const Floats m2 = load(m + (8 + x) * plane + k), m3 = load(m + (12 + x) * plane + k);
+        s[0][x] = m0 + m1 + m2;
+        s[1][x] = m1 - m2 - m3;
+      }
+      const Floats bias = task.bias ? load(task.bias + first + k) : Floats{};
+      for (int y = 0; y < 2; ++y) {
+        out[y][0] = s[y][0] + s[y][1] + s[y][2] + bias;
+        out[y][1] = s[y][1] - s[y][2] - s[y][3] + bias;
+      }
+      for (int y = 0; y < 2; ++y)
+        for (int x = 0; x < 2; ++x) {
+          if ((y && !below) || (x && !right)) continue;
+          const IntVec<float> magnitude = (IntVec<float>)out[y][x] & 0x7fffffff;
+          largest = magnitude > largest ? magnitude : largest;
+          if (task.relu) out[y][x] = out[y][x] > 0 ? out[y][x] : Floats{};
+          if (task.pool) continue;
+          const int64_t at = ((tile.n * task.out_h + tile.y + y) * task.out_w + tile.x + x) * K + first + k;
+          store(task.out + at, out[y][x]);
+          if (masked) store_bits(task.out_mask, at, passing<float>(out[y][x]));
+        }
+      if (task.pool && right && below) {
+        const Floats up = out[0][0] > out[0][1] ? out[0][0] : out[0][1];
+        const Floats low = out[1][0] > out[1][1] ? out[1][0] : out[1][1];
+        const int64_t at = (tile.n * (task.out_h / 2) + tile.y / 2) * (task.out_w / 2) + tile.x / 2;
+        store(task.out + at * K + first + k, up > low ? up : low);
+      }
+    }
+  }
+}
+
+// Tiles of a block: few enough that their matrices stay in cache, but a few dozen, or the weights are read too often.
+int64_t block_tiles(const WinogradTask& task) {
+  constexpr int64_t kBytes = 768 << 10;
+  const int64_t most = kBytes / (16 * sizeof(float)) / (task.shape.C + 64);
+  return std::clamp<int64_t>(most, 48, 192) / kRows * kRows;
+}
+
+// Elements from matrix to matrix: a little more than theirs, or the same place of all 16 falls on one line of the cache.
+int64_t plane_of(int64_t tiles, int64_t columns) { return tiles * columns + 16; }
+
+}  // namespace
+
+int64_t winograd_scratch_bytes(const WinogradTask& task) {
+  const int64_t tiles = block_tiles(task);
+  return 16 * (plane_of(tiles, task.shape.C) + plane_of(tiles, 64)) * static_cast<int64_t>(sizeof(float));
+}
+
+void winograd(const WinogradTask& task, int64_t begin, int64_t end, void* scratch) {
+  WinogradWeightTask panels{};
+  panels.channels = task.shape.C / task.groups, panels.outputs = task.outputs / task.groups;
+  const int64_t C = panels.channels, last = std::min(end * kRows, task.tiles());
+  const int64_t blocks = ((end - begin) * kRows + block_tiles(task) - 1) / block_tiles(task);
+  const int64_t step = (end - begin + blocks - 1) / blocks * kRows;
+  IntVec<float> largest{};
+  for (int64_t first = begin * kRows; first < last; first += step) {
+    const int64_t tiles = std::min(step, last - first), rows = (tiles + kRows - 1) / kRows * kRows;
+    const int64_t v_plane = plane_of(rows, task.shape.C);
+    Scratch pieces(scratch);
+    float* const v = pieces.take<float>(16 * v_plane);
+    float* const m = pieces.take<float>(16 * plane_of(rows, 64));
+    (task.x_mask ? transform_input<true> : transform_input<false>)(task, first, first + tiles, v, v_plane);
+    for (int i = 0; i < 16; ++i)  // what fills up the last rows is not looked at, but must not slow the product
+      std::fill_n(v + i * v_plane + tiles * task.shape.C, (rows - tiles) * task.shape.C, 0.0f);
+    const float* weight = task.weight;
+    for (int64_t g = 0; g < task.groups; ++g)
+      for (int64_t p = 0; p < panels.panels(); ++p) {
+        const int64_t from = panels.first_output(p), columns = panels.first_output(p + 1) - from;
+        const int64_t m_plane = plane_of(rows, columns);
+        for (int i = 0; i < 16; ++i, weight += C * columns)
+          multiply(v + i * v_plane + g * C, task.shape.C, weight, rows, C, columns, m + i * m_plane);
+        (task.out_mask ? transform_output<true> : transform_output<false>)(task, first, first + tiles, g * panels.outputs + from,
+                                                                          columns, m, m_plane, largest);
+      }
+  }
+  uint32_t most = 0;
+  for (int l = 0; l < kLane; ++l) most = std::max(most, static_cast<uint32_t>(largest[l]));
+  for (uint32_t seen = task.largest->load(); seen < most && !task.largest->compare_exchange_weak(seen, most);) {
+  }
+}
+
+// G g G', in double, for one channel of one panel.
+void winograd_weight(const WinogradWeightTask& task, int64_t begin, int64_t end, void*) {
+  constexpr int kSome = 16;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t c = unit % task.channels, p = unit / task.channels % task.panels(), g = unit / task.channels / task.panels();
+    const int64_t from = task.first_output(p), columns = task.first_output(p + 1) - from;
+    float* const out = task.out + 16 * task.channels * (g * task.outputs + from) + c * columns;
+    const float* in = task.weight + g * task.stride[0] + from * task.stride[1] + c * task.stride[2];
+    for (int64_t k = 0; k < columns; k += kSome, in += kSome * task.stride[1]) {
+      double w[3][3][kSome], rows[4][3][kSome];
+      for (int y = 0; y < 3; ++y)
+        for (int x = 0; x < 3; ++x)
+          for (int l = 0; l < kSome; ++l) w[y][x][l] = in[l * task.stride[1] + y * task.stride[3] + x * task.stride[4]];
+      for (int x = 0; x < 3; ++x)
+        for (int l = 0; l < kSome; ++l) {
+          rows[0][x][l] = w[0][x][l];
+          rows[1][x][l] = (w[0][x][l] + w[1][x][l] + w[2][x][l]) / 2;
+          rows[2][x][l] = (w[0][x][l] - w[1][x][l] + w[2][x][l]) / 2;
+          rows[3][x][l] = w[2][x][l];
+        }
+      const int64_t plane = task.channels * columns;
+      for (int y = 0; y < 4; ++y)
+        for (int l = 0; l < kSome; ++l) {
+          float* const to = out + 4 * y * plane + k + l;
+          const double left = rows[y][0][l], middle = rows[y][1][l], right = rows[y][2][l];
+          to[0] = static_cast<float>(left);
+          to[plane] = static_cast<float>((left + middle + right) / 2);
+          to[2 * plane] = static_cast<float>((left - middle + right) / 2);
+          to[3 * plane] = static_cast<float>(right);
+        }
+    }
+  }
+}
+
+}  // namespace fastcnn::FASTCNN_CAPABILITY

@@ -1,0 +1,70 @@
+"""3x3 convolutions on CPU with fewer products: csrc/cpu/winograd.cpp, float32 in channels_last, the same error or less."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ._layout import is_channels_last
+from ._packed import Frozen
+
+_TILES_OF_A_THREAD = 12  # with fewer, reading the transformed weights takes longer than what the products save
+
+
+def runs(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> bool:
+    """Whether the kernel can compute ``conv2d(x, weight, ...)``, and has enough to do to be the fastest."""
+    if weight.shape[2:] != (3, 3) or stride != [1, 1] or dilation != [1, 1] or min(padding) < 0:
+        return False
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not is_channels_last(x):
+        return False
+    if weight.shape[0] % (16 * groups) or weight.shape[1] % 16 or backends.cpu_capability() == "baseline":
+        return False
+    across, down = (x.shape[2 + i] + 2 * padding[i] - 1 for i in (0, 1))
+    return x.shape[0] * (across // 2) * (down // 2) >= _TILES_OF_A_THREAD * torch.get_num_threads()
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    padding: list[int],
+    groups: int,
+    *,
+    frozen: Frozen | None = None,
+    relu: bool = False,
+    pool: bool = False,
+    turned: bool = False,
+    x_mask: Tensor | None = None,
+    out_mask: Tensor | None = None,
+) -> float | None:
+    """``conv2d(x, weight, bias, 1, padding, 1, groups)``, with what surrounds it, into ``out``: its largest magnitude.
+
+    None where that is not finite: NaN, or a sum too large on the way, has then spread to neighbours.
+
+    Args:
+        x: shape (N, C, H, W), where :func:`runs`.
+        weight: shape (O, C / groups, 3, 3).
+        bias: shape (O,), contiguous.
+        out: channels_last, shape (N, O, OH, OW), halved by pooling.
+        padding: zeros on both sides.
+        groups: of channels.
+        frozen: keeps the transformed weight.
+        relu: rectify.
+        pool: then take the maximum of each 2x2 outputs.
+        turned: convolve with the weight of the input's gradient, (C, O / groups, 3, 3) turned round.
+        x_mask: a bit for each element of x in the order of memory, 0 where it counts as zero.
+        out_mask: gets a bit for each output, whether ReLU passes its gradient.
+    """
+
+    def transformed() -> Tensor:
+        u = torch.empty(weight.numel() // 9 * 16)
+        torch.ops.fastcnn_cpu.winograd_weight(weight.detach(), u, groups, turned)
+        return u
+
+    u = transformed() if frozen is None else frozen.get("winograd turned" if turned else "winograd", transformed)
+    largest = torch.ops.fastcnn_cpu.winograd(x, x_mask, u, bias, out, out_mask, padding, groups, relu, pool)
+    return largest if math.isfinite(largest) else None
