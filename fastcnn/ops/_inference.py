@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from .. import backends
 from ..params import LRNParams, PoolParams, opmath, pooled_size
+from . import _winograd
 from ._layout import kept
 from ._packed import unchanged
 from .conv2d_relu import _magnitude, _onednn_runs, _output_shape, _pack
 
 # A larger block is mapped anew each time it is allocated, by the GNU C library for one; smaller ones are used again.
 _REUSED_BYTES = 32 << 20
+_HALVES = PoolParams(2).op_args()
 _LARGE = 1e38  # far enough below the largest float32 that no sum on the way overflows
 _LINEAR_BATCH = 32  # that weights are packed for, and good for any
 
@@ -87,7 +90,14 @@ def conv_stage(
     image_bytes = shape[1] * shape[2] * shape[3] * x.element_size()
     _seen.largest = max(getattr(_seen, "largest", 0), image_bytes)
     frozen = unchanged(weight)
-    packed = frozen.get("forward", lambda: _pack(weight, x, stride, padding, dilation, groups))
+    winograd = partial(_winograd.convolve, weight=weight, padding=padding, groups=groups, frozen=frozen)
+    by_winograd = _winograd.runs(x, weight, stride, padding, dilation, groups)
+    if by_winograd and lrn is None and (pool is None or pool.op_args() == _HALVES):
+        size = shape if pool is None else [*shape[:2], shape[2] // 2, shape[3] // 2]
+        y = kept(torch.empty(size, memory_format=torch.channels_last))
+        found = winograd(x, bias=bias, out=y, relu=relu, pool=pool is not None)
+        if found is not None:
+            return _bounded(y, found)
 
     bound = _bound(x)  # of absolute values; what comes out of this layer is bounded by it too
 
@@ -96,6 +106,11 @@ def conv_stage(
         return of_input * of_weight * weight[0].numel() + _magnitude(bias)
 
     def convolve(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        if by_winograd and bias is None:
+            z = torch.empty((len(x), *shape[1:]), memory_format=torch.channels_last)
+            if winograd(x, bias=None, out=z) is not None:
+                return z
+        packed = frozen.get("forward", lambda: _pack(weight, x, stride, padding, dilation, groups))
         return torch.ops.mkldnn._convolution_pointwise(
             x, packed, bias, padding, stride, dilation, groups, activation, [], ""
         ).contiguous(memory_format=torch.channels_last)
