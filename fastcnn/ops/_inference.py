@@ -94,7 +94,7 @@ def conv_stage(
     by_winograd = _winograd.runs(x, weight, stride, padding, dilation, groups)
     if by_winograd and lrn is None and (pool is None or pool.op_args() == _HALVES):
         size = shape if pool is None else [*shape[:2], shape[2] // 2, shape[3] // 2]
-        y = kept(torch.empty(size, memory_format=torch.channels_last))
+        y = kept(torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last))
         found = winograd(x, bias=bias, out=y, relu=relu, pool=pool is not None)
         if found is not None:
             return _bounded(y, found)
@@ -107,7 +107,7 @@ def conv_stage(
 
     def convolve(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         if by_winograd and bias is None:
-            z = torch.empty((len(x), *shape[1:]), memory_format=torch.channels_last)
+            z = torch.empty((len(x), *shape[1:]), dtype=x.dtype, memory_format=torch.channels_last)
             if winograd(x, bias=None, out=z) is not None:
                 return z
         packed = frozen.get("forward", lambda: _pack(weight, x, stride, padding, dilation, groups))

@@ -61,7 +61,7 @@ def convolve(
     """
 
     def transformed() -> Tensor:
-        u = torch.empty(weight.numel() // 9 * 16)
+        u = torch.empty(weight.numel() // 9 * 16, dtype=torch.float32)
         torch.ops.fastcnn_cpu.winograd_weight(weight.detach(), u, groups, turned)
         return u
 

@@ -236,7 +236,7 @@ def _input_gradient(dy: Tensor, mask: Tensor | None, weight: Tensor, *args: Any)
         return None
     frozen = contents_of(weight)
     if _winograd.runs(dy, weight, stride, padding, dilation, groups):
-        dx = kept(torch.empty(size, memory_format=torch.channels_last))
+        dx = kept(torch.empty(size, dtype=dy.dtype, memory_format=torch.channels_last))
         run = partial(_winograd.convolve, frozen=frozen, turned=True, x_mask=mask)
         if run(dy, weight, None, dx, padding, groups) is not None:
             return dx
