@@ -1,4 +1,4 @@
-"""3x3 convolutions on CPU with fewer products: csrc/cpu/winograd.cpp, float32 in channels_last, the same error or less."""
+"""3x3 convolutions on CPU with fewer products, by csrc/cpu/winograd.cpp: float32 in channels_last."""
 
 from __future__ import annotations
 
