@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/capability.h"
+#include "cpu/kept_memory.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ half of fastcnn: importing it registers torch.ops.fastcnn_cpu.";
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
   }, "Compiler, the torch this was built beside, and the CPU capabilities that were compiled.");
   m.def("cpu_capabilities", &fastcnn::capabilities, "Names of the compiled capabilities this machine has, best last.");
   m.def("cpu_capability", &fastcnn::capability, "Name of the capability in use.");
+  m.def("release_memory", &fastcnn::release_memory, "Give what is kept of the memory of large outputs back to the system.");
   m.def("set_cpu_capability", &fastcnn::set_capability, pybind11::arg("name"),
         "Use the kernels compiled for this capability. Raises ValueError if they are not here or cannot run.");
 }

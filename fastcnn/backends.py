@@ -56,6 +56,12 @@ def cpu_capability() -> str:
     return "" if _C is None else _C.cpu_capability()
 
 
+def release_memory() -> None:
+    """Give the memory of large outputs on CPU, which is kept for the next ones (at most 512 MB), back to the system."""
+    if _C is not None:
+        _C.release_memory()
+
+
 def size_class(tensor: Tensor) -> int:
     """Tensors of the same class are of like size, as a GPU sees it: a factor of 16 from one class to the next."""
     return tensor.numel().bit_length() // 4

@@ -2,60 +2,82 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <mutex>
 #include <vector>
-
 
 namespace fastcnn {
 namespace {
 
 constexpr int64_t kMostKept = int64_t{512} << 20;
 
-// The blocks that are kept, oldest first. Never destroyed: tensors may outlive every static.
-struct Kept {
+// What is kept, oldest first, and how much is in use. Never destroyed: tensors may outlive every static.
+struct Memory {
   std::mutex mutex;
-  std::vector<Block> blocks;
-  int64_t bytes = 0;
+  std::vector<Block> kept;
+  int64_t kept_bytes = 0, used_bytes = 0, most_used_bytes = 0;
 
-  Block remove(std::vector<Block>::iterator it) {
+  Block take(std::vector<Block>::iterator it) {
     const Block block = *it;
-    bytes -= block.bytes;
-    blocks.erase(it);
+    kept.erase(it);
+    kept_bytes -= block.bytes;
     return block;
+  }
+
+  void use(int64_t bytes) {
+    used_bytes += bytes;
+    most_used_bytes = std::max(most_used_bytes, used_bytes);
+  }
+
+  void keep_at_most(int64_t bytes) {
+    while (kept_bytes > bytes) {
+      const Block oldest = take(kept.begin());
+      munmap(oldest.begin, oldest.bytes);
+    }
   }
 };
 
-Kept& kept() {
-  static Kept* const kept = new Kept;
-  return *kept;
+Memory& memory() {
+  static Memory* const memory = new Memory;
+  return *memory;
 }
 
 }  // namespace
 
 Block take_memory(int64_t bytes) {
-  {
-    Kept& k = kept();
-    const std::lock_guard lock(k.mutex);
-    auto best = k.blocks.end();
-    for (auto it = k.blocks.begin(); it != k.blocks.end(); ++it) {
-      const bool fits = it->bytes >= bytes && it->bytes - bytes <= bytes / 8;
-      if (fits && (best == k.blocks.end() || it->bytes <= best->bytes)) best = it;
-    }
-    if (best != k.blocks.end()) return k.remove(best);
+  Memory& m = memory();
+  const std::lock_guard lock(m.mutex);
+  auto best = m.kept.end();
+  for (auto it = m.kept.begin(); it != m.kept.end(); ++it) {
+    const bool fits = it->bytes >= bytes && it->bytes - bytes <= bytes / 8;
+    if (fits && (best == m.kept.end() || it->bytes <= best->bytes)) best = it;
   }
+  if (best != m.kept.end()) {
+    m.use(best->bytes);
+    return m.take(best);
+  }
+  m.use(bytes);
+  m.keep_at_most(m.most_used_bytes - m.used_bytes);  // so that there never is more than was once in use
   void* const begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  return begin == MAP_FAILED ? Block{} : Block{begin, bytes};
+  if (begin != MAP_FAILED) return {begin, bytes};
+  m.used_bytes -= bytes;
+  return {};
 }
 
 void keep_memory(Block block) {
-  Kept& k = kept();
-  const std::lock_guard lock(k.mutex);
-  k.blocks.push_back(block);
-  for (k.bytes += block.bytes; k.bytes > kMostKept;) {
-    const Block oldest = k.remove(k.blocks.begin());
-    munmap(oldest.begin, oldest.bytes);
-  }
+  Memory& m = memory();
+  const std::lock_guard lock(m.mutex);
+  m.used_bytes -= block.bytes;
+  m.kept_bytes += block.bytes;
+  m.kept.push_back(block);
+  m.keep_at_most(kMostKept);
+}
+
+void release_memory() {
+  Memory& m = memory();
+  const std::lock_guard lock(m.mutex);
+  m.keep_at_most(0);
+  m.most_used_bytes = m.used_bytes;
 }
 
 }  // namespace fastcnn
-

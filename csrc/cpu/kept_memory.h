@@ -13,7 +13,9 @@ struct Block {
 
 // A block of at least so many bytes, or an empty one where none is left.
 Block take_memory(int64_t bytes);
-// Keep it for the next taker, and unmap the oldest of what is too much to keep.
+// Keep it for the next taker; the oldest of what is too much to keep is unmapped.
 void keep_memory(Block block);
+// Unmap all that is kept.
+void release_memory();
 
 }  // namespace fastcnn

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .. import backends
 from .cases import DTYPES, Case
 from .inputs import images
 from .measure import Budget, add_median, held_bytes, matmul, reason, time_rounds
@@ -98,6 +99,7 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
 
     What a runtime keeps for itself from call to call is therefore not in it. Only Linux tells.
     """
+    backends.release_memory()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and not given back would hide growth
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

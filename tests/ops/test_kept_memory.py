@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reaso
 def every_output_is_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The deterministic mode, in which tests run, fills new tensors with NaN: there memory is not kept."""
     torch.use_deterministic_algorithms(False)
+    fastcnn.backends.release_memory()
     monkeypatch.setattr(_layout, "_UNMAPPED_BYTES", 0)
     yield
     torch.use_deterministic_algorithms(True)
@@ -72,24 +73,45 @@ def test_memory_is_used_again_and_never_while_in_use() -> None:
     assert third.shape == (3, 1000)
 
 
-def test_a_block_goes_to_outputs_of_about_its_size() -> None:
-    block = _layout.kept(torch.empty(1 << 20))
+@pytest.mark.parametrize(("more", "fits"), [(-(1 << 18), False), (-1000, True), (0, True), (1, False)])
+def test_a_block_goes_to_outputs_of_about_its_size(more: int, fits: bool) -> None:
+    large, block = _layout.kept(torch.empty(8 << 20)), _layout.kept(torch.empty(1 << 20))
+    del large  # the first to be unmapped
     there = block.data_ptr()
     del block
-    assert _layout.kept(torch.empty(1 << 19)).data_ptr() != there
-    assert _layout.kept(torch.empty((1 << 20) + 1)).data_ptr() != there
-    assert _layout.kept(torch.empty((1 << 20) - 1000)).data_ptr() == there
+    assert (_layout.kept(torch.empty((1 << 20) + more)).data_ptr() == there) == fits
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the size of the process from /proc")
-def test_at_most_half_a_gigabyte_is_kept() -> None:
-    def mapped() -> int:
-        return int(re.findall(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) << 10
+def mapped() -> int:
+    return int(re.findall(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) << 10
 
-    blocks = [_layout.kept(torch.empty(300 << 20, dtype=torch.uint8)) for _ in range(6)]
-    in_use = mapped()
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the size of the process from /proc"
+)
+
+
+def megabytes(number: int) -> torch.Tensor:
+    return _layout.kept(torch.empty(number << 20, dtype=torch.uint8))
+
+
+@needs_proc
+def test_at_most_half_a_gigabyte_is_kept_and_can_be_released() -> None:
+    before = mapped()
+    blocks = [megabytes(300) for _ in range(6)]
+    assert mapped() - before >= 1800 << 20
     del blocks
-    assert in_use - mapped() >= 5 * (300 << 20)
+    assert 300 << 20 <= mapped() - before < 600 << 20
+    fastcnn.backends.release_memory()
+    assert mapped() - before < 300 << 20
+
+
+@needs_proc
+def test_no_more_is_mapped_than_was_once_in_use() -> None:
+    before = mapped()
+    for size in (400, 300, 200, 100):  # none fits the next
+        megabytes(size)
+        assert mapped() - before < 450 << 20
 
 
 def test_threads_share_it() -> None:
