@@ -27,7 +27,7 @@ FASTCNN_INLINE void multiply_rows(const float* a, int64_t a_stride, const float*
                                   float* sums, bool add) {
   Floats sum[kRows][columns];
   for (int r = 0; r < kRows; ++r)
-    for (int j = 0; j < columns; ++j) sum[r][j] = add ? load(sums + r * b_stride + j * kLane) : Floats{};
+    for (int j = 0; j < columns; ++j) sum[r][j] = Floats{};
   for (int64_t c = 0; c < depth; ++c, b += b_stride) {
     Floats row[columns];
     for (int j = 0; j < columns; ++j) row[j] = load(b + j * kLane);
@@ -37,7 +37,10 @@ FASTCNN_INLINE void multiply_rows(const float* a, int64_t a_stride, const float*
     }
   }
   for (int r = 0; r < kRows; ++r)
-    for (int j = 0; j < columns; ++j) store(sums + r * b_stride + j * kLane, sum[r][j]);
+    for (int j = 0; j < columns; ++j) {
+      float* const to = sums + r * b_stride + j * kLane;
+      store(to, add ? load(to) + sum[r][j] : sum[r][j]);
+    }
 }
 
 // sums[rows x columns] = a[rows x depth] * b[depth x columns]; b and sums are dense. columns is 16, 32, 48 or 64.

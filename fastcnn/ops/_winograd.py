@@ -43,7 +43,8 @@ def convolve(
 ) -> float | None:
     """``conv2d(x, weight, bias, 1, padding, 1, groups)``, with what surrounds it, into ``out``: its largest magnitude.
 
-    None where that is not finite: NaN, or a sum too large on the way, has then spread to neighbours.
+    None where that is not finite: NaN, or a sum too large on the way, has then spread to neighbours. So does the
+    rounding of a value that is larger by orders of magnitude than the others of its 4x4 inputs.
 
     Args:
         x: shape (N, C, H, W), where :func:`runs`.

@@ -47,6 +47,8 @@ CASES = {
     "dilation": ((1, 3, 12, 13), (5, 3, 3, 3), {"padding": 2, "dilation": 2}),
     "depthwise": ((2, 6, 7, 7), (12, 1, 3, 3), {"padding": 1, "groups": 6}),
     "1x1": ((2, 6, 5, 7), (3, 6, 1, 1), {}),
+    "winograd": ((2, 32, 13, 17), (48, 16, 3, 3), {"padding": 1, "groups": 2}),
+    "winograd_uneven": ((1, 16, 14, 15), (80, 16, 3, 3), {"padding": (0, 2)}),
     "one_channel": ((2, 1, 7, 8), (1, 1, 3, 3), {"padding": (1,)}),
 }
 SMALL = ["alexnet_conv2", "same_uneven", "pairs"]

@@ -1,0 +1,234 @@
+"""The convolution behind conv2d_relu and inference that needs fewer products: fastcnn/ops/_winograd.py."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from promises import assert_bitwise, gradients, leaf, randn
+from torch import Tensor
+
+import fastcnn
+import fastcnn.functional as FF
+from fastcnn.ops import _winograd
+
+pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="needs the C++ library")
+NAN, INF = float("nan"), float("inf")
+
+
+def arguments(n: int, c: int, k: int, h: int, w: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    x = randn(n, c, h, w, format=torch.channels_last)
+    return x, randn(k, c // groups, 3, 3, seed=1) * (2 * groups / c) ** 0.5 / 3, randn(k, seed=2)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], groups: int, **options):
+    """The output, and its largest magnitude."""
+    outputs = weight.shape[1] * groups if options.get("turned") else weight.shape[0]
+    size = [(x.shape[2 + i] + 2 * padding[i] - 2) // (2 if options.get("pool") else 1) for i in (0, 1)]
+    y = torch.empty(x.shape[0], outputs, *size).to(memory_format=torch.channels_last)
+    return y, _winograd.convolve(x, weight, bias, y, list(padding), groups, **options)
+
+
+def error(y: Tensor, exact: Tensor) -> float:
+    assert y.shape == exact.shape
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+# images, channels, outputs, height, width
+SHAPES = [
+    (1, 16, 16, 1, 1),
+    (1, 16, 16, 2, 3),
+    (2, 32, 48, 7, 7),
+    (3, 16, 80, 6, 9),
+    (1, 144, 208, 5, 4),
+    (2, 272, 64, 9, 8),
+]
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (0, 0), (2, 1), (0, 3)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_size(kernel, groups, shape, padding):
+    n, c, k, h, w = shape
+    if min(h + 2 * padding[0], w + 2 * padding[1]) < 3:
+        pytest.skip("no output")
+    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding, groups=groups)
+    for strided in (weight, weight.to(memory_format=torch.channels_last), weight.transpose(2, 3).clone().mT):
+        y, largest = convolve(x, strided, bias, padding, groups)
+        assert error(y, exact) <= 1e-6
+        assert largest == y.abs().max().item()
+    y, _ = convolve(x, weight, None, padding, groups, relu=True)
+    exact = F.conv2d(x.double(), weight.double(), padding=padding, groups=groups).relu()
+    assert error(y, exact) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 32, 28, 28), (1, 64, 64, 30, 31), (3, 144, 48, 13, 13), (2, 512, 64, 14, 14)]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("positive", [False, True])
+def test_error_is_at_most_twice_that_of_torch(kernel, positive, groups, shape):
+    n, c, k, h, w = shape
+    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups)
+    if positive:
+        x.relu_()
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=groups)
+    y, _ = convolve(x, weight, bias, (1, 1), groups)
+    assert error(y, exact) <= 2 * error(F.conv2d(x, weight, bias, padding=1, groups=groups), exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("relu", [False, True])
+def test_pooled(kernel, relu, shape):
+    x, weight, bias = arguments(*shape)
+    whole, of_whole = convolve(x, weight, bias, (1, 1), 1, relu=relu)
+    pooled, largest = convolve(x, weight, bias, (1, 1), 1, relu=relu, pool=True)
+    assert_bitwise(pooled, F.max_pool2d(whole, 2))
+    assert largest == of_whole
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_masks(kernel, groups, shape):
+    n, c, k, h, w = shape
+    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups)
+    mask = torch.empty(n * k * groups * h * w // 8, dtype=torch.uint8)
+    y, _ = convolve(x, weight, bias, (1, 1), groups, relu=True, out_mask=mask)
+    expected = torch.empty_like(mask)
+    torch.ops.fastcnn_cpu.relu_mask(y, expected)
+    assert_bitwise(mask, expected)
+    # what the mask turns off is zero, also NaN
+    dy = randn(*y.shape, seed=3, format=torch.channels_last)
+    dz = dy * (y > 0)
+    dx, _ = convolve(dz, weight, None, (1, 1), groups, turned=True)
+    masked, largest = convolve(torch.where(y > 0, dy, NAN), weight, None, (1, 1), groups, turned=True, x_mask=mask)
+    assert largest is not None
+    assert_bitwise(masked, dx)
+    assert error(dx, F.conv_transpose2d(dz.double(), weight.double(), padding=1, groups=groups)) <= 1e-6
+
+
+def test_the_same_bits_whatever_the_threads_and_the_batch(threads: Callable[[int], None]):
+    x, weight, bias = arguments(5, 48, 96, 23, 21)
+    threads(1)
+    y, _ = convolve(x, weight, bias, (1, 1), 1)
+    for number in (2, 3, 7):
+        threads(number)
+        assert_bitwise(convolve(x, weight, bias, (1, 1), 1)[0], y)
+    assert_bitwise(convolve(x[2:4], weight, bias, (1, 1), 1)[0], y[2:4])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """What the calls of the kernel returned."""
+    seen: list[float | None] = []
+    convolve = _winograd.convolve
+    monkeypatch.setattr(_winograd, "convolve", lambda *args, **kw: seen.append(convolve(*args, **kw)) or seen[-1])
+    return seen
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["input", "weight", "bias"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_not_finite_stays_where_torch_has_it(calls, frozen, where, value):
+    """One NaN does not reach those outputs of its tile that do not depend on it."""
+    tensors = arguments(2, 16, 32, 12, 12)
+    tensors[where][(1, 5, 2, 1)[: tensors[where].dim()]] = value
+    x, weight, bias = leaf(tensors[0]), *(t if frozen else leaf(t) for t in tensors[1:])
+    wanted = (x,) if frozen else (x, weight, bias)
+    y, expected = FF.conv2d_relu(x, weight, bias, padding=1), F.relu(F.conv2d(x, weight, bias, padding=1))
+    assert calls == [None]
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    dy = randn(*y.shape, seed=4, format=torch.channels_last)
+    for ours, theirs in zip(gradients(y, wanted, dy), gradients(expected, wanted, dy), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_that_are_too_large_only_on_the_way(calls):
+    x, weight, bias = arguments(2, 16, 32, 12, 12)
+    x[1, 5, 2, 2:4] = 3e38
+    weight /= 100
+    y, expected = FF.conv2d_relu(x, weight, bias, padding=1), F.relu(F.conv2d(x, weight, bias, padding=1))
+    assert calls == [None]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -3e38])
+def test_gradients_that_are_not_finite_too(calls, value):
+    x, weight, bias = (leaf(t) for t in arguments(2, 16, 32, 12, 12))
+    y, expected = FF.conv2d_relu(x, weight, bias, padding=1), F.relu(F.conv2d(x, weight, bias, padding=1))
+    dy = randn(*y.shape, seed=4, format=torch.channels_last)
+    dy[1, 7, 3, 4] = value
+    ours, theirs = (gradients(out, (x, weight, bias), dy) for out in (y, expected))
+    assert len(calls) == 2
+    assert calls[0] is not None
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_conv2d_relu_uses_it_forward_and_backward(calls, frozen):
+    x, weight, bias = arguments(2, 32, 48, 12, 14)
+    if not frozen:
+        weight, bias = leaf(weight), leaf(bias)
+    y = FF.conv2d_relu(leaf(x), weight, bias, padding=1)
+    y.sum().backward()
+    assert len(calls) == 2
+    assert None not in calls
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("x", lambda x: x.contiguous()),
+        ("x", lambda x: x.double()),
+        ("x", lambda x: x[:, :24]),
+        ("x", lambda x: x[:1, :, :4, :4]),
+        ("weight", lambda w: w[:40]),
+        ("weight", lambda w: w[..., :2]),
+        ("stride", lambda _: [2, 1]),
+        ("dilation", lambda _: [1, 2]),
+    ],
+)
+def test_what_it_does_not_do(change, value, threads):
+    threads(2)
+    x, weight, _ = arguments(2, 32, 48, 12, 14)
+    case = {"x": x, "weight": weight, "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
+    assert _winograd.runs(**case)
+    case[change] = value(case[change])
+    if change == "x":  # the weight that goes with it
+        case["weight"] = weight[:, : case["x"].shape[1]].to(case["x"].dtype)
+    assert not _winograd.runs(**case)
+
+
+def test_the_default_dtype_does_not_matter():
+    x, weight, bias = arguments(2, 16, 32, 12, 12)
+    expected = FF.conv2d_relu(x, weight, bias)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_bitwise(FF.conv2d_relu(x, weight, bias), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_frozen_weights_that_change_are_seen():
+    x, weight, bias = arguments(2, 16, 32, 12, 12)
+    x = leaf(x)
+    FF.conv2d_relu(x, weight, bias, padding=1).sum().backward()
+    weight.data.mul_(2)
+    y, expected = FF.conv2d_relu(x, weight, bias, padding=1), F.relu(F.conv2d(x, weight, bias, padding=1))
+    torch.testing.assert_close(y, expected)
+    dx, exact = (torch.autograd.grad(out.sum(), x)[0] for out in (y, expected))
+    torch.testing.assert_close(dx, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["weight", "out", "bias", "mask", "channels"])
+def test_sizes_are_checked(wrong):
+    """The op can be called by itself, and must not read or write out of bounds."""
+    c = 24 if wrong == "channels" else 32
+    x, u = torch.zeros(1, c, 8, 8).to(memory_format=torch.channels_last), torch.zeros(16 * 16 * c - (wrong == "weight"))
+    out, bias = torch.zeros(1, 16, 8 - (wrong == "out"), 8), torch.zeros(16 - (wrong == "bias"))
+    mask = torch.zeros(16 * 64 // 8 - (wrong == "mask"), dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="must"):
+        torch.ops.fastcnn_cpu.winograd(x, None, u, bias, out, mask, [1, 1], 1, True, False)
