@@ -1,6 +1,6 @@
 """Run the C++ kernels on tensors that lie against a page no one may touch: a script, since it dies where one does.
 
-    python tests/guard_pages.py lrn | relu_lrn_max_pool2d
+    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | winograd
 
 Every input and output has a guard page directly before its first or directly after its last element, so a read or write
 out of bounds ends the process with a segmentation fault; the last line printed names the case.
@@ -58,7 +58,28 @@ def run_tail(x: torch.Tensor, bias: torch.Tensor | None, at_end: bool, **tail: o
     torch.ops.fastcnn.relu_lrn_max_pool2d_backward(guarded(y, at_end), x, bias, argmax, *args)
 
 
+def run_winograd(at_end: bool) -> None:
+    for c, k, (h, w), groups in itertools.product((16, 48), (16, 80), ((1, 1), (7, 4)), (1, 2)):
+        print(f"{fastcnn.backends.cpu_capability()} 2x{c}x{h}x{w} {k=} {groups=} {at_end=}", flush=True)
+        x = guarded(in_format(randn(2, c * groups, h, w), torch.channels_last), at_end)
+        weight, bias = (guarded(randn(k * groups, *rest), at_end) for rest in ((c, 3, 3), ()))
+        y = guarded(in_format(torch.empty(2, k * groups, h, w), torch.channels_last), at_end)
+        halved = guarded(in_format(torch.empty(2, k * groups, h // 2, w // 2), torch.channels_last), at_end)
+        mask = guarded(torch.zeros(y.numel() // 8, dtype=torch.uint8), at_end)
+        u = [guarded(torch.empty(groups * 16 * c * k), at_end) for _ in range(2)]
+        for transformed, turned in zip(u, (False, True), strict=True):
+            torch.ops.fastcnn_cpu.winograd_weight(weight, transformed, groups, turned)
+        run = torch.ops.fastcnn_cpu.winograd
+        run(x, None, u[0], bias, y, mask, [1, 1], groups, True, False)
+        run(x, None, u[0], None, halved, None, [1, 1], groups, True, True)
+        run(y, mask, u[1], None, guarded(x, at_end), None, [1, 1], groups, False, False)
+
+
 def main(op: str) -> None:
+    if op == "winograd":
+        for at_end in (True, False):
+            run_winograd(at_end)
+        return
     lrns = [LRNParams(1), LRNParams(5, 0.5), LRNParams(4, 0.5, 0.6), LRNParams(40, groups=1)]
     pools = [PoolParams(3, 2), PoolParams(3, 2, 1, 1, True), PoolParams((2, 3), 1, (1, 0)), PoolParams(3, 1, 1, 2)]
     n = 2

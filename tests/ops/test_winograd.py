@@ -1,6 +1,9 @@
 """The convolution behind conv2d_relu and inference that needs fewer products: fastcnn/ops/_winograd.py."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +224,13 @@ def test_frozen_weights_that_change_are_seen():
     torch.testing.assert_close(y, expected)
     dx, exact = (torch.autograd.grad(out.sum(), x)[0] for out in (y, expected))
     torch.testing.assert_close(dx, exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory")
+def test_nothing_is_read_or_written_out_of_bounds():
+    script = Path(__file__).parents[1] / "guard_pages.py"
+    run = subprocess.run([sys.executable, str(script), "winograd"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-200:] + run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("wrong", ["weight", "out", "bias", "mask", "channels"])
