@@ -18,7 +18,7 @@ from . import functional as FF
 from . import nn as layers
 from .models.layers import GroupedLocalResponseNorm
 from .ops._inference import conv_stage, linear, runs_packed
-from .ops._operator import needs_grad
+from .ops._stage import run_stage as run_convolution
 from .params import FLOATING_DTYPES, ConvParams, LRNParams, PoolParams
 
 PARTS = ("conv", "relu", "lrn", "pool")  # in the order in which they may follow each other
@@ -97,17 +97,7 @@ def run_stage(
     rectify, lrn_params, pool_params = relu is not None, _lrn_params(lrn), _pool_params(pool)
     if conv is None:
         return FF.relu_lrn_max_pool2d(x, relu=rectify, lrn=lrn_params, pool=pool_params)
-    weight, bias, *arguments = conv_arguments(conv)
-    if relu is None and lrn is None and pool is None:
-        return F.conv2d(x, weight, bias, *arguments)
-    frozen = needs_grad(x) and not needs_grad(weight, bias)
-    if (
-        relu is not None and lrn is None and (pool is None or frozen)
-    ):  # of frozen weights a bit an output is kept, and a byte of the pool's
-        y = FF.conv2d_relu(x, weight, bias, *arguments)
-        return y if pool_params is None else FF.max_pool2d(y, *pool_params.op_args())
-    y = F.conv2d(x, weight, None, *arguments)
-    return FF.relu_lrn_max_pool2d(y, bias, relu=rectify, lrn=lrn_params, pool=pool_params)
+    return run_convolution(x, *conv_arguments(conv), relu=rectify, lrn=lrn_params, pool=pool_params)
 
 
 def _has_kernels(x: Any) -> bool:

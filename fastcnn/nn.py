@@ -98,6 +98,15 @@ class MaxPool2d(torch.nn.MaxPool2d):
         )
 
 
+def convolution_arguments(layer: torch.nn.Conv2d, input: Tensor) -> tuple[Any, ...]:
+    """Those of :func:`torch.nn.functional.conv2d` that compute what the layer does of the input."""
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        input = F.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = (0, 0)
+    return input, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups
+
+
 class ConvReLU2d(torch.nn.Conv2d):
     """Convolution, bias and ReLU: a :class:`torch.nn.Conv2d`, with its arguments and state_dict, that rectifies.
 
@@ -105,11 +114,7 @@ class ConvReLU2d(torch.nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0, 0)
-        return FF.conv2d_relu(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return FF.conv2d_relu(*convolution_arguments(self, input))
 
 
 class ReLULRNMaxPool2d(torch.nn.Module):

@@ -7,15 +7,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional as FF
+from ..nn import convolution_arguments
+from ..ops._stage import run_stage
 from ..params import LRNParams, PoolParams
 
 
 class ConvReLULRNMaxPool2d(nn.Conv2d):
     """A whole stage as one layer: a :class:`torch.nn.Conv2d` whose ``forward`` goes on to ReLU, LRN and max-pool.
 
-    The convolution runs without its bias, which the tail adds: the sum is never written to memory, and neither are
-    the rectified nor the normalized map.
+    Of what lies between the convolution and the output as little as can be is written to memory.
 
     Args:
         args: those of :class:`torch.nn.Conv2d`.
@@ -34,8 +34,8 @@ class ConvReLULRNMaxPool2d(nn.Conv2d):
         self.lrn, self.pool = lrn, pool
 
     def forward(self, input: Tensor) -> Tensor:
-        convolved = self._conv_forward(input, self.weight, None)
-        return FF.relu_lrn_max_pool2d(convolved, self.bias, lrn=self.lrn, pool=self.pool)
+        input, *arguments = convolution_arguments(self, input)
+        return run_stage(input, *arguments, lrn=self.lrn, pool=self.pool)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lrn={self.lrn}, pool={self.pool}"
