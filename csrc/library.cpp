@@ -221,20 +221,25 @@ T* data_or_null(const std::optional<Tensor>& t) {
 }
 
 void winograd_weight(Tensor weight, Tensor out, int64_t groups, bool turned) {
-  const int64_t of_out = weight.size(0) / groups, of_in = weight.size(1), rows = weight.stride(2), columns = weight.stride(3);
+  const int64_t of_out = weight.size(0) / groups, of_in = weight.size(1);
+  const int64_t rows = weight.stride(2), columns = weight.stride(3);
   STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3 && of_out % 16 == 0 && of_in % 16 == 0,
                   "weight must be 3x3, and its inputs and outputs in a group multiples of 16");
   expect("weight", weight, DType::float32, weight.numel());
   expect("out", out, DType::float32, weight.numel() / 9 * 16);
   const float* data = static_cast<const float*>(weight.const_data_ptr());
-  WinogradWeightTask task{of_in, of_out, groups, {of_out * weight.stride(0), weight.stride(0), weight.stride(1), rows, columns},
-                          data, static_cast<float*>(out.mutable_data_ptr())};
+  WinogradWeightTask task{of_in,
+                          of_out,
+                          groups,
+                          {of_out * weight.stride(0), weight.stride(0), weight.stride(1), rows, columns},
+                          data,
+                          static_cast<float*>(out.mutable_data_ptr())};
   if (turned) {  // inputs and outputs change places, and each window is turned round
     std::swap(task.channels, task.outputs);
     std::swap(task.stride[1], task.stride[2]);
     task.stride[3] = -rows, task.stride[4] = -columns, task.weight = data + 2 * (rows + columns);
   }
-  parallel(kernels().winograd_weight, task, groups * task.panels() * task.channels, 16, 0);
+  parallel(kernels().winograd_weight, task, groups * panels(task.outputs) * task.channels, 16, 0);
 }
 
 // Returns the largest magnitude before ReLU; not a finite one where another algorithm has to find out what is right.

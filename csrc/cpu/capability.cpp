@@ -7,10 +7,14 @@
 namespace fastcnn {
 namespace {
 
-#define FASTCNN_KERNELS(capability, runs_here)                                                                   \
-  {#capability,           runs_here,                      capability::lrn_units, capability::lrn_scratch_bytes,  \
-   capability::lrn,       capability::lrn_backward,       capability::fingerprint, capability::winograd_scratch_bytes, capability::winograd, capability::winograd_weight, capability::relu_mask, capability::relu_mask_backward, \
-   capability::relu_lrn_max_pool2d_scratch_bytes,         capability::relu_lrn_max_pool2d,                       \
+#define FASTCNN_KERNELS(capability, runs_here)                                                             \
+  {#capability,                                                                                            \
+   runs_here,                                                                                              \
+   capability::lrn_units, capability::lrn_scratch_bytes, capability::lrn, capability::lrn_backward,        \
+   capability::fingerprint,                                                                                \
+   capability::winograd_scratch_bytes, capability::winograd, capability::winograd_weight,                  \
+   capability::relu_mask, capability::relu_mask_backward,                                                  \
+   capability::relu_lrn_max_pool2d_scratch_bytes, capability::relu_lrn_max_pool2d,                         \
    capability::relu_lrn_max_pool2d_backward}
 
 // Best last.

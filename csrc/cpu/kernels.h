@@ -52,11 +52,8 @@ struct FingerprintTask {
   uint64_t* out;
 };
 
-// A convolution with 3x3 windows in steps of 1, float32, channels_last. Channels and outputs of a group are multiples of 16.
-// Units are kTiles tiles of 2x2 outputs.
-//
-// The weights are transformed by WinogradWeightTask: for each group and each panel of at most 64 of its outputs, 16 matrices
-// of channels x outputs.
+// A convolution with 3x3 windows in steps of 1, float32, channels_last; channels and outputs of a group are multiples of
+// 16. Units are kTiles tiles of 2x2 outputs.
 struct WinogradTask {
   static constexpr int kTiles = 6;
   Shape shape;  // of x
@@ -72,15 +69,18 @@ struct WinogradTask {
   int64_t tiles() const { return shape.N * tiles_down() * tiles_across(); }
 };
 
-// Units are groups * panels * channels.
+// Its weights, transformed: for each group and each panel of its outputs, 16 matrices of channels x outputs. Units are
+// groups * panels * channels.
 struct WinogradWeightTask {
   int64_t channels, outputs, groups;  // channels and outputs of one group
   int64_t stride[5];                  // of a group, an output, a channel, a row and a column
   const float* weight;
   float* out;
-  int64_t panels() const { return (outputs + 63) / 64; }
-  int64_t first_output(int64_t panel) const { return outputs / 16 * panel / panels() * 16; }
 };
+
+// A group's outputs are cut into panels of at most 64, all multiples of 16: how many, and where each begins.
+inline int64_t panels(int64_t outputs) { return (outputs + 63) / 64; }
+inline int64_t panel_begin(int64_t outputs, int64_t panel) { return outputs / 16 * panel / panels(outputs) * 16; }
 
 #define FASTCNN_DECLARE_KERNELS(capability)                                                      \
   namespace capability {                                                                         \

@@ -110,8 +110,8 @@ void transform_input(const WinogradTask& task, int64_t begin, int64_t end, float
   }
 }
 
-// From m: 16 matrices of tiles x columns, which are the outputs from `first` on. `largest` are bits of magnitudes, which are
-// in the order of the values, with NaN last.
+// From m: 16 matrices of tiles x columns, which are the outputs from `first` on. `largest` are bits of magnitudes, which
+// are in the order of the values, with NaN last.
 template <bool masked>
 void transform_output(const WinogradTask& task, int64_t begin, int64_t end, int64_t first, int64_t columns, const float* m,
                       int64_t plane, IntVec<float>& largest) {
@@ -171,9 +171,8 @@ int64_t winograd_scratch_bytes(const WinogradTask& task) {
 }
 
 void winograd(const WinogradTask& task, int64_t begin, int64_t end, void* scratch) {
-  WinogradWeightTask panels{};
-  panels.channels = task.shape.C / task.groups, panels.outputs = task.outputs / task.groups;
-  const int64_t C = panels.channels, last = std::min(end * kRows, task.tiles());
+  const int64_t C = task.shape.C / task.groups, K = task.outputs / task.groups;
+  const int64_t last = std::min(end * kRows, task.tiles());
   const int64_t blocks = ((end - begin) * kRows + block_tiles(task) - 1) / block_tiles(task);
   const int64_t step = (end - begin + blocks - 1) / blocks * kRows;
   IntVec<float> largest{};
@@ -188,13 +187,13 @@ void winograd(const WinogradTask& task, int64_t begin, int64_t end, void* scratc
       std::fill_n(v + i * v_plane + tiles * task.shape.C, (rows - tiles) * task.shape.C, 0.0f);
     const float* weight = task.weight;
     for (int64_t g = 0; g < task.groups; ++g)
-      for (int64_t p = 0; p < panels.panels(); ++p) {
-        const int64_t from = panels.first_output(p), columns = panels.first_output(p + 1) - from;
+      for (int64_t p = 0; p < panels(K); ++p) {
+        const int64_t from = panel_begin(K, p), columns = panel_begin(K, p + 1) - from;
         const int64_t m_plane = plane_of(rows, columns);
         for (int i = 0; i < 16; ++i, weight += C * columns)
           multiply(v + i * v_plane + g * C, task.shape.C, weight, rows, C, columns, m + i * m_plane);
-        (task.out_mask ? transform_output<true> : transform_output<false>)(task, first, first + tiles, g * panels.outputs + from,
-                                                                          columns, m, m_plane, largest);
+        (task.out_mask ? transform_output<true> : transform_output<false>)(task, first, first + tiles, g * K + from, columns,
+                                                                          m, m_plane, largest);
       }
   }
   uint32_t most = 0;
@@ -207,9 +206,10 @@ void winograd(const WinogradTask& task, int64_t begin, int64_t end, void* scratc
 void winograd_weight(const WinogradWeightTask& task, int64_t begin, int64_t end, void*) {
   constexpr int kSome = 16;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t c = unit % task.channels, p = unit / task.channels % task.panels(), g = unit / task.channels / task.panels();
-    const int64_t from = task.first_output(p), columns = task.first_output(p + 1) - from;
-    float* const out = task.out + 16 * task.channels * (g * task.outputs + from) + c * columns;
+    const int64_t C = task.channels, K = task.outputs;
+    const int64_t c = unit % C, p = unit / C % panels(K), g = unit / C / panels(K);
+    const int64_t from = panel_begin(K, p), columns = panel_begin(K, p + 1) - from, plane = C * columns;
+    float* const out = task.out + 16 * C * (g * K + from) + c * columns;
     const float* in = task.weight + g * task.stride[0] + from * task.stride[1] + c * task.stride[2];
     for (int64_t k = 0; k < columns; k += kSome, in += kSome * task.stride[1]) {
       double w[3][3][kSome], rows[4][3][kSome];
@@ -223,7 +223,6 @@ void winograd_weight(const WinogradWeightTask& task, int64_t begin, int64_t end,
           rows[2][x][l] = (w[0][x][l] - w[1][x][l] + w[2][x][l]) / 2;
           rows[3][x][l] = w[2][x][l];
         }
-      const int64_t plane = task.channels * columns;
       for (int y = 0; y < 4; ++y)
         for (int l = 0; l < kSome; ++l) {
           float* const to = out + 4 * y * plane + k + l;
