@@ -115,8 +115,10 @@ def networks(
 
     "fastcnn" and torch.compile run in channels_last, and infer with frozen weights (optimize(inference=True)).
     onnxruntime and OpenVINO only infer, and are optional: `pip install 'fastcnn\\[peers]'`.
-    Training has dropout; for its check it is off. The saved MB are what
-    autograd keeps for backward without the parameters, the peak is the growth of the process during a call.
+    Training has dropout; for its check it is off. GFLOP/s are those of convolutions as they are defined, whoever needs
+    fewer. The saved MB are what autograd keeps for backward without the parameters, the peak is the growth of the
+    process during a call; with MALLOC_MMAP_THRESHOLD_=65536 in the environment the C library keeps nothing that is
+    freed, and the peak is what was in use at once.
     """
     cases = select_networks(
         networks=_among("--model", model, NETWORKS),

@@ -67,9 +67,9 @@ class ConvThenReLU2d(nn.Conv2d):
 
 
 class Features(nn.Sequential):
-    """VGG-16 up to conv5_3, its weights frozen: images -> the loss of each, as perceptual losses have it.
+    """VGG-16 up to conv5_3, its weights frozen: images -> the loss of each, as perceptual losses such as LPIPS have it.
 
-    The loss is the sum of the squares of the features behind the ReLUs 1_2, 2_2, 3_3, 4_3 and 5_3.
+    First all features are computed, those behind the ReLUs 1_2, 2_2, 3_3, 4_3 and 5_3, then the sum of their squares.
     """
 
     def __init__(self, *, plain: bool) -> None:
@@ -87,12 +87,12 @@ class Features(nn.Sequential):
             parameter.requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
-        loss = input.new_zeros(len(input))
+        features = []
         for name, layer in self.named_children():
             input = layer(input)
             if name in _TAPPED:
-                loss = loss + input.square().sum((1, 2, 3))
-        return loss
+                features.append(input)
+        return torch.stack([feature.square().sum((1, 2, 3)) for feature in features]).sum(0)
 
 
 def select_networks(
