@@ -49,7 +49,7 @@ Block take_memory(int64_t bytes) {
   const std::lock_guard lock(m.mutex);
   auto best = m.kept.end();
   for (auto it = m.kept.begin(); it != m.kept.end(); ++it) {
-    const bool fits = it->bytes >= bytes && it->bytes - bytes <= bytes / 8;
+    const bool fits = it->bytes >= bytes && it->bytes - bytes <= bytes;
     if (fits && (best == m.kept.end() || it->bytes <= best->bytes)) best = it;
   }
   if (best != m.kept.end()) {

@@ -1,5 +1,6 @@
 // Memory of large outputs, kept for the next ones. The C library unmaps a freed block above 32 MB, so that each step of a
-// training would have the system map and clear every page of every large output anew: up to half the time of a pool.
+// training would have the system map and clear every page of such an output anew, up to half the time of a pool; and it
+// leaves a heap of smaller ones full of holes, which make a process grow by more than it ever uses.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ struct Block {
   int64_t bytes = 0;
 };
 
-// A block of at least so many bytes, or an empty one where none is left.
+// A block of so many bytes, at most twice as many, or an empty one where none is left.
 Block take_memory(int64_t bytes);
 // Keep it for the next taker; the oldest of what is too much to keep is unmapped.
 void keep_memory(Block block);

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_UNMAPPED_BYTES = 32 << 20  # the GNU C library keeps freed blocks up to this size
+_LARGE_BYTES = 1 << 20
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -41,8 +41,8 @@ def output(y: Tensor, format: torch.memory_format) -> Tensor:
 
 
 def kept(empty: Tensor) -> Tensor:
-    """``empty``, or where the C library would map it anew, page by page, the same in memory that fastcnn keeps."""
-    if not empty.is_cpu or empty.nbytes <= _UNMAPPED_BYTES or torch.are_deterministic_algorithms_enabled():
+    """``empty``, or if it is large the same in memory that fastcnn keeps: see csrc/cpu/kept_memory.h."""
+    if not empty.is_cpu or empty.nbytes <= _LARGE_BYTES or torch.are_deterministic_algorithms_enabled():
         return empty
     return torch.ops.fastcnn_cpu.kept_like(empty)
 

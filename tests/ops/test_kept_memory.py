@@ -21,7 +21,7 @@ def every_output_is_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The deterministic mode, in which tests run, fills new tensors with NaN: there memory is not kept."""
     torch.use_deterministic_algorithms(False)
     fastcnn.backends.release_memory()
-    monkeypatch.setattr(_layout, "_UNMAPPED_BYTES", 0)
+    monkeypatch.setattr(_layout, "_LARGE_BYTES", 0)
     yield
     torch.use_deterministic_algorithms(True)
 
@@ -51,7 +51,7 @@ def test_the_same_bits_with_kept_memory(operator: str, format: torch.memory_form
 
     poison(x)
     y, dx = run()
-    monkeypatch.setattr(_layout, "_UNMAPPED_BYTES", 1 << 60)
+    monkeypatch.setattr(_layout, "_LARGE_BYTES", 1 << 60)
     new_y, new_dx = run()
     assert torch.equal(y, new_y)
     assert torch.equal(dx, new_dx)
@@ -73,7 +73,7 @@ def test_memory_is_used_again_and_never_while_in_use() -> None:
     assert third.shape == (3, 1000)
 
 
-@pytest.mark.parametrize(("more", "fits"), [(-(1 << 18), False), (-1000, True), (0, True), (1, False)])
+@pytest.mark.parametrize(("more", "fits"), [(-(1 << 19) - 1, False), (-(1 << 19), True), (0, True), (1, False)])
 def test_a_block_goes_to_outputs_of_about_its_size(more: int, fits: bool) -> None:
     large, block = _layout.kept(torch.empty(8 << 20)), _layout.kept(torch.empty(1 << 20))
     del large  # the first to be unmapped
@@ -131,8 +131,8 @@ def test_threads_share_it() -> None:
     assert not wrong
 
 
-def test_only_what_the_c_library_would_unmap_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_large_outputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    small, large = torch.empty(32 << 20, dtype=torch.uint8), torch.empty((32 << 20) + 1, dtype=torch.uint8)
+    small, large = torch.empty(1 << 20, dtype=torch.uint8), torch.empty((1 << 20) + 1, dtype=torch.uint8)
     assert _layout.kept(small) is small
     assert _layout.kept(large) is not large
