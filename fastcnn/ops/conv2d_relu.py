@@ -209,7 +209,8 @@ def _backward_cpu(
     dy = dense(dy, format_of(args[1]))
     mask, dz = y_or_mask if x is None else None, dy
     if mask is None:
-        dz = torch.ops.aten.threshold_backward(dy, y_or_mask, 0)
+        dz = kept(torch.empty_like(dy))
+        torch.ops.aten.threshold_backward.grad_input(dy, y_or_mask, 0, grad_input=dz)
     dx = _input_gradient(dz, mask, weight, *rest) if needs[0] else None
     if dx is not None and not any(needs[1:]):
         return dx, dx.new_empty(0), dx.new_empty(0)
