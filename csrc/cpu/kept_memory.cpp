@@ -9,7 +9,8 @@
 namespace fastcnn {
 namespace {
 
-constexpr int64_t kMostKept = int64_t{512} << 20;
+// Together with what is in use no more is kept than was once in use, or this little; and never more than that much.
+constexpr int64_t kAlwaysKept = int64_t{32} << 20, kMostKept = int64_t{512} << 20;
 
 // What is kept, oldest first, and how much is in use. Never destroyed: tensors may outlive every static.
 struct Memory {
@@ -57,7 +58,7 @@ Block take_memory(int64_t bytes) {
     return m.take(best);
   }
   m.use(bytes);
-  m.keep_at_most(m.most_used_bytes - m.used_bytes);  // so that there never is more than was once in use
+  m.keep_at_most(std::max(kAlwaysKept, m.most_used_bytes - m.used_bytes));
   void* const begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (begin != MAP_FAILED) return {begin, bytes};
   m.used_bytes -= bytes;
