@@ -779,3 +779,30 @@ def test_arguments_of_another_type_raise(argument):
     arguments = {"model": nn.ReLU(), "inplace": False, argument: "x"}
     with pytest.raises(TypeError, match=argument):
         fastcnn.optimize(arguments["model"], inplace=arguments["inplace"])
+
+
+@pytest.mark.parametrize(
+    "tail", [[], [nn.MaxPool2d(2)], [nn.MaxPool2d(3, 2)], [nn.LocalResponseNorm(5), nn.MaxPool2d(2)]]
+)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("use", ["training", "frozen", "inference"])
+def test_3x3_convolutions_with_and_without_relu(use, relu, tail):
+    """Of sizes at which Winograd's algorithm computes them."""
+    torch.manual_seed(0)
+    rectify = [nn.ReLU()] if relu else []
+    model = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1), *rectify, *tail, nn.Conv2d(48, 16, 3), *rectify)
+    model = model.requires_grad_(use == "training").to(memory_format=torch.channels_last)
+    x = torch.randn(2, 32, 28, 30).to(memory_format=torch.channels_last)
+    fast = fastcnn.optimize(model, inference=use == "inference")
+    if use == "inference":
+        assert error(fast(x), model.double()(x.double())) < 1e-6
+        return
+    x, exact_x, exact = leaf(x), leaf(x.double()), copy.deepcopy(model).double()
+    y, expected = fast(x), exact(exact_x)
+    assert error(y, expected) < 1e-6
+    wanted = [x, *fast.parameters()] if use == "training" else [x]
+    dy = torch.randn_like(y)
+    ours = torch.autograd.grad(y, wanted, dy)
+    theirs = torch.autograd.grad(expected, [exact_x, *exact.parameters()][: len(wanted)], dy.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert error(a, b) < 1e-4
