@@ -791,8 +791,8 @@ def test_3x3_convolutions_with_and_without_relu(use, relu, tail):
     torch.manual_seed(0)
     rectify = [nn.ReLU()] if relu else []
     model = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1), *rectify, *tail, nn.Conv2d(48, 16, 3), *rectify)
-    model = model.requires_grad_(use == "training").to(memory_format=torch.channels_last)
-    x = torch.randn(2, 32, 28, 30).to(memory_format=torch.channels_last)
+    model = model.float().requires_grad_(use == "training").to(memory_format=torch.channels_last)
+    x = randn(2, 32, 28, 30, format=torch.channels_last)
     fast = fastcnn.optimize(model, inference=use == "inference")
     if use == "inference":
         assert error(fast(x), model.double()(x.double())) < 1e-6
