@@ -1,4 +1,5 @@
 // What conv2d_relu adds to oneDNN's convolution: the bit mask of a ReLU, and its use; and a hash of frozen weights.
+// Convolutions with 3x3 windows are in winograd.cpp.
 // Memory: the mask is one bit an element; backward reads it and dy and writes dx.
 #include "bits.h"
 #include "dispatch.h"

@@ -49,7 +49,7 @@ def convolve(
     Args:
         x: shape (N, C, H, W), where :func:`runs`.
         weight: shape (O, C / groups, 3, 3).
-        bias: shape (O,), contiguous.
+        bias: shape (O,).
         out: channels_last, shape (N, O, OH, OW), halved by pooling.
         padding: zeros on both sides.
         groups: of channels.
@@ -67,5 +67,6 @@ def convolve(
         return u
 
     u = transformed() if frozen is None else frozen.get("winograd turned" if turned else "winograd", transformed)
+    bias = None if bias is None else bias.contiguous()
     largest = torch.ops.fastcnn_cpu.winograd(x, x_mask, u, bias, out, out_mask, padding, groups, relu, pool)
     return largest if math.isfinite(largest) else None

@@ -208,6 +208,13 @@ def test_what_it_does_not_do(change, value, threads):
     assert not _winograd.runs(**case)
 
 
+def test_a_bias_of_any_strides():
+    x, weight, bias = arguments(2, 16, 32, 12, 12)
+    for strided in (bias[:1].expand(32), bias.repeat_interleave(3)[::3]):
+        expected, _ = convolve(x, weight, strided.clone(memory_format=torch.contiguous_format), (1, 1), 1)
+        assert_bitwise(convolve(x, weight, strided, (1, 1), 1)[0], expected)
+
+
 def test_the_default_dtype_does_not_matter():
     x, weight, bias = arguments(2, 16, 32, 12, 12)
     expected = FF.conv2d_relu(x, weight, bias)
