@@ -208,8 +208,8 @@ int64_t fingerprint(Tensor x) {
 }
 
 // An uninitialized tensor of this one's form, in memory that is kept for the next.
-Tensor kept_like(Tensor x) {
-  const Block block = take_memory(x.numel() * x.element_size());
+Tensor kept_like(Tensor x, bool lasting) {
+  const Block block = take_memory(x.numel() * x.element_size(), lasting);
   STD_TORCH_CHECK(block.begin, "out of memory: a tensor of ", x.numel() * x.element_size(), " bytes");
   return torch::stable::from_blob(block.begin, x.sizes(), x.strides(), x.device(), x.scalar_type(),
                                   [block](void*) { keep_memory(block); });
@@ -277,7 +277,7 @@ STABLE_TORCH_LIBRARY(fastcnn_cpu, m) {
   m.def("lrn_backward(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
   m.def("max_pool2d(Tensor input, Tensor(a!) out, Tensor(b!)? argmax, bool channels_last, " FASTCNN_POOL ") -> ()");
   m.def("max_pool2d_backward(Tensor grad, Tensor argmax, Tensor(a!) out, bool channels_last, " FASTCNN_POOL ") -> ()");
-  m.def("kept_like(Tensor input) -> Tensor");
+  m.def("kept_like(Tensor input, bool lasting) -> Tensor");
   m.def("winograd(Tensor input, Tensor? input_mask, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor(b!)? out_mask, "
         "int[] padding, int groups, bool relu, bool pool) -> float");
   m.def("winograd_weight(Tensor weight, Tensor(a!) out, int groups, bool turned) -> ()");

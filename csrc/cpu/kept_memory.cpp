@@ -9,7 +9,8 @@
 namespace fastcnn {
 namespace {
 
-// Together with what is in use no more is kept than was once in use, or this little; and never more than that much.
+// Together with what is in use no more is kept than was once in use, or, but for a lasting output, this little; and
+// never more than that much.
 constexpr int64_t kAlwaysKept = int64_t{32} << 20, kMostKept = int64_t{512} << 20;
 
 // What is kept, oldest first, and how much is in use. Never destroyed: tensors may outlive every static.
@@ -45,12 +46,12 @@ Memory& memory() {
 
 }  // namespace
 
-Block take_memory(int64_t bytes) {
+Block take_memory(int64_t bytes, bool lasting) {
   Memory& m = memory();
   const std::lock_guard lock(m.mutex);
   auto best = m.kept.end();
   for (auto it = m.kept.begin(); it != m.kept.end(); ++it) {
-    const bool fits = it->bytes >= bytes && it->bytes - bytes <= bytes;
+    const bool fits = it->bytes >= bytes && it->bytes - bytes <= (lasting ? bytes / 4 : bytes);
     if (fits && (best == m.kept.end() || it->bytes <= best->bytes)) best = it;
   }
   if (best != m.kept.end()) {
@@ -58,7 +59,7 @@ Block take_memory(int64_t bytes) {
     return m.take(best);
   }
   m.use(bytes);
-  m.keep_at_most(std::max(kAlwaysKept, m.most_used_bytes - m.used_bytes));
+  m.keep_at_most(std::max(lasting ? 0 : kAlwaysKept, m.most_used_bytes - m.used_bytes));
   void* const begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (begin != MAP_FAILED) return {begin, bytes};
   m.used_bytes -= bytes;

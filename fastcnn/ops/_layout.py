@@ -40,11 +40,14 @@ def output(y: Tensor, format: torch.memory_format) -> Tensor:
     return y if y.stride() == new.stride() else new.copy_(y)
 
 
-def kept(empty: Tensor) -> Tensor:
-    """``empty``, or if it is large the same in memory that fastcnn keeps: see csrc/cpu/kept_memory.h."""
+def kept(empty: Tensor, *, lasting: bool = False) -> Tensor:
+    """``empty``, or if it is large the same in memory that fastcnn keeps: see csrc/cpu/kept_memory.h.
+
+    ``lasting``: until backward, most likely.
+    """
     if not empty.is_cpu or empty.nbytes <= _LARGE_BYTES or torch.are_deterministic_algorithms_enabled():
         return empty
-    return torch.ops.fastcnn_cpu.kept_like(empty)
+    return torch.ops.fastcnn_cpu.kept_like(empty, lasting)
 
 
 def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:

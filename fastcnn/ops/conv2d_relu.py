@@ -142,7 +142,7 @@ def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Te
     frozen = contents_of(weight) if _onednn_runs(x) and is_channels_last(x) else None
     if _winograd.runs(x, weight, stride, padding, dilation, groups):
         y, mask = _fake(x, weight, bias, *args)
-        y, out_mask = kept(y), mask if with_mask else None
+        y, out_mask = kept(y, lasting=with_mask), mask if with_mask else None
         run = partial(_winograd.convolve, frozen=frozen, relu=True, out_mask=out_mask)
         if run(x, weight, bias, y, padding, groups) is not None:
             return y, mask

@@ -90,7 +90,7 @@ def _reference(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _compiled(library: str, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *pool, with_argmax = args
     y, argmax = _fake(x, *args)
-    x, y = dense(x, output_format(x)), kept(y)
+    x, y = dense(x, output_format(x)), kept(y, lasting=with_argmax)
     getattr(torch.ops, library).max_pool2d(x, y, argmax if with_argmax else None, is_channels_last(x), *pool)
     return y, argmax
 

@@ -132,7 +132,7 @@ def _compiled(library: str, x: Tensor, bias: Tensor | None, *args: Any) -> tuple
     *tail, with_argmax = args
     format = output_format(x)
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
-    y = kept(y)
+    y = kept(y, lasting=with_argmax)
     getattr(torch.ops, library).relu_lrn_max_pool2d(
         dense(x, format),
         _wide_bias(bias, x),

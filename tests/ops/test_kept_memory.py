@@ -28,7 +28,7 @@ def every_output_is_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def poison(like: torch.Tensor) -> None:
     """What is in the memory that the next outputs may get."""
-    blocks = [torch.ops.fastcnn_cpu.kept_like(like).fill_(torch.nan) for _ in range(4)]
+    blocks = [torch.ops.fastcnn_cpu.kept_like(like, False).fill_(torch.nan) for _ in range(4)]
     del blocks
 
 
@@ -73,13 +73,22 @@ def test_memory_is_used_again_and_never_while_in_use() -> None:
     assert third.shape == (3, 1000)
 
 
-@pytest.mark.parametrize(("more", "fits"), [(-(1 << 19) - 1, False), (-(1 << 19), True), (0, True), (1, False)])
-def test_a_block_goes_to_outputs_of_about_its_size(more: int, fits: bool) -> None:
-    large, block = _layout.kept(torch.empty(8 << 20)), _layout.kept(torch.empty(1 << 20))
+@pytest.mark.parametrize(
+    ("size", "lasting", "fits"),
+    [
+        (500_000, False, False),
+        (512_000, False, True),
+        (800_000, True, False),
+        (819_200, True, True),
+        *((size, lasting, size == 1_024_000) for size in (1_024_000, 1_024_001) for lasting in (False, True)),
+    ],
+)
+def test_a_block_goes_to_outputs_of_about_its_size(size: int, lasting: bool, fits: bool) -> None:
+    large, block = _layout.kept(torch.empty(8_192_000)), _layout.kept(torch.empty(1_024_000))
     del large  # the first to be unmapped
     there = block.data_ptr()
     del block
-    assert (_layout.kept(torch.empty((1 << 20) + more)).data_ptr() == there) == fits
+    assert (_layout.kept(torch.empty(size), lasting=lasting).data_ptr() == there) == fits
 
 
 def mapped() -> int:
@@ -114,12 +123,22 @@ def test_no_more_is_mapped_than_was_once_in_use() -> None:
         assert mapped() - before < 450 << 20
 
 
+@needs_proc
+@pytest.mark.parametrize("lasting", [False, True])
+def test_little_is_kept_beside_what_lasts(lasting: bool) -> None:
+    before = mapped()
+    megabytes(20)
+    block = _layout.kept(torch.empty(15 << 20, dtype=torch.uint8), lasting=lasting)  # does not fit into the 20
+    assert (mapped() - before < 20 << 20) == lasting
+    assert block.nbytes == 15 << 20
+
+
 def test_threads_share_it() -> None:
     wrong = []
 
     def work(value: int) -> None:
         for _ in range(200):
-            block = torch.ops.fastcnn_cpu.kept_like(torch.empty(4096)).fill_(value)
+            block = torch.ops.fastcnn_cpu.kept_like(torch.empty(4096), False).fill_(value)
             if not bool((block == value).all()):
                 wrong.append(value)
 
