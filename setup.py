@@ -28,7 +28,7 @@ if X86:
         *CAPABILITIES["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
     ]
-KERNELS = ("lrn", "conv2d_relu", "winograd", "relu_lrn_max_pool2d")
+KERNELS = ("lrn", "conv2d_relu", "winograd", "linear", "relu_lrn_max_pool2d")
 CUDA_KERNELS = ("lrn", "max_pool2d", "conv2d_relu", "relu_lrn_max_pool2d")
 ARCHITECTURES = ("75", "80", "90", "100", "120")
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11

@@ -272,6 +272,19 @@ double winograd(Tensor x, std::optional<Tensor> x_mask, Tensor weight, std::opti
   return std::bit_cast<float>(largest.load());
 }
 
+void linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor out, bool relu, double factor) {
+  const DType dtype = dtype_of(x);
+  const LinearTask task{dtype, x.size(0), x.size(1), weight.size(0), relu, factor, x.const_data_ptr(),
+                        weight.const_data_ptr(), data_or_null<const void>(bias), out.mutable_data_ptr()};
+  STD_TORCH_CHECK(task.vectors >= 1 && task.vectors <= LinearTask::kVectors, "input must have 1 to ",
+                  LinearTask::kVectors, " rows, but has ", task.vectors);
+  expect("weight", weight, dtype, task.outputs * task.in);
+  expect("out", out, dtype, task.vectors * task.outputs);
+  if (bias) expect("bias", *bias, dtype, task.outputs);
+  const int64_t units = (task.outputs + LinearTask::kOutputs - 1) / LinearTask::kOutputs;
+  parallel(kernels().linear, task, units, grain(task.in * LinearTask::kOutputs), 0);
+}
+
 STABLE_TORCH_LIBRARY(fastcnn_cpu, m) {
   m.def("lrn(Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
   m.def("lrn_backward(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
@@ -281,6 +294,7 @@ STABLE_TORCH_LIBRARY(fastcnn_cpu, m) {
   m.def("winograd(Tensor input, Tensor? input_mask, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor(b!)? out_mask, "
         "int[] padding, int groups, bool relu, bool pool) -> float");
   m.def("winograd_weight(Tensor weight, Tensor(a!) out, int groups, bool turned) -> ()");
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, Tensor(a!) out, bool relu, float factor) -> ()");
   m.def("relu_mask(Tensor output, Tensor(a!) mask) -> ()");
   m.def("relu_mask_backward(Tensor grad, Tensor mask, Tensor(a!) out) -> ()");
   m.def("fingerprint(Tensor input) -> int");
@@ -298,6 +312,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) {
   m.impl("kept_like", TORCH_BOX(&kept_like));
   m.impl("winograd", TORCH_BOX(&winograd));
   m.impl("winograd_weight", TORCH_BOX(&winograd_weight));
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("relu_mask", TORCH_BOX(&relu_mask));
   m.impl("relu_mask_backward", TORCH_BOX(&relu_mask_backward));
   m.impl("fingerprint", TORCH_BOX(&fingerprint));

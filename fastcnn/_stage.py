@@ -6,6 +6,7 @@ A part of a stage is None, a layer, or a :class:`Function`. Layers are asked for
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import functional as FF
 from . import nn as layers
-from .models.layers import GroupedLocalResponseNorm
+from .models.layers import GroupedLocalResponseNorm, PaperDropout
 from .ops._inference import conv_stage, linear, runs_packed
 from .ops._stage import run_stage as run_convolution
-from .params import FLOATING_DTYPES, ConvParams, LRNParams, PoolParams
+from .params import FLOATING_DTYPES, LRNParams, PoolParams
 
 PARTS = ("conv", "relu", "lrn", "pool")  # in the order in which they may follow each other
 
@@ -128,24 +129,25 @@ def infer_fused_layer(x: Tensor, layer: Any) -> Tensor:
 
 
 def _infer(x: Tensor, conv: nn.Module, relu: bool, lrn: LRNParams | None, pool: PoolParams | None) -> Tensor | None:
-    weight, bias, stride, padding, dilation, groups = conv_arguments(conv)
-    if not _has_kernels(x) or isinstance(padding, str) or not runs_packed(x, weight):
+    weight, bias, *arguments = map(_hashable, conv_arguments(conv))
+    if not _has_kernels(x) or isinstance(arguments[1], str) or not runs_packed(x, weight):
         return None
-    arguments, _ = ConvParams.of(x, weight, bias, stride, padding, dilation, groups)
-    return conv_stage(x, weight, bias, *arguments.op_args(), relu, lrn, pool)
+    return conv_stage(x, weight, bias, tuple(arguments), relu, lrn, pool)
 
 
-def infer_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """A linear layer for inference: packed weights, in their dtype."""
-    x = x.to(layer.weight.dtype)
-    if (
-        type(layer).forward is not nn.Linear.forward
-        or has_hooks(layer)
-        or x.dim() != 2
-        or not runs_packed(x, layer.weight)
-    ):
-        return layer(x)
-    return linear(x, layer.weight, layer.bias)
+def infer_linear(x: Tensor, layer: nn.Linear, relu: Part | None = None, dropout: PaperDropout | None = None) -> Tensor:
+    """A linear layer, and what follows it, for inference: in the dtype of its weights."""
+    weight, bias = layer.weight, layer.bias
+    x = x.to(weight.dtype)
+    rest = [part for part in (relu, dropout) if part is not None]
+    usual = type(layer).forward is nn.Linear.forward and not has_hooks(layer) and x.dim() == 2
+    usual = usual and x.shape[1] == weight.shape[1] and (bias is None or bias.dtype == weight.dtype)
+    if not usual or any(isinstance(part, nn.Module) and has_hooks(part) for part in rest) or not runs_packed(x, weight):
+        y = layer(x)
+        for part in rest:
+            y = part(y)
+        return y
+    return linear(x, weight, bias, relu is not None, 1.0 if dropout is None else 1 - dropout.p)
 
 
 def conv_arguments(conv: Part) -> tuple[Any, ...]:
@@ -159,13 +161,23 @@ def _lrn_params(lrn: Any) -> LRNParams | None:
     if lrn is None:
         return None
     if isinstance(lrn, Function):
-        return LRNParams(*lrn.arguments)
-    return LRNParams(lrn.size, lrn.alpha, lrn.beta, lrn.k, getattr(lrn, "groups", 1))
+        return _made(LRNParams, *lrn.arguments)
+    return _made(LRNParams, lrn.size, lrn.alpha, lrn.beta, lrn.k, getattr(lrn, "groups", 1))
 
 
 def _pool_params(pool: Any) -> PoolParams | None:
     if pool is None:
         return None
     if isinstance(pool, Function):
-        return PoolParams(*pool.arguments)
-    return PoolParams(pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+        return _made(PoolParams, *map(_hashable, pool.arguments))
+    sizes = map(_hashable, (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+    return _made(PoolParams, *sizes, pool.ceil_mode)
+
+
+@lru_cache(typed=True)
+def _made(params: Callable[..., Any], *arguments: Any) -> Any:
+    return params(*arguments)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value

@@ -32,7 +32,7 @@ from ._stage import (
     run_stage,
     why_not,
 )
-from .models.layers import ConvReLULRNMaxPool2d
+from .models.layers import ConvReLULRNMaxPool2d, PaperDropout
 from .ops._inference import in_parts
 from .params import FLOATING_DTYPES
 
@@ -439,15 +439,36 @@ def _freeze(graph: fx.Graph, module: nn.Module, name: str) -> list[Entry]:
         if type(layer) in (nn.Dropout, nn.Dropout2d, nn.Identity):
             node.replace_all_uses_with(node.args[0])
             entries.append(Entry(where, type(layer).__name__, now="nothing"))
+            graph.erase_node(node)
         elif type(layer) in _PACKED:
+            rest = _after_linear(node, module) if type(layer) is nn.Linear else []
             with graph.inserting_before(node):
-                new = graph.call_function(_PACKED[type(layer)], (node.args[0], graph.get_attr(str(node.target))))
-            node.replace_all_uses_with(new)
-            entries.append(Entry(where, type(layer).__name__, now="the same, packed"))
-        else:
-            continue
-        graph.erase_node(node)
+                parts = {call.part: call.function or graph.get_attr(str(call.node.target)) for call in rest}
+                inputs = node.args[0], graph.get_attr(str(node.target))
+                new = graph.call_function(_PACKED[type(layer)], inputs, parts)
+            nodes = [node, *(call.node for call in rest)]
+            nodes[-1].replace_all_uses_with(new)
+            for fused in reversed(nodes):
+                graph.erase_node(fused)
+            where = " + ".join([where, *(_where(call, name) for call in rest)])
+            what = " -> ".join([type(layer).__name__, *(call.what for call in rest)])
+            entries.append(Entry(where, what, now="linear, packed" if rest else "the same, packed"))
     return entries
+
+
+def _after_linear(node: fx.Node, module: nn.Module) -> list[_Call]:
+    """The ReLU that a linear layer's output goes to and nowhere else, and then the paper's dropout, as far as there."""
+    calls: list[_Call] = []
+    while len(users := list(node.users)) == 1:
+        node = users[0]
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(layer) is PaperDropout and len(node.args) == 1 and not node.kwargs:
+            return [*calls, _Call(node, "dropout", node.args[0], None, "PaperDropout")]
+        call = _read(node, module)
+        if calls or call is None or call.part != "relu" or call.why_not:
+            break
+        calls.append(call)
+    return calls
 
 
 def _replace(graph: fx.Graph, stage: list[_Call], module: nn.Module, inference: bool) -> None:

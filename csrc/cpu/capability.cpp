@@ -13,7 +13,7 @@ namespace {
    capability::lrn_units, capability::lrn_scratch_bytes, capability::lrn, capability::lrn_backward,        \
    capability::fingerprint,                                                                                \
    capability::winograd_scratch_bytes, capability::winograd, capability::winograd_weight,                  \
-   capability::relu_mask, capability::relu_mask_backward,                                                  \
+   capability::linear, capability::relu_mask, capability::relu_mask_backward,                              \
    capability::relu_lrn_max_pool2d_scratch_bytes, capability::relu_lrn_max_pool2d,                         \
    capability::relu_lrn_max_pool2d_backward}
 

@@ -18,6 +18,7 @@ struct CPUKernels {
   decltype(&baseline::winograd_scratch_bytes) winograd_scratch_bytes;
   decltype(&baseline::winograd) winograd;
   decltype(&baseline::winograd_weight) winograd_weight;
+  decltype(&baseline::linear) linear;
   decltype(&baseline::relu_mask) relu_mask, relu_mask_backward;
   decltype(&baseline::relu_lrn_max_pool2d_scratch_bytes) relu_lrn_max_pool2d_scratch_bytes;
   decltype(&baseline::relu_lrn_max_pool2d) relu_lrn_max_pool2d, relu_lrn_max_pool2d_backward;

@@ -82,6 +82,17 @@ struct WinogradWeightTask {
 inline int64_t panels(int64_t outputs) { return (outputs + 63) / 64; }
 inline int64_t panel_begin(int64_t outputs, int64_t panel) { return outputs / 16 * panel / panels(outputs) * 16; }
 
+// A fully connected layer of 1 to kVectors vectors, perhaps rectified, times a factor. Units are kOutputs outputs.
+struct LinearTask {
+  static constexpr int kVectors = 4, kOutputs = 4;
+  DType dtype;
+  int64_t vectors, in, outputs;
+  bool relu;
+  double factor;
+  const void *x, *weight, *bias;  // weight: a row an output; bias: may be null
+  void* out;
+};
+
 #define FASTCNN_DECLARE_KERNELS(capability)                                                      \
   namespace capability {                                                                         \
   int64_t lrn_units(const LRNTask&);                                                             \
@@ -92,6 +103,7 @@ inline int64_t panel_begin(int64_t outputs, int64_t panel) { return outputs / 16
   int64_t winograd_scratch_bytes(const WinogradTask&);                                            \
   void winograd(const WinogradTask&, int64_t begin, int64_t end, void* scratch);                 \
   void winograd_weight(const WinogradWeightTask&, int64_t begin, int64_t end, void* scratch);    \
+  void linear(const LinearTask&, int64_t begin, int64_t end, void* scratch);                     \
   void relu_mask(const MaskTask&, int64_t begin, int64_t end, void* scratch);                    \
   void relu_mask_backward(const MaskTask&, int64_t begin, int64_t end, void* scratch);           \
   int64_t relu_lrn_max_pool2d_scratch_bytes(const TailTask&);                                    \

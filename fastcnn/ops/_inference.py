@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..params import LRNParams, PoolParams, opmath, pooled_size
+from ..params import ConvParams, LRNParams, PoolParams, opmath, pooled_size
 from . import _winograd
 from ._layout import kept
-from ._packed import unchanged
+from ._packed import Frozen, unchanged
 from .conv2d_relu import _magnitude, _onednn_runs, _output_shape, _pack
 
 # A larger block is mapped anew each time it is allocated, by the GNU C library for one; smaller ones are used again.
 _REUSED_BYTES = 32 << 20
 _HALVES = PoolParams(2).op_args()
 _LARGE = 1e38  # far enough below the largest float32 that no sum on the way overflows
+_FEW = 4  # vectors, for which reading the weights is all that takes time
 _LINEAR_BATCH = 32  # that weights are packed for, and good for any
+_KINDS = 64  # of input, for which it is remembered how a layer runs
 
 
 _seen = threading.local()  # .largest: bytes of an image's largest map since it was set to 0
@@ -65,68 +66,133 @@ def runs_packed(x: Tensor, weight: Tensor) -> bool:
     return _onednn_runs(x) and backends.choose("conv2d_relu", ("reference", "cpu"), x) == "cpu"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`torch.nn.functional.linear` of a batch of vectors."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, factor: float = 1.0) -> Tensor:
+    """``factor * relu(linear(x, weight, bias))`` of a batch of vectors, or without ReLU."""
+    if 0 < len(x) <= _FEW and weight.is_contiguous() and (bias is None or bias.is_contiguous()):
+        y = torch.empty((len(x), len(weight)), dtype=x.dtype)
+        torch.ops.fastcnn_cpu.linear(x.contiguous(), weight, bias, y, relu, factor)
+        return y
     reorder = torch.ops.mkldnn._reorder_linear_weight
     packed = unchanged(weight).get("linear", lambda: reorder(weight.detach(), _LINEAR_BATCH))
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    y = torch.relu_(y) if relu else y
+    return y if factor == 1 else y.mul_(factor)
 
 
 def conv_stage(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    conv: tuple[Any, ...],
     relu: bool,
     lrn: LRNParams | None,
     pool: PoolParams | None,
 ) -> Tensor:
-    """Convolution -> ReLU? -> LRN? -> max-pool?, in channels_last."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    shape = _output_shape(x, weight, stride, padding, dilation, groups)
-    image_bytes = shape[1] * shape[2] * shape[3] * x.element_size()
-    _seen.largest = max(getattr(_seen, "largest", 0), image_bytes)
+    """Convolution -> ReLU? -> LRN? -> max-pool?, in channels_last.
+
+    ``conv`` are stride, padding, dilation and groups, as of :func:`torch.nn.functional.conv2d`.
+    """
     frozen = unchanged(weight)
-    winograd = partial(_winograd.convolve, weight=weight, padding=padding, groups=groups, frozen=frozen)
-    by_winograd = _winograd.runs(x, weight, stride, padding, dilation, groups)
-    if by_winograd and lrn is None and (pool is None or pool.op_args() == _HALVES):
-        size = shape if pool is None else [*shape[:2], shape[2] // 2, shape[3] // 2]
-        y = kept(torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last))
-        found = winograd(x, bias=bias, out=y, relu=relu, pool=pool is not None)
-        if found is not None:
-            return _bounded(y, found)
+    of_bias = None if bias is None else (bias.shape, bias.dtype)
+    kind = x.shape, of_bias, conv, relu, lrn, pool, torch.get_num_threads()
+    stages = frozen.get("stages", dict)
+    stage = stages.get(kind)
+    if stage is None:
+        if len(stages) == _KINDS:
+            stages.clear()
+        stage = stages[kind] = _Stage(x, weight, bias, conv, relu, lrn, pool)
+    _seen.largest = max(getattr(_seen, "largest", 0), stage.image_bytes)
+    return stage(x.contiguous(memory_format=torch.channels_last), weight, bias, frozen)
 
-    bound = _bound(x)  # of absolute values; what comes out of this layer is bounded by it too
 
-    def outgoing(of_input: float) -> float:
-        of_weight = frozen.get("magnitude", lambda: torch.tensor(_magnitude(weight))).item()
-        return of_input * of_weight * weight[0].numel() + _magnitude(bias)
+class _Stage:
+    """A stage, and all that is known of it before an input of that shape comes."""
 
-    def convolve(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        if by_winograd and bias is None:
-            z = torch.empty((len(x), *shape[1:]), dtype=x.dtype, memory_format=torch.channels_last)
-            if winograd(x, bias=None, out=z) is not None:
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        conv: tuple[Any, ...],
+        relu: bool,
+        lrn: LRNParams | None,
+        pool: PoolParams | None,
+    ) -> None:
+        params, _ = ConvParams.of(x, weight, bias, *conv)
+        self.conv, self.relu = params.op_args(), relu
+        n, c, *size = self.shape = _output_shape(x, weight, *self.conv)
+        self.image_bytes = c * size[0] * size[1] * x.element_size()
+        self.by_winograd = _winograd.runs(x, weight, *self.conv)
+        self.has_tail = lrn is not None or pool is not None
+        self.halves = pool is not None and pool.op_args() == _HALVES
+        self.in_one = self.by_winograd and lrn is None and (pool is None or self.halves)
+        lrn_args = (0, 0.0, 0.0, 0.0, 1) if lrn is None else lrn.op_args()
+        pool_args = ([], [], [], [], False) if pool is None else pool.op_args()
+        self.tail = (relu, *lrn_args, *pool_args)
+        self.out_shape = [n, c, *(size if pool is None else pooled_size(size, *pool_args))]
+        # A dilated window may hold nothing, and give -inf.
+        self.keeps_bound = lrn is None and (pool is None or pool.op_args()[3] == [1, 1])
+        self.small_input = x.numel() <= 2 * n * c * size[0] * size[1]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
+        """Of an input in channels_last."""
+        if self.in_one:
+            y = kept(torch.empty(self.out_shape, dtype=x.dtype, memory_format=torch.channels_last))
+            found = self._winograd(x, weight, bias, y, frozen, relu=self.relu, pool=self.halves)
+            if found is not None:
+                return _bounded(y, found)
+        bound = _bound(x)  # of absolute values; what comes out of this layer is bounded by it too
+        if self.has_tail:
+            y = self._with_tail(x, weight, bias, frozen)
+            if bound is None or not self.keeps_bound:
+                return y
+            return _bounded(y, self._outgoing(bound, weight, bias, frozen))
+        if not self.relu:
+            return self._convolve(x, weight, bias, frozen, "none")
+        # oneDNN's ReLU makes 0 of NaN: it may run where NaN is ruled out, if need be by a read of a short input.
+        outgoing = _LARGE if bound is None else self._outgoing(bound, weight, bias, frozen)
+        if not outgoing < _LARGE and self.small_input:
+            outgoing = self._outgoing(_magnitude(x), weight, bias, frozen)
+        if not outgoing < _LARGE:
+            return torch.relu_(self._convolve(x, weight, bias, frozen, "none"))
+        return _bounded(self._convolve(x, weight, bias, frozen, "relu"), outgoing)
+
+    def _outgoing(self, of_input: float, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> float:
+        """How large the convolution's outputs can be at most."""
+        of_weight = frozen.get("magnitude", lambda: _magnitude(weight))
+        of_bias = 0.0 if bias is None else unchanged(bias).get("magnitude", lambda: _magnitude(bias))
+        return of_input * of_weight * weight[0].numel() + of_bias
+
+    def _winograd(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, frozen: Frozen, **then: bool
+    ) -> float | None:
+        _, padding, _, groups = self.conv
+        return _winograd.convolve(x, weight, bias, y, padding, groups, frozen=frozen, **then)
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen, activation: str = "none"
+    ) -> Tensor:
+        if self.by_winograd and bias is None:
+            z = torch.empty((len(x), *self.shape[1:]), dtype=x.dtype, memory_format=torch.channels_last)
+            if self._winograd(x, weight, None, z, frozen) is not None:
                 return z
-        packed = frozen.get("forward", lambda: _pack(weight, x, stride, padding, dilation, groups))
+        stride, padding, dilation, groups = self.conv
+        packed = frozen.get("forward", lambda: _pack(weight, x, *self.conv))
         return torch.ops.mkldnn._convolution_pointwise(
             x, packed, bias, padding, stride, dilation, groups, activation, [], ""
         ).contiguous(memory_format=torch.channels_last)
 
-    if lrn is None and pool is None:
-        if not relu:
-            return convolve(x, bias, "none")
-        # oneDNN's ReLU makes 0 of NaN: it may run where NaN is ruled out, if need be by a read of a short input.
-        if bound is None or not outgoing(bound) < _LARGE:
-            bound = _magnitude(x) if x.numel() <= 2 * len(x) * image_bytes // x.element_size() else None
-        if bound is None or not outgoing(bound) < _LARGE:
-            return torch.relu_(convolve(x, bias, "none"))
-        return _bounded(convolve(x, bias, "relu"), outgoing(bound))
-    y = _with_tail(x, convolve, shape, image_bytes, bias, relu, lrn, pool)
-    whole = pool is None or pool.op_args()[3] == [1, 1]  # a dilated window may hold nothing, and give -inf
-    return _bounded(y, outgoing(bound)) if lrn is None and whole and bound is not None else y
+    def _with_tail(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
+        """A few images at a time, so that the convolution's output stays in memory that is used again."""
+        y = kept(torch.empty(self.out_shape, dtype=x.dtype, memory_format=torch.channels_last))
+        wide_bias = None if bias is None else bias.to(opmath(x.dtype)).contiguous()
+        images = len(x)
+        step = _images_at_a_time(images, self.image_bytes)
+        for i in range(0, images, max(step, 1)):
+            part, out = (x, y) if step == images else (x[i : i + step], y[i : i + step])
+            z = self._convolve(part, weight, None, frozen)
+            torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(z, wide_bias, out, None, True, *self.tail)
+        return y
 
 
 def _bounded(y: Tensor, bound: float) -> Tensor:
@@ -139,29 +205,3 @@ def _bounded(y: Tensor, bound: float) -> Tensor:
 def _bound(x: Tensor) -> float | None:
     bound, version = getattr(x, "_fastcnn_bound", (None, None))
     return bound if bound is not None and x._version == version else None
-
-
-def _with_tail(
-    x: Tensor,
-    convolve: Any,
-    shape: list[int],
-    image_bytes: int,
-    bias: Tensor | None,
-    relu: bool,
-    lrn: LRNParams | None,
-    pool: PoolParams | None,
-) -> Tensor:
-    """A few images at a time, so that the convolution's output stays in memory that is used again."""
-    n, c, *size = shape
-    lrn_args = (0, 0.0, 0.0, 0.0, 1) if lrn is None else lrn.op_args()
-    pool_args = ([], [], [], [], False) if pool is None else pool.op_args()
-    out_size = size if pool is None else pooled_size(size, *pool_args)
-    y = kept(torch.empty((n, c, *out_size), dtype=x.dtype, memory_format=torch.channels_last))
-    wide_bias = None if bias is None else bias.to(opmath(x.dtype)).contiguous()
-    step = _images_at_a_time(n, image_bytes)
-    for i in range(0, n, max(step, 1)):
-        z = convolve(x[i : i + step], None, "none")
-        torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(
-            z, wide_bias, y[i : i + step], None, True, relu, *lrn_args, *pool_args
-        )
-    return y

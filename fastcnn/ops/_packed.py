@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ class Frozen:
     """What was made of a weight with these contents."""
 
     contents: tuple[object, ...]
-    made: dict[str, Tensor] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
 
-    def get(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returned the first time."""
         if name not in self.made:
             self.made[name] = make()

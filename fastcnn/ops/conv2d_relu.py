@@ -126,10 +126,7 @@ def _cannot_be_nan(x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Froze
 
     That is one read of the input, next to nothing beside a convolution. A NaN makes every comparison false.
     """
-    if frozen is None:
-        of_weight = _magnitude(weight)
-    else:
-        of_weight = frozen.get("magnitude", lambda: torch.tensor(_magnitude(weight))).item()
+    of_weight = _magnitude(weight) if frozen is None else frozen.get("magnitude", lambda: _magnitude(weight))
     return _magnitude(x) * of_weight * weight[0].numel() + _magnitude(bias) < 1e38
 
 
