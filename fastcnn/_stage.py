@@ -6,7 +6,6 @@ A part of a stage is None, a layer, or a :class:`Function`. Layers are asked for
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -95,10 +94,15 @@ def run_stage(
         for part in parts.values():
             x = part(x)
         return x
-    rectify, lrn_params, pool_params = relu is not None, _lrn_params(lrn), _pool_params(pool)
+    of_lrn, of_pool = _lrn_arguments(lrn), _pool_arguments(pool)
+    tail: dict[str, Any] = {
+        "relu": relu is not None,
+        "lrn": None if of_lrn is None else LRNParams(*of_lrn),
+        "pool": None if of_pool is None else PoolParams(*of_pool),
+    }
     if conv is None:
-        return FF.relu_lrn_max_pool2d(x, relu=rectify, lrn=lrn_params, pool=pool_params)
-    return run_convolution(x, *conv_arguments(conv), relu=rectify, lrn=lrn_params, pool=pool_params)
+        return FF.relu_lrn_max_pool2d(x, **tail)
+    return run_convolution(x, *conv_arguments(conv), **tail)
 
 
 def _has_kernels(x: Any) -> bool:
@@ -115,7 +119,7 @@ def infer_stage(
     parts = zip(PARTS, (conv, relu, lrn, pool), strict=True)
     if any(isinstance(part, nn.Module) and why_not(part, name) for name, part in parts):
         return run_stage(x, conv, relu, lrn, pool)
-    y = _infer(x, conv, relu is not None, _lrn_params(lrn), _pool_params(pool))
+    y = _infer(x, conv, relu is not None, lrn, pool)
     return run_stage(x, conv, relu, lrn, pool) if y is None else y
 
 
@@ -128,11 +132,11 @@ def infer_fused_layer(x: Tensor, layer: Any) -> Tensor:
     return layer(x) if y is None else y
 
 
-def _infer(x: Tensor, conv: nn.Module, relu: bool, lrn: LRNParams | None, pool: PoolParams | None) -> Tensor | None:
-    weight, bias, *arguments = map(_hashable, conv_arguments(conv))
-    if not _has_kernels(x) or isinstance(arguments[1], str) or not runs_packed(x, weight):
+def _infer(x: Tensor, conv: nn.Module, relu: bool, lrn: Any, pool: Any) -> Tensor | None:
+    weight, bias, *arguments = conv_arguments(conv)
+    if not _has_kernels(x) or isinstance(conv.padding, str) or not runs_packed(x, weight):
         return None
-    return conv_stage(x, weight, bias, tuple(arguments), relu, lrn, pool)
+    return conv_stage(x, weight, bias, arguments, relu, _lrn_arguments(lrn), _pool_arguments(pool))
 
 
 def infer_linear(x: Tensor, layer: nn.Linear, relu: Part | None = None, dropout: PaperDropout | None = None) -> Tensor:
@@ -157,27 +161,13 @@ def conv_arguments(conv: Part) -> tuple[Any, ...]:
     return conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
 
 
-def _lrn_params(lrn: Any) -> LRNParams | None:
-    if lrn is None:
-        return None
-    if isinstance(lrn, Function):
-        return _made(LRNParams, *lrn.arguments)
-    return _made(LRNParams, lrn.size, lrn.alpha, lrn.beta, lrn.k, getattr(lrn, "groups", 1))
+def _lrn_arguments(lrn: Any) -> tuple[Any, ...] | None:
+    if lrn is None or isinstance(lrn, Function):
+        return lrn and lrn.arguments
+    return lrn.size, lrn.alpha, lrn.beta, lrn.k, getattr(lrn, "groups", 1)
 
 
-def _pool_params(pool: Any) -> PoolParams | None:
-    if pool is None:
-        return None
-    if isinstance(pool, Function):
-        return _made(PoolParams, *map(_hashable, pool.arguments))
-    sizes = map(_hashable, (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
-    return _made(PoolParams, *sizes, pool.ceil_mode)
-
-
-@lru_cache(typed=True)
-def _made(params: Callable[..., Any], *arguments: Any) -> Any:
-    return params(*arguments)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if type(value) is list else value
+def _pool_arguments(pool: Any) -> tuple[Any, ...] | None:
+    if pool is None or isinstance(pool, Function):
+        return pool and pool.arguments
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode

@@ -1,6 +1,6 @@
 """Run the C++ kernels on tensors that lie against a page no one may touch: a script, since it dies where one does.
 
-    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | winograd
+    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | winograd | linear
 
 Every input and output has a guard page directly before its first or directly after its last element, so a read or write
 out of bounds ends the process with a segmentation fault; the last line printed names the case.
@@ -75,10 +75,17 @@ def run_winograd(at_end: bool) -> None:
         run(y, mask, u[1], None, guarded(x, at_end), None, [1, 1], groups, False, False)
 
 
+def run_linear(at_end: bool) -> None:
+    for dtype, k, o, n in itertools.product(DTYPES, (1, 7, 16, 33), (1, 4, 7), (1, 4)):
+        print(f"{fastcnn.backends.cpu_capability()} {n}x{k} {o} {ident(dtype)} {at_end=}", flush=True)
+        x, weight, bias, y = (guarded(randn(*s, dtype=dtype), at_end) for s in ((n, k), (o, k), (o,), (n, o)))
+        torch.ops.fastcnn_cpu.linear(x, weight, bias, y, True, 0.5)
+
+
 def main(op: str) -> None:
-    if op == "winograd":
+    if op in ("winograd", "linear"):
         for at_end in (True, False):
-            run_winograd(at_end)
+            (run_winograd if op == "winograd" else run_linear)(at_end)
         return
     lrns = [LRNParams(1), LRNParams(5, 0.5), LRNParams(4, 0.5, 0.6), LRNParams(40, groups=1)]
     pools = [PoolParams(3, 2), PoolParams(3, 2, 1, 1, True), PoolParams((2, 3), 1, (1, 0)), PoolParams(3, 1, 1, 2)]

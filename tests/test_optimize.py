@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from promises import FORMATS, assert_bitwise, ident, in_format, leaf, randn, recorded_calls
+from promises import FORMATS, assert_bitwise, embedded, ident, in_format, leaf, randn, recorded_calls
 from torch import nn
 
 import fastcnn
+from fastcnn.models.layers import PaperDropout
 
 pytestmark = pytest.mark.usefixtures("best_backend", "float64")
 
@@ -655,6 +656,56 @@ def test_inference_of_any_batch(classifier, batch):
     first = again(x)
     torch.testing.assert_close(first, model(x), rtol=1e-4, atol=1e-5, check_stride=False)
     assert_bitwise(again(x), first)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_inference_of_spaced_parameters(classifier, batch):
+    fast, model = fastcnn.optimize(classifier, inference=True), classifier.eval()
+    for parameter in fast.parameters():
+        parameter.data = embedded(parameter.data, steps=[2] * parameter.dim())
+    x = randn(batch, 3, 32, 32)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Fused(nn.Module):
+    """Linear layers, and all that inference may let follow them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.relu, self.dropout = nn.Linear(10, 8), nn.ReLU(True), PaperDropout(0.25)
+        self.two, self.three, self.four = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.dropout(self.relu(self.one(x)))
+        x = F.relu(self.two(x))
+        x = self.three(x)
+        return x + F.relu(x), self.dropout(self.four(x))
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_inference_of_linear_layers(batch):
+    model = Fused().float().eval()
+    fast = fastcnn.optimize(model, inference=True)
+    assert [(e.where, e.now) for e in fast.fastcnn_report.replaced] == [
+        ("one + relu + dropout", "linear, packed"),
+        ("two + relu_1", "linear, packed"),
+        ("three", "the same, packed"),
+        ("four + dropout", "linear, packed"),
+    ]
+    x = randn(batch, 10)
+    for _ in range(2):
+        for y, expected in zip(fast(x), model(x), strict=True):
+            torch.testing.assert_close(y, expected)
+        for m in (fast, model):  # is asked for in every call
+            m.dropout.p = 0.5
+    seen = []
+    fast.relu.register_forward_hook(lambda *_: seen.append(1))
+    fast.dropout.register_forward_hook(lambda *_: seen.append(1))
+    for y, expected in zip(fast(x), model(x), strict=True):
+        torch.testing.assert_close(y, expected)
+    assert len(seen) == 3
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        fast(randn(batch, 9))
 
 
 def test_inference_in_bfloat16(classifier):

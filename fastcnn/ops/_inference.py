@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,8 @@ def runs_packed(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, factor: float = 1.0) -> Tensor:
     """``factor * relu(linear(x, weight, bias))`` of a batch of vectors, or without ReLU."""
-    if 0 < len(x) <= _FEW and weight.is_contiguous() and (bias is None or bias.is_contiguous()):
+    bias = None if bias is None else bias.contiguous()
+    if 0 < len(x) <= _FEW and weight.is_contiguous():
         y = torch.empty((len(x), len(weight)), dtype=x.dtype)
         torch.ops.fastcnn_cpu.linear(x.contiguous(), weight, bias, y, relu, factor)
         return y
@@ -83,26 +84,32 @@ def conv_stage(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    conv: tuple[Any, ...],
+    conv: Sequence[Any],
     relu: bool,
-    lrn: LRNParams | None,
-    pool: PoolParams | None,
+    lrn: Sequence[Any] | None,
+    pool: Sequence[Any] | None,
 ) -> Tensor:
     """Convolution -> ReLU? -> LRN? -> max-pool?, in channels_last.
 
-    ``conv`` are stride, padding, dilation and groups, as of :func:`torch.nn.functional.conv2d`.
+    ``conv`` are stride, padding, dilation and groups, as of :func:`torch.nn.functional.conv2d`; ``lrn`` and ``pool``
+    the arguments of :class:`LRNParams` and :class:`PoolParams`.
     """
-    frozen = unchanged(weight)
+    frozen, bias = unchanged(weight), None if bias is None else bias.contiguous()
     of_bias = None if bias is None else (bias.shape, bias.dtype)
-    kind = x.shape, of_bias, conv, relu, lrn, pool, torch.get_num_threads()
+    kind = x.shape, of_bias, torch.get_num_threads(), relu, *map(_hashable, (conv, lrn, pool))
     stages = frozen.get("stages", dict)
     stage = stages.get(kind)
     if stage is None:
         if len(stages) == _KINDS:
             stages.clear()
-        stage = stages[kind] = _Stage(x, weight, bias, conv, relu, lrn, pool)
+        tail = relu, None if lrn is None else LRNParams(*lrn), None if pool is None else PoolParams(*pool)
+        stage = stages[kind] = _Stage(x, weight, bias, conv, *tail)
     _seen.largest = max(getattr(_seen, "largest", 0), stage.image_bytes)
     return stage(x.contiguous(memory_format=torch.channels_last), weight, bias, frozen)
+
+
+def _hashable(arguments: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    return arguments and tuple([tuple(a) if type(a) is list else a for a in arguments])
 
 
 class _Stage:
@@ -113,7 +120,7 @@ class _Stage:
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        conv: tuple[Any, ...],
+        conv: Sequence[Any],
         relu: bool,
         lrn: LRNParams | None,
         pool: PoolParams | None,
@@ -185,7 +192,7 @@ class _Stage:
     def _with_tail(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
         """A few images at a time, so that the convolution's output stays in memory that is used again."""
         y = kept(torch.empty(self.out_shape, dtype=x.dtype, memory_format=torch.channels_last))
-        wide_bias = None if bias is None else bias.to(opmath(x.dtype)).contiguous()
+        wide_bias = None if bias is None else bias.to(opmath(x.dtype))
         images = len(x)
         step = _images_at_a_time(images, self.image_bytes)
         for i in range(0, images, max(step, 1)):

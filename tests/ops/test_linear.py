@@ -1,0 +1,84 @@
+"""The fully connected layer of inference: csrc/cpu/linear.cpp, and fastcnn/ops/_inference.py around it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from promises import DTYPES, assert_bitwise, embedded, ident, integers, randn
+from torch import Tensor
+
+import fastcnn
+from fastcnn.ops import _inference
+
+pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="needs the C++ library")
+
+
+def run(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, factor: float = 1.0) -> Tensor:
+    y = torch.full((len(x), len(weight)), torch.nan, dtype=x.dtype)
+    torch.ops.fastcnn_cpu.linear(x, weight, bias, y, relu, factor)
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4])
+@pytest.mark.parametrize("outputs", [1, 3, 4, 9])
+def test_every_size(kernel, outputs, vectors, dtype):
+    for inputs in (0, 1, 7, 16, 33, 100):
+        x, weight = integers(vectors, inputs, dtype=dtype), integers(outputs, inputs, dtype=dtype, seed=1)
+        bias = integers(outputs, dtype=dtype, seed=2)
+        exact = x.double() @ weight.double().T
+        assert_bitwise(run(x, weight, None) + 0, exact.to(dtype) + 0)
+        assert_bitwise(run(x, weight, bias, factor=0.5) + 0, ((exact + bias) / 2).to(dtype) + 0)
+        assert_bitwise(run(x, weight, bias, relu=True), (exact + bias).relu().to(dtype) + 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=ident)
+def test_error_is_at_most_twice_that_of_torch(kernel, dtype):
+    x, weight, bias = (t.to(dtype) for t in (randn(3, 4096), randn(257, 4096, seed=1), randn(257, seed=2)))
+    exact = F.linear(*(t.double() for t in (x, weight, bias)))
+    if dtype == torch.float64:
+        return torch.testing.assert_close(run(x, weight, bias), exact, rtol=1e-12, atol=1e-11)
+    error, of_torch = ((y.double() - exact).norm() for y in (run(x, weight, bias), F.linear(x, weight, bias)))
+    assert error <= 2 * of_torch
+    return None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+def test_nan_and_infinity_as_torch(kernel, dtype):
+    x, weight = integers(2, 40, dtype=dtype), integers(6, 40, dtype=dtype, seed=1)
+    x[1, 39], weight[2, 3], weight[4, 5] = float("nan"), float("inf"), -float("inf")
+    assert_bitwise(run(x, weight, None, relu=True), F.linear(x.double(), weight.double()).relu().to(dtype) + 0)
+
+
+@pytest.mark.parametrize("vectors", [0, 1, 4, 5, 40])
+@pytest.mark.parametrize("layout", ["dense", "transposed", "spaced"])
+def test_any_batch_and_any_strides(vectors, layout):
+    x, weight, bias = randn(vectors, 20), randn(30, 20, seed=1), randn(30, seed=2)
+    exact = 0.25 * F.linear(x.double(), weight.double(), bias.double()).relu()
+    if layout == "transposed":
+        x, weight = x.T.contiguous().T, weight.T.contiguous().T
+    if layout == "spaced":
+        x, weight, bias = (embedded(t, steps=[1] * (t.dim() - 1) + [3]) for t in (x, weight, bias))
+    y = _inference.linear(x, weight, bias, True, 0.25)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["weight", "bias", "out", "vectors", "dtype"])
+def test_sizes_are_checked(wrong):
+    """The op can be called by itself, and must not read or write out of bounds."""
+    x, weight = torch.zeros(5 if wrong == "vectors" else 2, 8), torch.zeros(6, 8 - (wrong == "weight"))
+    out, bias = torch.zeros(2, 6 - (wrong == "out")), torch.zeros(6 - (wrong == "bias"))
+    if wrong == "dtype":
+        weight = weight.bfloat16()
+    with pytest.raises(RuntimeError, match="must"):
+        torch.ops.fastcnn_cpu.linear(x, weight, bias, out, False, 1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory")
+def test_nothing_is_read_or_written_out_of_bounds():
+    script = Path(__file__).parents[1] / "guard_pages.py"
+    done = subprocess.run([sys.executable, str(script), "linear"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
