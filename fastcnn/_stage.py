@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import functional as FF
 from . import nn as layers
 from .models.layers import GroupedLocalResponseNorm, PaperDropout
-from .ops._inference import conv_stage, linear, runs_packed
+from .ops._inference import conv_stage, linear, max_pool2d, runs, runs_packed
 from .ops._stage import run_stage as run_convolution
 from .params import FLOATING_DTYPES, LRNParams, PoolParams
 
@@ -139,19 +139,26 @@ def _infer(x: Tensor, conv: nn.Module, relu: bool, lrn: Any, pool: Any) -> Tenso
     return conv_stage(x, weight, bias, arguments, relu, _lrn_arguments(lrn), _pool_arguments(pool))
 
 
+def infer_pool(x: Tensor, layer: nn.MaxPool2d) -> Any:
+    """A pool for inference."""
+    if not _has_kernels(x) or why_not(layer, "pool") or not runs("max_pool2d", x):
+        return layer(x)
+    return max_pool2d(x, _pool_arguments(layer))  # type: ignore[arg-type]
+
+
 def infer_linear(x: Tensor, layer: nn.Linear, relu: Part | None = None, dropout: PaperDropout | None = None) -> Tensor:
     """A linear layer, and what follows it, for inference: in the dtype of its weights."""
     weight, bias = layer.weight, layer.bias
     x = x.to(weight.dtype)
-    rest = [part for part in (relu, dropout) if part is not None]
-    usual = type(layer).forward is nn.Linear.forward and not has_hooks(layer) and x.dim() == 2
-    usual = usual and x.shape[1] == weight.shape[1] and (bias is None or bias.dtype == weight.dtype)
-    if not usual or any(isinstance(part, nn.Module) and has_hooks(part) for part in rest) or not runs_packed(x, weight):
-        y = layer(x)
-        for part in rest:
-            y = part(y)
-        return y
-    return linear(x, weight, bias, relu is not None, 1.0 if dropout is None else 1 - dropout.p)
+    usual = type(layer).forward is nn.Linear.forward and not has_hooks(layer)
+    usual = usual and not (isinstance(relu, nn.Module) and why_not(relu, "relu"))
+    usual = usual and (dropout is None or not (has_hooks(dropout) or dropout.training))
+    fits = x.dim() == 2 and x.shape[1] == weight.shape[1] and (bias is None or bias.dtype == weight.dtype)
+    if usual and fits and runs_packed(x, weight):
+        return linear(x, weight, bias, relu is not None, 1.0 if dropout is None else 1 - dropout.p)
+    y = layer(x)
+    y = y if relu is None else relu(y)
+    return y if dropout is None else dropout(y)
 
 
 def conv_arguments(conv: Part) -> tuple[Any, ...]:

@@ -27,13 +27,14 @@ from ._stage import (
     has_hooks,
     infer_fused_layer,
     infer_linear,
+    infer_pool,
     infer_stage,
     part_of,
     run_stage,
     why_not,
 )
 from .models.layers import ConvReLULRNMaxPool2d, PaperDropout
-from .ops._inference import in_parts
+from .ops._inference import cat, in_parts
 from .params import FLOATING_DTYPES
 
 
@@ -195,7 +196,7 @@ def _rewrite(module: nn.Module, name: str, inference: bool) -> list[Entry]:
             return [Entry(name or type(module).__name__, f"forward of {cls.__name__}", why_not=reason)]
         graphs.append((graph, _fuse(graph, module, name, inference)))
     entries = list(dict.fromkeys(entry for _, of_mode in graphs for entry in of_mode))
-    if any(entry.now for entry in entries):
+    if any(entry.now for entry in entries) or any(node.target in (infer_pool, cat) for node in graphs[0][0].nodes):
         forwards = (*(_compiled(graph, cls) for graph, _ in graphs), cls.forward)[:2]
         by_image = inference and isinstance(module, nn.Sequential) and _is_by_image(graphs[0][0], module)
         _change_class(module, _Plan(cls, forwards, inference, by_image, tuple(module._modules), _settings(module)))  # type: ignore[arg-type]
@@ -371,6 +372,15 @@ def _fuse(graph: fx.Graph, module: nn.Module, name: str, inference: bool) -> lis
         entries.append(Entry(where, what, now))
     for stage in stages:
         _replace(graph, stage, module, inference)
+    for node in list(graph.nodes) if inference else ():
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(layer) is layers.MaxPool2d and len(node.args) == 1 and not node.kwargs:
+            with graph.inserting_before(node):
+                new = graph.call_function(infer_pool, (node.args[0], graph.get_attr(str(node.target))))
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
+        elif node.target in (torch.cat, torch.concat):
+            node.target = cat
     graph.lint()
     return entries
 
@@ -415,6 +425,7 @@ def _is_by_image(graph: fx.Graph, module: nn.Module) -> bool:
         return node.op in ("placeholder", "get_attr", "output") or node.target in (
             infer_stage,
             infer_fused_layer,
+            infer_pool,
             run_stage,
         )
 
@@ -443,7 +454,9 @@ def _freeze(graph: fx.Graph, module: nn.Module, name: str) -> list[Entry]:
         elif type(layer) in _PACKED:
             rest = _after_linear(node, module) if type(layer) is nn.Linear else []
             with graph.inserting_before(node):
-                parts = {call.part: call.function or graph.get_attr(str(call.node.target)) for call in rest}
+                parts: dict[str, Any] = {
+                    call.part: call.function or graph.get_attr(str(call.node.target)) for call in rest
+                }
                 inputs = node.args[0], graph.get_attr(str(node.target))
                 new = graph.call_function(_PACKED[type(layer)], inputs, parts)
             nodes = [node, *(call.node for call in rest)]

@@ -658,6 +658,41 @@ def test_inference_of_any_batch(classifier, batch):
     assert_bitwise(again(x), first)
 
 
+class Branches(nn.Module):
+    """Pools and concatenations between convolutions, and a map that is written on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(24, 8, 1)
+        self.relu, self.pool = nn.ReLU(), nn.MaxPool2d(3, 1, [1, 1], dilation=1)
+        self.holes = nn.MaxPool2d(2, 2, padding=1, dilation=3)
+        self.register_buffer("factor", torch.ones(8, 1, 1))
+
+    def forward(self, x):
+        one = self.pool(self.relu(self.one(x)) + 0)
+        two = self.pool(self.relu(self.two(x))).mul_(self.factor)
+        y = self.relu(self.three(torch.cat(tensors=[one, two], dim=1)))
+        return torch.cat((y, torch.concat([y, y], 1)), 1), self.holes(y)
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ident)
+def test_inference_of_pools_and_concatenations(dtype, value):
+    model = Branches().to(dtype).eval()
+    fast = fastcnn.optimize(model, inference=True)
+    for m in (fast, model):
+        m.factor[3] = value
+    for x in (IMAGES.to(dtype), IMAGES[:1].to(dtype)):
+        for y, expected in zip(fast(x), model(x), strict=True):
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5, equal_nan=True, check_stride=False)
+    seen = []
+    fast.pool.register_forward_hook(lambda *_: seen.append(1))
+    fast(x)
+    assert len(seen) == 2
+    with pytest.raises(RuntimeError, match="at least 1x1"):
+        fast(x[..., :3, :3])
+
+
 @pytest.mark.parametrize("batch", [1, 5])
 def test_inference_of_spaced_parameters(classifier, batch):
     fast, model = fastcnn.optimize(classifier, inference=True), classifier.eval()

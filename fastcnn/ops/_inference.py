@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from .. import backends
 from ..params import ConvParams, LRNParams, PoolParams, opmath, pooled_size
 from . import _winograd
-from ._layout import kept
+from ._layout import dense, kept, output_format
 from ._packed import Frozen, unchanged
 from .conv2d_relu import _magnitude, _onednn_runs, _output_shape, _pack
 
@@ -53,17 +54,22 @@ def _images_at_a_time(images: int, bytes_of_one: int) -> int:
     return images if images * bytes_of_one <= _REUSED_BYTES else max(1, _REUSED_BYTES // 2 // bytes_of_one)
 
 
-def runs_packed(x: Tensor, weight: Tensor) -> bool:
-    """Whether the functions of this file may run: on real tensors of the CPU that ask for no gradient."""
+def runs(op: str, x: Tensor) -> bool:
+    """Whether the functions of this file may run an operator: on a real tensor of the CPU that asks for no gradient."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if type(x) is not Tensor or x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype != weight.dtype:
+    if type(x) is not Tensor or not x.is_cpu or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    return backends.choose(op, ("reference", "cpu"), x) == "cpu"
+
+
+def runs_packed(x: Tensor, weight: Tensor) -> bool:
+    """Whether they may with this weight."""
+    if not runs("conv2d_relu", x) or not weight.is_cpu or x.dtype != weight.dtype:
         return False
-    if weight.is_inference():  # made under torch.inference_mode: whether it changes cannot be seen
+    if (weight.requires_grad and torch.is_grad_enabled()) or not _onednn_runs(x):
         return False
-    return _onednn_runs(x) and backends.choose("conv2d_relu", ("reference", "cpu"), x) == "cpu"
+    return not weight.is_inference()  # made under torch.inference_mode: whether it changes cannot be seen
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, factor: float = 1.0) -> Tensor:
@@ -109,7 +115,7 @@ def conv_stage(
 
 
 def _hashable(arguments: Sequence[Any] | None) -> tuple[Any, ...] | None:
-    return arguments and tuple([tuple(a) if type(a) is list else a for a in arguments])
+    return None if arguments is None else tuple([tuple(a) if type(a) is list else a for a in arguments])
 
 
 class _Stage:
@@ -156,12 +162,14 @@ class _Stage:
             return _bounded(y, self._outgoing(bound, weight, bias, frozen))
         if not self.relu:
             return self._convolve(x, weight, bias, frozen, "none")
-        # oneDNN's ReLU makes 0 of NaN: it may run where NaN is ruled out, if need be by a read of a short input.
+        # oneDNN's ReLU makes 0 of NaN: it may run where NaN is ruled out, if need be by a read of a short input. After
+        # a long one the read of the output spares the next layers theirs.
         outgoing = _LARGE if bound is None else self._outgoing(bound, weight, bias, frozen)
         if not outgoing < _LARGE and self.small_input:
             outgoing = self._outgoing(_magnitude(x), weight, bias, frozen)
         if not outgoing < _LARGE:
-            return torch.relu_(self._convolve(x, weight, bias, frozen, "none"))
+            y = torch.relu_(self._convolve(x, weight, bias, frozen, "none"))
+            return y if self.small_input else _bounded(y, _magnitude(y))
         return _bounded(self._convolve(x, weight, bias, frozen, "relu"), outgoing)
 
     def _outgoing(self, of_input: float, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> float:
@@ -171,7 +179,7 @@ class _Stage:
         return of_input * of_weight * weight[0].numel() + of_bias
 
     def _winograd(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, frozen: Frozen, **then: bool
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, frozen: Frozen, **then: Any
     ) -> float | None:
         _, padding, _, groups = self.conv
         return _winograd.convolve(x, weight, bias, y, padding, groups, frozen=frozen, **then)
@@ -200,6 +208,34 @@ class _Stage:
             z = self._convolve(part, weight, None, frozen)
             torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(z, wide_bias, out, None, True, *self.tail)
         return y
+
+
+def max_pool2d(x: Tensor, pool: Sequence[Any]) -> Tensor:
+    """:func:`fastcnn.functional.max_pool2d` of a batch of maps; ``pool`` are the arguments of :class:`PoolParams`."""
+    args, shape, whole = _pooled(x.shape, _hashable(pool))
+    format = output_format(x)
+    y = kept(torch.empty(shape, dtype=x.dtype, memory_format=format))
+    channels_last = format == torch.channels_last
+    torch.ops.fastcnn_cpu.max_pool2d(dense(x, format), y, None, channels_last, *args)
+    bound = _bound(x) if whole else None
+    return y if bound is None else _bounded(y, bound)
+
+
+@lru_cache
+def _pooled(shape: torch.Size, pool: tuple[Any, ...]) -> tuple[Any, list[int], bool]:
+    params = PoolParams(*pool)
+    args = params.op_args()
+    # A dilated window may hold nothing, and give -inf.
+    return args, [*shape[:2], *params.output_size(*shape[2:])], args[3] == [1, 1]
+
+
+def cat(*args: Any, **kwargs: Any) -> Tensor:
+    """:func:`torch.cat`, of whose output is known what is known of its inputs."""
+    y = torch.cat(*args, **kwargs)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return y
+    bounds = [_bound(x) for x in (args[0] if args else kwargs["tensors"])]
+    return _bounded(y, max(bound if bound is not None else _LARGE for bound in bounds))
 
 
 def _bounded(y: Tensor, bound: float) -> Tensor:
