@@ -14,6 +14,7 @@ from torch import nn
 
 import fastcnn
 from fastcnn.models.layers import PaperDropout
+from fastcnn.ops import _winograd
 
 pytestmark = pytest.mark.usefixtures("best_backend", "float64")
 
@@ -693,13 +694,26 @@ def test_inference_of_pools_and_concatenations(dtype, value):
         fast(x[..., :3, :3])
 
 
+@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_inference_of_spaced_parameters(classifier, batch):
+def test_inference_of_spaced_parameters(classifier, batch, no_grad):
     fast, model = fastcnn.optimize(classifier, inference=True), classifier.eval()
     for parameter in fast.parameters():
         parameter.data = embedded(parameter.data, steps=[2] * parameter.dim())
     x = randn(batch, 3, 32, 32)
-    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    with no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(fastcnn.backends.cpu_capability() in ("", "baseline"), reason="needs AVX2")
+def test_inference_takes_the_same_way_whatever_the_format(monkeypatch):
+    ran = []
+    original = _winograd.convolve
+    monkeypatch.setattr(_winograd, "convolve", lambda *args, **options: ran.append(1) or original(*args, **options))
+    fast = fastcnn.optimize(nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU()).float(), inference=True)
+    x = randn(2, 16, 20, 20)
+    assert_bitwise(fast(x), fast(in_format(x, torch.channels_last)))
+    assert len(ran) == 2
 
 
 class Fused(nn.Module):

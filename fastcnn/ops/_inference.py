@@ -100,7 +100,8 @@ def conv_stage(
     ``conv`` are stride, padding, dilation and groups, as of :func:`torch.nn.functional.conv2d`; ``lrn`` and ``pool``
     the arguments of :class:`LRNParams` and :class:`PoolParams`.
     """
-    frozen, bias = unchanged(weight), None if bias is None else bias.contiguous()
+    x, bias = x.contiguous(memory_format=torch.channels_last), None if bias is None else bias.contiguous()
+    frozen = unchanged(weight)
     of_bias = None if bias is None else (bias.shape, bias.dtype)
     kind = x.shape, of_bias, torch.get_num_threads(), relu, *map(_hashable, (conv, lrn, pool))
     stages = frozen.get("stages", dict)
@@ -111,7 +112,7 @@ def conv_stage(
         tail = relu, None if lrn is None else LRNParams(*lrn), None if pool is None else PoolParams(*pool)
         stage = stages[kind] = _Stage(x, weight, bias, conv, *tail)
     _seen.largest = max(getattr(_seen, "largest", 0), stage.image_bytes)
-    return stage(x.contiguous(memory_format=torch.channels_last), weight, bias, frozen)
+    return stage(x, weight, bias, frozen)
 
 
 def _hashable(arguments: Sequence[Any] | None) -> tuple[Any, ...] | None:

@@ -52,7 +52,12 @@ def contents_of(weight: Tensor) -> Frozen | None:
 
 
 def unchanged(weight: Tensor) -> Frozen:
-    """The entry of a weight that is written only where torch can see it: not through ``.data``. Costs no read."""
+    """The entry of a weight that is written only where torch can see it: not through ``.data``. Costs no read.
+
+    Of tensors made under inference_mode torch sees nothing: a new entry each time.
+    """
+    if weight.is_inference():
+        return Frozen(())
     contents = weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
     known = _unchanged.get(weight)
     if known is None or known.contents != contents:
