@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import functional as FF
 from . import nn as layers
 from .models.layers import GroupedLocalResponseNorm, PaperDropout
-from .ops._inference import conv_stage, linear, max_pool2d, runs, runs_packed
+from .ops._inference import conv_stage, linear, max_pool2d, normalized, runs, runs_packed
 from .ops._stage import run_stage as run_convolution
 from .params import FLOATING_DTYPES, LRNParams, PoolParams
 
-PARTS = ("conv", "relu", "lrn", "pool")  # in the order in which they may follow each other
+PARTS = ("conv", "norm", "relu", "lrn", "pool")  # in the order in which they may follow each other
 
 
 class Function(NamedTuple):
@@ -44,7 +44,13 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 Part = nn.Module | Function
-_LAYERS: dict[str, Any] = {"conv": nn.Conv2d, "relu": nn.ReLU, "lrn": nn.LocalResponseNorm, "pool": nn.MaxPool2d}
+_LAYERS: dict[str, Any] = {
+    "conv": nn.Conv2d,
+    "norm": nn.BatchNorm2d,
+    "relu": nn.ReLU,
+    "lrn": nn.LocalResponseNorm,
+    "pool": nn.MaxPool2d,
+}
 _OURS = (layers.LocalResponseNorm, GroupedLocalResponseNorm, layers.MaxPool2d)
 
 
@@ -64,6 +70,8 @@ def why_not(layer: nn.Module, part: str) -> str:
         return "a subclass of Conv2d with a convolution of its own"
     if part == "conv" and layer.padding_mode != "zeros":
         return f"padding_mode={layer.padding_mode!r}"
+    if part == "norm" and (layer.training or layer.running_mean is None or layer.running_var is None):
+        return "it normalizes by the batch"
     if part == "pool" and layer.return_indices:
         return "return_indices=True"
     if "forward" in vars(layer):
@@ -89,10 +97,9 @@ def run_stage(
     x: Tensor, conv: Part | None = None, relu: Part | None = None, lrn: Part | None = None, pool: Part | None = None
 ) -> Any:
     """The stage in as few passes as can be; as its parts one after the other where it cannot run fused."""
-    parts = {name: part for name, part in zip(PARTS, (conv, relu, lrn, pool), strict=True) if part is not None}
-    if not _has_kernels(x) or any(isinstance(part, nn.Module) and why_not(part, name) for name, part in parts.items()):
-        for part in parts.values():
-            x = part(x)
+    if not _has_kernels(x) or not _fusible(conv=conv, relu=relu, lrn=lrn, pool=pool):
+        for part in (conv, relu, lrn, pool):
+            x = x if part is None else part(x)
         return x
     of_lrn, of_pool = _lrn_arguments(lrn), _pool_arguments(pool)
     tail: dict[str, Any] = {
@@ -105,6 +112,10 @@ def run_stage(
     return run_convolution(x, *conv_arguments(conv), **tail)
 
 
+def _fusible(**parts: Part | None) -> bool:
+    return not any(isinstance(part, nn.Module) and why_not(part, name) for name, part in parts.items())
+
+
 def _has_kernels(x: Any) -> bool:
     if not isinstance(x, Tensor) or is_traceable_wrapper_subclass(x):
         return False
@@ -112,15 +123,20 @@ def _has_kernels(x: Any) -> bool:
 
 
 def infer_stage(
-    x: Tensor, conv: nn.Module, relu: Part | None = None, lrn: Part | None = None, pool: Part | None = None
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None = None,
+    relu: Part | None = None,
+    lrn: Part | None = None,
+    pool: Part | None = None,
 ) -> Any:
-    """:func:`run_stage` for inference: packed weights, in their dtype."""
-    x = x.to(conv.weight.dtype)  # type: ignore[arg-type]
-    parts = zip(PARTS, (conv, relu, lrn, pool), strict=True)
-    if any(isinstance(part, nn.Module) and why_not(part, name) for name, part in parts):
-        return run_stage(x, conv, relu, lrn, pool)
-    y = _infer(x, conv, relu is not None, lrn, pool)
-    return run_stage(x, conv, relu, lrn, pool) if y is None else y
+    """:func:`run_stage` for inference, with a batch norm behind the convolution: packed weights, in their dtype."""
+    x = x.to(conv.weight.dtype)
+    if _fusible(conv=conv, norm=norm, relu=relu, lrn=lrn, pool=pool):
+        y = _infer(x, conv, norm, relu is not None, lrn, pool)
+        if y is not None:
+            return y
+    return run_stage(x, conv, relu, lrn, pool) if norm is None else run_stage(norm(conv(x)), None, relu, lrn, pool)
 
 
 def infer_fused_layer(x: Tensor, layer: Any) -> Tensor:
@@ -128,14 +144,19 @@ def infer_fused_layer(x: Tensor, layer: Any) -> Tensor:
     x = x.to(layer.weight.dtype)
     y = None
     if layer.padding_mode == "zeros" and not has_hooks(layer):
-        y = _infer(x, layer, True, getattr(layer, "lrn", None), getattr(layer, "pool", None))
+        y = _infer(x, layer, None, True, getattr(layer, "lrn", None), getattr(layer, "pool", None))
     return layer(x) if y is None else y
 
 
-def _infer(x: Tensor, conv: nn.Module, relu: bool, lrn: Any, pool: Any) -> Tensor | None:
+def _infer(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, relu: bool, lrn: Any, pool: Any) -> Tensor | None:
     weight, bias, *arguments = conv_arguments(conv)
-    if not _has_kernels(x) or isinstance(conv.padding, str) or not runs_packed(x, weight):
+    of_norm: tuple[Any, ...] = () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    if not _has_kernels(x) or isinstance(conv.padding, str) or not runs_packed(x, weight, bias, *of_norm):
         return None
+    if norm is not None:
+        weight, bias = normalized(norm.eps, weight, bias, *of_norm)
+        if weight is None:
+            return None
     return conv_stage(x, weight, bias, arguments, relu, _lrn_arguments(lrn), _pool_arguments(pool))
 
 
@@ -154,7 +175,7 @@ def infer_linear(x: Tensor, layer: nn.Linear, relu: Part | None = None, dropout:
     usual = usual and not (isinstance(relu, nn.Module) and why_not(relu, "relu"))
     usual = usual and (dropout is None or not (has_hooks(dropout) or dropout.training))
     fits = x.dim() == 2 and x.shape[1] == weight.shape[1] and (bias is None or bias.dtype == weight.dtype)
-    if usual and fits and runs_packed(x, weight):
+    if usual and fits and runs_packed(x, weight, bias):
         return linear(x, weight, bias, relu is not None, 1.0 if dropout is None else 1 - dropout.p)
     y = layer(x)
     y = y if relu is None else relu(y)

@@ -88,8 +88,9 @@ def optimize(
         model: any module. The result may be compiled, exported, copied, pickled and wrapped for several processes.
         inference: also make it one for inference: in evaluation mode, its weights frozen and channels_last; on CPU
             convolutions and linear layers compute from packed copies of them, made when they first run and again where
-            a weight changed (but not where it was written through ``.data``, which cannot be seen); dropout is left
-            out. Maps are then channels_last between the layers and in the output.
+            a weight changed (but not where it was written through ``.data``, which cannot be seen). The batch norm
+            behind a convolution goes into its packed weights, and dropout is left out. Maps are then channels_last
+            between the layers and in the output.
         dtype: of the weights, and to which the input of the first of these layers is cast, with ``inference``; None:
             as they are. bfloat16 needs no more than a CPU or GPU that has it.
         inplace: change ``model`` itself, otherwise a deep copy.
@@ -139,7 +140,7 @@ def _replace_layer(module: nn.Module, name: str) -> Entry | None:
     part = part_of(module)
     if isinstance(module, nn.CrossMapLRN2d):
         return Entry(name, "CrossMapLRN2d", why_not="it computes something else than LocalResponseNorm")
-    if part is None or part == "relu":
+    if part in (None, "norm", "relu"):
         return None
     what = type(module).__name__
     if part == "conv":
@@ -348,7 +349,8 @@ def _read(node: fx.Node, module: nn.Module) -> _Call | None:
 def _fuse(graph: fx.Graph, module: nn.Module, name: str, inference: bool) -> list[Entry]:
     """Make one call of each stage of the graph."""
     entries = _freeze(graph, module, name) if inference else []
-    calls = {call.node: call for call in (_read(node, module) for node in graph.nodes) if call is not None}
+    found = (_read(node, module) for node in graph.nodes)
+    calls = {call.node: call for call in found if call is not None and (inference or call.part != "norm")}
     stages = []
     taken: set[fx.Node] = set()
     for call in calls.values():
@@ -362,7 +364,7 @@ def _fuse(graph: fx.Graph, module: nn.Module, name: str, inference: bool) -> lis
             continue
         taken.update(call.node for call in stage)
         stages.append(stage)
-        parts = [call.part for call in stage]
+        parts = [call.part for call in stage if call.part != "norm"]  # which goes into the weights
         now = "conv2d + relu_lrn_max_pool2d" if parts[0] == "conv" else "relu_lrn_max_pool2d"
         if parts in (["conv"], ["conv", "relu"]):
             now = "conv2d_relu" if len(parts) == 2 else "conv2d"
@@ -395,8 +397,12 @@ def _stage(first: _Call, calls: dict[fx.Node, _Call], module: nn.Module, inferen
     stop = next((i for i, call in enumerate(stage) if call.why_not), len(stage))
     stage = stage[:stop]
     parts = [call.part for call in stage]
-    if parts[:1] == ["conv"] and parts[1:2] != ["relu"]:
-        return stage[:1] if inference and first.function is None else []
+    if parts[:1] == ["norm"]:
+        return []
+    packs = parts[:1] == ["conv"] and inference and first.function is None
+    before = 2 if packs and parts[1:2] == ["norm"] else 1  # parts that a ReLU must follow
+    if parts[:1] == ["conv"] and parts[before : before + 1] != ["relu"]:
+        return stage[:before] if packs else []
     if parts[:1] == ["relu"] and not _may_skip_writing(first, module):
         return []
     if len(parts) == 1:  # a layer runs as ours anyway

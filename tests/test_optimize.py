@@ -659,6 +659,92 @@ def test_inference_of_any_batch(classifier, batch):
     assert_bitwise(again(x), first)
 
 
+class Normalized(nn.Module):
+    """Convolutions, and what may follow them, with batch norms."""
+
+    def __init__(self, bias=True, affine=True):
+        super().__init__()
+        self.one, self.norm1 = nn.Conv2d(3, 16, 3, bias=bias), nn.BatchNorm2d(16, affine=affine)
+        self.two, self.norm2 = nn.Conv2d(16, 16, 3, groups=2, bias=bias), nn.BatchNorm2d(16, affine=affine)
+        self.three, self.norm3 = nn.Conv2d(16, 8, 1, bias=bias), nn.BatchNorm2d(8, affine=affine)
+        self.pool = nn.MaxPool2d(2)
+        for norm in (self.norm1, self.norm2, self.norm3):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.norm1(self.one(x))))
+        return self.norm3(self.three(F.relu(self.norm2(self.two(x)))))
+
+
+@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(("bias", "affine"), [(True, True), (False, True), (True, False), (False, False)])
+def test_inference_with_batch_norm(bias, affine, no_grad):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Normalized(bias, affine).float().eval()
+    fast = fastcnn.optimize(model, inference=True)
+    assert [e.what for e in fast.fastcnn_report.replaced if "packed" in e.now] == [
+        "Conv2d -> BatchNorm2d -> relu -> MaxPool2d",
+        "Conv2d -> BatchNorm2d -> relu",
+        "Conv2d -> BatchNorm2d",
+    ]
+    assert list(fast.state_dict()) == list(model.state_dict())
+
+    def check():
+        exact = copy.deepcopy(model).double()(IMAGES.double()).detach()
+        with no_grad():
+            for _ in range(2):
+                assert error(fast(IMAGES), exact) < 1e-6
+
+    check()
+    for name in [name for name, value in model.state_dict().items() if value.is_floating_point()]:
+        with torch.no_grad():
+            for m in (fast, model):
+                m.state_dict()[name].mul_(1.5)
+        check()
+        owner, _, attribute = name.rpartition(".")
+        new = model.state_dict()[name] * 0.75
+        for m in (fast, model):
+            setattr(
+                m.get_submodule(owner),
+                attribute,
+                nn.Parameter(new.clone(), False) if "run" not in name else new.clone(),
+            )
+        check()
+    for m in (fast, model):
+        m.norm2.eps = 0.5
+    check()
+
+
+def test_batch_norm_that_is_not_part_of_the_weights():
+    model = Normalized().float().eval()
+    fast, x = fastcnn.optimize(model, inference=True), IMAGES
+    seen = []
+    fast.norm1.register_forward_hook(lambda *_: seen.append(1))
+    assert error(fast(x), model(x).double().detach()) < 1e-5
+    assert seen == [1]
+    for m in (fast, model):  # not finite together with the weights
+        m.norm2.eps = 0
+        m.norm2.running_var[3] = 0
+    assert_bitwise(fast(x).isnan(), model(x).isnan())
+    for m in (fast, model):
+        m.norm2.running_var[3] = 1
+        m.norm3.train()
+    assert error(fast(x), model(x).double().detach()) < 1e-5
+    torch.testing.assert_close(fast.norm3.running_mean, model.norm3.running_mean)
+    fast.norm3.eval().weight.requires_grad_()
+    fast(x).sum().backward()
+    assert fast.norm3.weight.grad is not None
+    fast = fastcnn.optimize(model.eval(), inference=True)
+    fast.two.bias.requires_grad_()
+    fast(x).sum().backward()
+    assert fast.two.bias.grad is not None
+    batchwise = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).float().eval()
+    fast = fastcnn.optimize(batchwise, inference=True)
+    assert error(fast(x), batchwise(x).double().detach()) < 1e-5
+
+
 class Branches(nn.Module):
     """Pools and concatenations between convolutions, and a map that is written on the way."""
 

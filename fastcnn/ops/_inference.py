@@ -63,13 +63,36 @@ def runs(op: str, x: Tensor) -> bool:
     return backends.choose(op, ("reference", "cpu"), x) == "cpu"
 
 
-def runs_packed(x: Tensor, weight: Tensor) -> bool:
-    """Whether they may with this weight."""
-    if not runs("conv2d_relu", x) or not weight.is_cpu or x.dtype != weight.dtype:
+def runs_packed(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether they may with this weight, and beside it these parameters."""
+    if not runs("conv2d_relu", x) or not weight.is_cpu or x.dtype != weight.dtype or not _onednn_runs(x):
         return False
-    if (weight.requires_grad and torch.is_grad_enabled()) or not _onednn_runs(x):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, *others)):
         return False
     return not weight.is_inference()  # made under torch.inference_mode: whether it changes cannot be seen
+
+
+def normalized(
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of the convolution that these and a batch norm make together; None where one is not finite."""
+    made = unchanged(weight).made
+    of = [None if t is None else unchanged(t) for t in (bias, scale, shift, mean, variance)]
+    known = made.get("normalized")
+    if known is None or known[0] != eps or any(a is not b for a, b in zip(known[1], of, strict=True)):
+        with torch.inference_mode(False), torch.no_grad():
+            factor = (variance.double() + eps).rsqrt() * (1 if scale is None else scale)
+            offset = ((0 if bias is None else bias) - mean.double()) * factor + (0 if shift is None else shift)
+            both = (weight * factor.view(-1, 1, 1, 1)).to(weight.dtype), offset.to(weight.dtype)
+            finite = all(bool(t.isfinite().all()) for t in both)
+        known = made["normalized"] = eps, of, both if finite else (None, None)
+    return known[2]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, factor: float = 1.0) -> Tensor:
@@ -146,6 +169,7 @@ class _Stage:
         self.out_shape = [n, c, *(size if pool is None else pooled_size(size, *pool_args))]
         # A dilated window may hold nothing, and give -inf.
         self.keeps_bound = lrn is None and (pool is None or pool.op_args()[3] == [1, 1])
+        self.products = weight[0].numel()  # that make an output
         self.small_input = x.numel() <= 2 * n * c * size[0] * size[1]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
@@ -177,7 +201,7 @@ class _Stage:
         """How large the convolution's outputs can be at most."""
         of_weight = frozen.get("magnitude", lambda: _magnitude(weight))
         of_bias = 0.0 if bias is None else unchanged(bias).get("magnitude", lambda: _magnitude(bias))
-        return of_input * of_weight * weight[0].numel() + of_bias
+        return of_input * of_weight * self.products + of_bias
 
     def _winograd(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, frozen: Frozen, **then: Any
