@@ -136,7 +136,10 @@ def infer_stage(
         y = _infer(x, conv, norm, relu is not None, lrn, pool)
         if y is not None:
             return y
-    return run_stage(x, conv, relu, lrn, pool) if norm is None else run_stage(norm(conv(x)), None, relu, lrn, pool)
+    if norm is None:
+        return run_stage(x, conv, relu, lrn, pool)
+    y = norm(conv(x))
+    return y if relu is None else run_stage(y, None, relu, lrn, pool)  # without ReLU the norm is the last
 
 
 def infer_fused_layer(x: Tensor, layer: Any) -> Tensor:
