@@ -1,12 +1,12 @@
 // A fully connected layer of a few vectors, y = factor * relu(W x + bias), which takes as long as reading W does.
-// Memory: W is read once, past the caches, so that what they hold is still there afterwards; a row's x stay in cache.
+// Memory: W is read once, kOutputs of its rows side by side; x stays in cache.
+#include <algorithm>
+
 #include "dispatch.h"
 #include "kernels.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {
-
-constexpr int64_t kAhead = 1024;  // bytes
 
 template <typename A>
 FASTCNN_INLINE A sum_of(Vec<A> v) {
@@ -29,9 +29,7 @@ FASTCNN_INLINE void multiply(const LinearTask& task, int64_t first) {
     Vec<A> in[vectors];
     for (int v = 0; v < vectors; ++v) in[v] = load_from(x + v * K + k);
     for (int o = 0; o < outputs; ++o) {
-      const T* const p = w + o * K + k;
-      __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 0, 0);
-      const Vec<A> row = load_from(p);
+      const Vec<A> row = load_from(w + o * K + k);
       for (int v = 0; v < vectors; ++v) sum[o][v] += row * in[v];
     }
   };
