@@ -18,7 +18,7 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
     cuda::use_device(t.get_device_index());
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
   }
   cuda::Stream stream() const { return stream_; }
 

@@ -47,10 +47,16 @@ struct Arguments {
   Divisor by_width;  // of the map that units cut up
 };
 
+// Fewer than an int has room for, so that a run or a window may reach beyond the last.
+inline int channels_of(const Task& task) {
+  if (task.shape.C >= 1 << 30) throw std::runtime_error("fastcnn: CUDA kernels take fewer than 2**30 channels");
+  return static_cast<int>(task.shape.C);
+}
+
 inline Arguments arguments(const Task& task, int run) {
   const Shape& shape = task.shape;
   Arguments a{};
-  a.N = shape.N, a.pixels = a.out_pixels = shape.pixels(), a.C = static_cast<int>(shape.C);
+  a.N = shape.N, a.pixels = a.out_pixels = shape.pixels(), a.C = channels_of(task);
   a.relu = task.relu;
   a.x = task.x, a.bias = task.bias, a.dy = task.dy;
   a.out = task.out, a.argmax = task.argmax, a.partials = task.partials, a.terms = task.terms;
@@ -89,11 +95,11 @@ inline Launch share_out(Arguments& a, bool channels_last, int64_t pixels, int64_
   a.units = a.N * a.chunks;
   if (width > 0 && width < std::numeric_limits<int>::max()) a.by_width = Divisor(static_cast<unsigned>(width));
   const Device here = device();
-  const unsigned run_blocks = (a.runs + a.runs_per_block - 1) / a.runs_per_block;
+  const int run_blocks = (a.runs + a.runs_per_block - 1) / a.runs_per_block;
   const int64_t resident = static_cast<int64_t>(here.multiprocessors) * (here.threads_per_multiprocessor / kThreads);
   const int64_t most = std::max<int64_t>(1, waves * resident / run_blocks);
   const unsigned p = a.pixels_per_block, r = a.runs_per_block;
-  return {dim3(static_cast<unsigned>(std::min(a.units, most)), run_blocks), channels_last ? dim3(r, p) : dim3(p, r)};
+  return {folded_grid(std::min(a.units, most), run_blocks), channels_last ? dim3(r, p) : dim3(p, r)};
 }
 
 }  // namespace fastcnn::cuda

@@ -25,7 +25,7 @@ struct Arguments {
   int64_t pixels, area;  // of the output, in all and of an image
   int H, W, C, O, OW;    // C and O of a group
   int channels, outputs; // of all groups
-  int kh, kw, sh, sw, ph, pw, dh, dw;
+  int groups, kh, kw, sh, sw, ph, pw, dh, dw;
   int k, row;            // elements of a window, and of a row of weights
   int64_t output_tiles;
   bool vectors_out;
@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kBlock, 2) conv2d_relu_kernel(const Arguments 
   const T* const weight = static_cast<const T*>(a.weight);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int64_t first_pixel = blockIdx.x / a.output_tiles * kPixels;
-  const int first_output = static_cast<int>(blockIdx.x % a.output_tiles) * kOutputs, group = blockIdx.y;
+  const int first_output = static_cast<int>(blockIdx.x % a.output_tiles) * kOutputs, group = block_y();
+  if (group >= a.groups) return;
 
   for (int i = thread; i < kPixels; i += kBlock) {
     const int64_t pixel = first_pixel + i, n = pixel / a.area, p = pixel - n * a.area;
@@ -216,7 +217,7 @@ Arguments arguments_of(const ConvTask& task) {
   a.x = task.x, a.weight = task.weight, a.bias = task.bias, a.out = task.out;
   a.area = conv.h.out * conv.w.out, a.pixels = task.shape.N * a.area;
   a.H = narrow(task.shape.H), a.W = narrow(task.shape.W), a.OW = narrow(conv.w.out);
-  a.channels = narrow(task.shape.C), a.outputs = narrow(conv.outputs);
+  a.channels = narrow(task.shape.C), a.outputs = narrow(conv.outputs), a.groups = narrow(conv.groups);
   a.C = narrow(task.shape.C / conv.groups), a.O = narrow(conv.outputs / conv.groups);
   a.kh = narrow(conv.h.kernel), a.kw = narrow(conv.w.kernel);
   a.sh = narrow(conv.h.stride), a.sw = narrow(conv.w.stride);
@@ -233,7 +234,7 @@ void launch_conv(const ConvTask& task, Stream stream) {
   Arguments a = arguments_of(task);
   constexpr int in_vector = 16 / sizeof(T);
   const int64_t tiles = (a.pixels + kPixels - 1) / kPixels * a.output_tiles;
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(task.conv.groups));
+  const dim3 grid = folded_grid(tiles, a.groups);
   a.vectors_out = channels_last && a.O % in_vector == 0 && aligned(a.out);
   if constexpr (channels_last) {
     if (a.C % in_vector == 0 && aligned(a.x)) {

@@ -20,7 +20,7 @@ FASTCNN_DEVICE void for_each_pixel(const Arguments& a, int64_t pixels, F f) {
 
 template <bool channels_last>
 FASTCNN_DEVICE int run_of_thread(const Arguments& a) {
-  return blockIdx.y * a.runs_per_block + (channels_last ? threadIdx.x : threadIdx.y);
+  return block_y() * a.runs_per_block + (channels_last ? threadIdx.x : threadIdx.y);
 }
 
 template <typename T, bool channels_last, Norm norm>
@@ -49,7 +49,7 @@ FASTCNN_DEVICE void add_up(const Arguments& a, const A (&sums)[length]) {
   __syncthreads();
   const int threads = a.runs_per_block * a.pixels_per_block;
   for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < row; i += threads) {
-    const int index = blockIdx.y * a.runs_per_block + i / length;
+    const int index = block_y() * a.runs_per_block + i / length;
     if (index >= a.runs) break;
     const Run mine(a, index, length);
     if (i % length >= mine.count) continue;

@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kThreads, 1) tail(const Strip s) {
   const Arguments& a = s.a;
   A* ring = dynamic_shared<A>();
   const int run_lane = channels_last ? threadIdx.x : threadIdx.y, lane = channels_last ? threadIdx.y : threadIdx.x;
-  const int index = blockIdx.y * a.runs_per_block + run_lane;
+  const int index = block_y() * a.runs_per_block + run_lane;
+  if (index - run_lane >= a.runs) return;  // the whole block, before any barrier
   const bool active = index < a.runs;
   const Run run(a, active ? index : 0, length);
   const Normalized<T, channels_last, norm> input(a, run);
@@ -113,8 +114,8 @@ void launch_tail(const char* name, const Task& task, Stream stream) {
   Strip s{};
   if (!plan<T>(task, s)) return launch_pool<T, channels_last, Norm::any>(name, task, stream);
   const unsigned p = s.a.pixels_per_block, r = s.a.runs_per_block;
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(s.a.units, std::numeric_limits<int>::max())),
-                  (s.a.runs + r - 1) / r);
+  const dim3 grid =
+      folded_grid(std::min<int64_t>(s.a.units, std::numeric_limits<int>::max()), (s.a.runs + r - 1) / r);
   const size_t shared = size_t{sizeof(Compute<T>)} * s.slots * s.width * s.channels;
   launch<&tail<T, channels_last, norm>>(name, grid, channels_last ? dim3(r, p) : dim3(p, r), shared, stream, s);
 }
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(32 * kRows) sum_partials(const Partials p) {
 
 template <typename A>
 void launch_sum_partials(const Task& task, Stream stream) {
-  const Partials p{task.partials, task.dbias, bias_partials(task), static_cast<int>(task.shape.C)};
+  const Partials p{task.partials, task.dbias, bias_partials(task), channels_of(task)};
   launch<&sum_partials<A>>("relu_lrn_max_pool2d_backward", dim3((p.C + 31) / 32), dim3(32, kRows),
                            32 * kRows * sizeof(A), stream, p);
 }

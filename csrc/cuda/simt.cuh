@@ -2,8 +2,10 @@
 // header, so that they also compile as C++, for tests/simt/emulator.h.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -33,16 +35,18 @@ struct Device {
 #if defined(FASTCNN_SIMT_EMULATOR)
 
 inline constexpr int kThreads = 64;  // of a block: few, that small inputs have several
+inline constexpr unsigned kMostInY = simt::kMostInY;  // few, that grids are folded
 inline Device device() { return {2, 2 * kThreads}; }  // smaller than most inputs, that threads go round
 
 template <auto kernel, typename Arguments>
-void launch(const char*, dim3 grid, dim3 block, size_t shared_bytes, Stream, const Arguments& arguments) {
-  simt::run(grid, block, shared_bytes, [&] { kernel(arguments); });
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Stream, const Arguments& arguments) {
+  simt::run(name, grid, block, shared_bytes, [&] { kernel(arguments); });
 }
 
 #else
 
 inline constexpr int kThreads = 256;
+inline constexpr unsigned kMostInY = 65535;  // blocks of a grid
 
 inline void check(const char* what, cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -76,16 +80,58 @@ bool make_known() {
 template <auto kernel>
 inline const bool known = make_known<kernel>();
 
+// A kernel's machine code is loaded when it is first launched or asked about. While a graph is captured, by this thread
+// or another, that may be among what a thread must not do, unless it says that it knows better.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const char* name) { check(name, cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }  // fails only where the one before did
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the one to put back
+};
+
+inline void check_launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  const auto text = [](dim3 d) {
+    return std::to_string(d.x) + " x " + std::to_string(d.y) + " x " + std::to_string(d.z);
+  };
+  const std::string what = std::string(name) + " (grid " + text(grid) + ", block " + text(block) + ", " +
+                           std::to_string(shared_bytes) + " bytes of shared memory)";
+  check(what.c_str(), error);
+}
+
 // Returns once the launch was checked; the kernel itself may still run.
 template <auto kernel, typename Arguments>
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Stream stream, const Arguments& arguments) {
   static_cast<void>(known<kernel>);
+  const void* const function = reinterpret_cast<const void*>(kernel);
   void* list[] = {const_cast<Arguments*>(&arguments)};
-  check(name, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, list, shared_bytes,
-                               static_cast<cudaStream_t>(stream)));
+  const RelaxedCapture relaxed(name);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10) {  // more than a kernel gets unasked
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    error = cudaLaunchKernel(function, grid, block, list, shared_bytes, static_cast<cudaStream_t>(stream));
+  }
+  check_launch(name, grid, block, shared_bytes, error);
 }
 
 #endif
+
+// A grid of x by y blocks. Those that y has no room for go on along z, where there may be a few too many: a kernel asks
+// block_y() where it is, and does nothing beyond the last.
+inline dim3 folded_grid(int64_t x, int64_t y) {
+  const int64_t z = (y + kMostInY - 1) / kMostInY;
+  if (x > std::numeric_limits<int>::max() || z > 65535) {
+    throw std::runtime_error("fastcnn: a CUDA grid cannot have " + std::to_string(x) + " x " + std::to_string(y) +
+                             " blocks");
+  }
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(std::min<int64_t>(y, kMostInY)),
+              static_cast<unsigned>(z));
+}
 
 // -- for kernels ------------------------------------------------------------------------------------------------------
 
@@ -108,6 +154,10 @@ FASTCNN_DEVICE float approximate_sqrt(float x) {
   return root;
 }
 #endif
+
+// Of the block, in a grid that folded_grid() made.
+FASTCNN_DEVICE int block_y() { return static_cast<int>(blockIdx.z * gridDim.y + blockIdx.y); }
+
 FASTCNN_DEVICE double approximate_sqrt(double x) { return sqrt(x); }
 FASTCNN_DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
 FASTCNN_DEVICE double inverse_sqrt(double x) { return rsqrt(x); }

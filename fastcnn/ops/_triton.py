@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_NOTHING = contextlib.nullcontext()
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 @functools.cache
@@ -18,12 +23,49 @@ def kernels(op: str) -> Any:
 
 
 def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: Any) -> None:
-    """Run ``programs`` of ``kernel``, on the device of its first argument and that device's current stream."""
+    """Run ``programs`` of ``kernel``, on the device of its first argument and that device's current stream.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for it.
+        RuntimeError: it cannot be compiled, loaded or launched. The message names the kernel.
+    """
     if programs == 0:
         return
-    with _on_device_of(args[0]):
-        # The default of enable_fp_fusion differs between versions of Triton; a fused multiply-add only rounds less.
-        kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+    x = args[0]
+    with _on_device_of(x):
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        try:
+            with _relaxed_capture() if capturing else _NOTHING:
+                # Versions of Triton differ in the default of enable_fp_fusion; a fused multiply-add only rounds less.
+                kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+        except Exception as error:
+            kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
+            name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+            raise kind(f"Triton kernel {name} ({programs} programs of {num_warps} warps): {error}") from error
+
+
+@contextlib.contextmanager
+def _relaxed_capture() -> Iterator[None]:
+    """Lets this thread load machine code, as a kernel's first launch does, while a CUDA graph is captured."""
+    before = _exchange_capture_mode(_RELAXED)
+    try:
+        yield
+    finally:
+        _exchange_capture_mode(before)
+
+
+def _exchange_capture_mode(mode: int) -> int:
+    """Sets the thread's capture mode, and returns the one it had."""
+    exchanged = ctypes.c_int(mode)
+    error = _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(exchanged))
+    if error:
+        raise RuntimeError(f"cuThreadExchangeStreamCaptureMode failed with CUDA error {error}")
+    return exchanged.value
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _on_device_of(x: Tensor) -> torch.cuda.device:

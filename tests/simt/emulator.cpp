@@ -245,11 +245,24 @@ FASTCNN_UNSEEN void run_block(int threads) {
   FASTCNN_TSAN(__tsan_acquire(&block_end));
 }
 
+// The limits of an H100, but for kMostInY.
+void check_launch(const std::string& name, dim3 grid, dim3 block, size_t shared_bytes) {
+  const auto within = [](dim3 size, unsigned x, unsigned y, unsigned z) {
+    return size.x - 1 < x && size.y - 1 < y && size.z - 1 < z;  // 0 - 1 is not
+  };
+  const char* wrong = nullptr;
+  if (!within(grid, (1u << 31) - 1, kMostInY, 65535)) wrong = "grid";
+  if (!within(block, 1024, 1024, 64) || block.x * block.y * block.z > 1024) wrong = "block";
+  if (shared_bytes > 227 << 10) wrong = "shared memory";
+  if (wrong) throw std::runtime_error(name + ": invalid configuration: the " + wrong);
+}
+
 }  // namespace
 
-FASTCNN_UNSEEN void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+FASTCNN_UNSEEN void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+                        const std::function<void()>& kernel) {
+  check_launch(name, grid, block, shared_bytes);
   const int threads = static_cast<int>(block.x * block.y * block.z);
-  if (threads < 1 || threads > 1024 || !grid.x || !grid.y || !grid.z) throw std::runtime_error("invalid configuration");
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
   FASTCNN_TSAN(scheduler_tsan = __tsan_get_current_fiber());
   body = &kernel;

@@ -60,15 +60,16 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(
 namespace simt {
 
 inline constexpr int kWarp = 32;
+inline constexpr unsigned kMostInY = 3;  // blocks of a grid; a device has room for 65,535
 using Location = std::source_location;
 
 // Of the fiber that runs.
 extern uint3 thread_index, block_index;
 extern dim3 block_dim, grid_dim;
 
-// Run `kernel` as each thread of the grid. Throws std::runtime_error for a barrier that not all threads reach, after
-// which the threads of that block are abandoned.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// Run `kernel` as each thread of the grid. Throws std::runtime_error for a launch that a device would refuse, and for a
+// barrier that not all threads reach, after which the threads of that block are abandoned.
+void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
 void* dynamic_shared();
 

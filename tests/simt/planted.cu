@@ -87,6 +87,12 @@ __global__ void warp_functions(const Arguments a) {
   a.y[threadIdx.x] = right_answer ? sum : NAN;
 }
 
+// y = x + 1, of one element by each block of a folded grid with two in x.
+__global__ void count_blocks(const Arguments a) {
+  const int i = 2 * fastcnn::cuda::block_y() + blockIdx.x;
+  if (i < a.n) a.y[i] = a.x[i] + 1;
+}
+
 }  // namespace
 
 void planted(const std::string& name, float* x, float* y, int n) {
@@ -109,5 +115,12 @@ void planted(const std::string& name, float* x, float* y, int n) {
   else if (name == "missing_syncwarp") launch<&exchange_in_warp<true>>("exchange", dim3(1), block, shared, nullptr, a);
   else if (name == "divergent_shuffle") launch<&shuffle_without_partner>("shuffle", dim3(1), block, 0, nullptr, a);
   else if (name == "warp_functions") launch<&warp_functions>("warp", dim3(1), block, 0, nullptr, a);
+  else if (name == "grid_too_high") launch<&scale<false>>("scale", dim3(1, kMostInY + 1), block, 0, nullptr, a);
+  else if (name == "grid_too_deep") launch<&scale<false>>("scale", dim3(1, 1, 65536), block, 0, nullptr, a);
+  else if (name == "block_too_big") launch<&scale<false>>("scale", grid, dim3(512, 3), 0, nullptr, a);
+  else if (name == "block_too_deep") launch<&scale<false>>("scale", grid, dim3(1, 1, 65), 0, nullptr, a);
+  else if (name == "too_much_shared") launch<&scale<false>>("scale", grid, block, (227 << 10) + 1, nullptr, a);
+  else if (name == "empty_grid") launch<&scale<false>>("scale", dim3(0), block, 0, nullptr, a);
+  else if (name == "folded") launch<&count_blocks>("count", folded_grid(2, n / 2), dim3(1), 0, nullptr, a);
   else throw std::invalid_argument(name);
 }

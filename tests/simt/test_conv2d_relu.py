@@ -16,6 +16,7 @@ AWKWARD = {
     "odd channels": {"x": (2, 7, 9, 6), "w": (13, 7, 2, 3), "stride": (2, 1), "padding": (0, 2), "dilation": (3, 2)},
     "groups of odd size": {"x": (1, 9, 5, 7), "w": (15, 3, 3, 1), "groups": 3, "padding": (2, 0)},
     "depthwise": {"x": (1, 12, 6, 6), "w": (12, 1, 3, 3), "groups": 12},
+    "groups that fold the grid": {"x": (1, 10, 5, 5), "w": (5, 2, 3, 3), "groups": 5},
     "more outputs than a block": {"x": (1, 8, 3, 3), "w": (130, 8, 1, 1)},
     "padding beyond the map": {"x": (1, 8, 2, 2), "w": (8, 8, 3, 3), "padding": (4, 4)},
     "long windows": {"x": (1, 72, 3, 3), "w": (8, 72, 3, 3)},
@@ -76,6 +77,16 @@ def test_nan_and_inf_like_torch(address, format):
 
 def test_empty_batch(address, format):
     assert address.conv2d_relu(torch.empty(0, 3, 5, 5), torch.empty(4, 3, 3, 3)).shape == (0, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs", "groups"), [((2**31, 8, 16, 16), 8, 1), ((1, 10**6, 1, 1), 10**6, 10**6)], ids=["x", "z"]
+)
+def test_a_grid_that_no_device_has_raises(address, format, shape, outputs, groups):
+    last = format == torch.channels_last
+    task = (0, list(shape), last, groups, outputs, 8, [(1, 1), (1, 1), (0, 0), (1, 1)], list(shape[2:]))
+    with pytest.raises(RuntimeError, match=r"a CUDA grid cannot have \d+ x \d+ blocks"):
+        address.call("conv2d_relu", task, (b"", 0), (b"", 0), None, (0, 0))
 
 
 def test_float64_is_refused(address):

@@ -60,6 +60,27 @@ def test_barrier_that_not_all_threads_reach_is_an_error(emulator, kernel):
         run(emulator, kernel)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "what"),
+    [
+        ("grid_too_high", "grid"),
+        ("grid_too_deep", "grid"),
+        ("empty_grid", "grid"),
+        ("block_too_big", "block"),
+        ("block_too_deep", "block"),
+        ("too_much_shared", "shared memory"),
+    ],
+)
+def test_launch_that_a_device_refuses_is_an_error(address, kernel, what):
+    with pytest.raises(RuntimeError, match=f"scale: invalid configuration: the {what}"):
+        run(address, kernel)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 64])
+def test_folded_grid_has_every_block(address, rows):
+    assert run(address, "folded", 2 * rows) == [i + 1.0 for i in range(2 * rows)]
+
+
 def test_after_an_error_the_next_kernel_runs(emulator):
     with pytest.raises(RuntimeError, match="a barrier"):
         run(emulator, "divergent_barrier")

@@ -220,6 +220,28 @@ def test_too_big_for_32_bit_coordinates_raises(address):
         address.forward("max_pool2d", torch.zeros(1, 1, 4, 4), pool=pool)
 
 
+@pytest.mark.parametrize("tail", [{"lrn": LRN}, {"pool": POOL}, {"lrn": LRN, "pool": POOL}, {}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "error"),
+    [
+        ((1, 2**32 + 8, 4, 4), r"fewer than 2\*\*30 channels"),
+        ((0, 2**32 + 8, 4, 4), r"fewer than 2\*\*30 channels"),
+        ((1, 2**24, 4, 4), r"a CUDA grid cannot have \d+ x \d+ blocks"),  # not even folded
+    ],
+    ids=["channels", "channels of none", "blocks"],
+)
+def test_more_channels_than_can_be_counted_raise(address, shape, error, tail):
+    pool = tail["pool"].op_args() if "pool" in tail else ([],) * 4 + (False,)
+    task = (1, list(shape), False, True, LRN.op_args() if "lrn" in tail else (0, 0.0, 0.0, 0.0, 1), *pool)
+    nothing, empty = (b"", 0), (0, 0)
+    if shape[0]:
+        with pytest.raises(RuntimeError, match=error):
+            address.call("relu_lrn_max_pool2d", task, nothing, None, empty, None)
+    if shape[1] > 2**30:
+        with pytest.raises(RuntimeError, match=error):
+            address.call("relu_lrn_max_pool2d_backward", task, nothing, nothing, nothing, nothing, empty, empty)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ident)
 @pytest.mark.parametrize(
     "tail",
