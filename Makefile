@@ -4,18 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 OUT ?= results
-BUDGET ?= 500
 DEVICE ?= cuda
+# of `make gpu`: which parts, all if empty; and seconds
+ONLY ?=
+BUDGET ?= $(if $(ONLY),200,360)
+# the machine that `make gpu-carry` prepares for
+GPU_PYTHON ?= python3.12
+GPU_ARCH ?= 90
+GPU_VENV ?= .venv-gpu
+GPU_PACKAGES ?= torch==2.11.0 triton==3.6.0 numpy==2.5.* pybind11 ninja pytest pytest-xdist hypothesis typer rich
 # where OUT is not given, benchmarks/results/<device>
 GPU_OUT = $(if $(filter file,$(origin OUT)),,--out $(OUT))
 # Only the architecture of the GPU that is here, or one to test the build with; wheels have them all.
 CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test bench gpu kernels lint wheel clean
+.PHONY: help setup test bench gpu gpu-carry kernels lint wheel clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 setup: $(VENV)/.ready  ## create .venv with torch, every extra, and fastcnn in editable mode
 
@@ -36,9 +43,16 @@ bench: setup  ## check kernels and AlexNet on photographs, time them beside PyTo
 
 gpu:  ## with the active python3, which has torch: test and measure on the GPU here, in BUDGET seconds, into OUT
 	started=$$(date +%s) && \
-	FASTCNN_CUDA_ARCHS="$${FASTCNN_CUDA_ARCHS:-$(CUDA_ARCHS)}" \
-		python3 -m pip install --quiet --no-build-isolation --no-deps -e . && \
-	python3 -m fastcnn.bench.gpu --started $$started --budget $(BUDGET) --device $(DEVICE) $(GPU_OUT)
+	FASTCNN_CUDA_ARCHS="$${FASTCNN_CUDA_ARCHS:-$(CUDA_ARCHS)}" python3 -m tools.gpu.carry install && \
+	python3 -m tools.gpu --started $$started --budget $(BUDGET) --device $(DEVICE) --only "$(ONLY)" $(GPU_OUT)
+
+gpu-carry: $(GPU_VENV)/bin/python  ## compile what `make gpu` will need on another machine, into .gpu, to be taken there
+	$(GPU_VENV)/bin/python -m tools.gpu.carry make --arch $(GPU_ARCH)
+
+$(GPU_VENV)/bin/python:
+	$(GPU_PYTHON) -m venv $(GPU_VENV)
+	$@ -m pip install --quiet --upgrade pip setuptools wheel
+	$@ -m pip install --quiet $(GPU_PACKAGES)
 
 kernels: setup  ## compile every kernel for A100, H100 and B200, and write docs/kernels.md
 	$(BIN)/python benchmarks/kernels_table.py docs/kernels.md
@@ -52,4 +66,4 @@ wheel: setup  ## build a wheel into dist/
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) build dist results *.egg-info fastcnn/*.so
+	rm -rf $(VENV) $(GPU_VENV) .gpu build dist results *.egg-info fastcnn/*.so

@@ -11,7 +11,6 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -28,8 +27,9 @@ except ImportError:  # run as a script
     from compiled_cuda import all_kernels  # type: ignore[no-redef]
 
 from fastcnn.bench.cases import CONVOLUTIONS, FORMATS, LRN, POOL, Convolution
+from fastcnn.bench.environment import convolution_precision
 from fastcnn.ops import _conv2d_relu_cuda as conv2d_relu
-from fastcnn.ops._operator import BACKENDS
+from fastcnn.ops._operator import IMPLEMENTATIONS
 from fastcnn.params import PoolParams
 
 # "tf32" and "fp32" are the two ways to multiply float32.
@@ -70,32 +70,23 @@ class Case:
         return f"{self.op}, {self.layer}, {self.dtype}, {self.format}"
 
     def compile(self, arch: int) -> list[Kernel]:
-        with _precision("ieee" if self.dtype == "fp32" else "tf32"), compiling(arch) as kernels:
+        with convolution_precision("ieee" if self.dtype == "fp32" else "tf32"), compiling(arch) as kernels:
             self.launch()
         return kernels
-
-
-@contextmanager
-def _precision(name: str) -> Iterator[None]:
-    conv = torch.backends.cudnn.conv
-    before, conv.fp32_precision = conv.fp32_precision, name
-    try:
-        yield
-    finally:
-        conv.fp32_precision = before
 
 
 def cases() -> Iterator[Case]:
     """All of the Triton kernels."""
     every = chain(_convolutions(), _normalizations(), _pools(), _tails())
-    return (case for case in every if "triton" in BACKENDS[case.op])
+    return (case for case in every if "triton" in IMPLEMENTATIONS[case.op])
 
 
 def _case(launch: Callable[..., object], op: str, layer: str, dtype: str, format: str, *args: Any) -> Case:
     return Case(op, layer, dtype, format, functools.partial(launch, dtype, format, *args))
 
 
-def _meta(dtype: str, format: str, *shape: int) -> Tensor:
+def meta(dtype: str, format: str, *shape: int) -> Tensor:
+    """A tensor that has no memory; ``dtype`` and ``format`` are keys of ``DTYPES`` and ``FORMATS``."""
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta", memory_format=FORMATS[format])
 
 
@@ -107,15 +98,15 @@ def _convolutions() -> Iterator[Case]:
 
 
 def _convolve(dtype: str, format: str, conv: Convolution) -> None:
-    x = _meta(dtype, format, BATCH, conv.channels, conv.size, conv.size)
-    weight = _meta(dtype, format, conv.outputs, conv.channels // conv.groups, conv.window, conv.window)
+    x = meta(dtype, format, BATCH, conv.channels, conv.size, conv.size)
+    weight = meta(dtype, format, conv.outputs, conv.channels // conv.groups, conv.window, conv.window)
     config = conv2d_relu.configurations(x, weight, conv.groups)[0]
     conv2d_relu.triton(x, weight, x.new_empty(conv.outputs), *conv.params.op_args(), False, config=config)
 
 
 def _mask(dtype: str, format: str, c: int, size: int) -> None:
     """What runs beside cuDNN's convolution, which here is a 1x1: forward with a mask, backward with and without it."""
-    x, weight = _meta(dtype, format, BATCH, c, size, size), _meta(dtype, format, c, c, 1, 1)
+    x, weight = meta(dtype, format, BATCH, c, size, size), meta(dtype, format, c, c, 1, 1)
     conv = [1, 1], [0, 0], [1, 1], 1
     y, mask = conv2d_relu.cudnn(x, weight, x.new_empty(c), *conv, True)
     tail = list(x.shape), format == "channels_last", *conv
@@ -129,7 +120,7 @@ def _normalizations() -> Iterator[Case]:
 
 
 def _normalize(dtype: str, format: str, c: int, size: int) -> None:
-    op, x = importlib.import_module("fastcnn.ops.lrn"), _meta(dtype, format, BATCH, c, size, size)
+    op, x = importlib.import_module("fastcnn.ops.lrn"), meta(dtype, format, BATCH, c, size, size)
     op.triton(x, *LRN.op_args())
     op.triton_backward(x, x, *LRN.op_args())
 
@@ -143,7 +134,7 @@ def _pools() -> Iterator[Case]:
 
 
 def _pool(dtype: str, format: str, pool: PoolParams, c: int, size: int) -> None:
-    op, x = importlib.import_module("fastcnn.ops.max_pool2d"), _meta(dtype, format, BATCH, c, size, size)
+    op, x = importlib.import_module("fastcnn.ops.max_pool2d"), meta(dtype, format, BATCH, c, size, size)
     y, argmax = op.triton(x, *pool.op_args(), True)
     op.triton_backward(y, argmax, list(x.shape[2:]), format == "channels_last", *pool.op_args())
 
@@ -155,7 +146,7 @@ def _tails() -> Iterator[Case]:
 
 def _tail(dtype: str, format: str, with_lrn: bool, c: int, size: int) -> None:
     op = importlib.import_module("fastcnn.ops.relu_lrn_max_pool2d")
-    x = _meta(dtype, format, BATCH, c, size, size)
+    x = meta(dtype, format, BATCH, c, size, size)
     lrn = LRN.op_args() if with_lrn else (0, 0.0, 0.0, 0.0, 1)
     args = True, *lrn, *POOL.op_args()
     bias = x.new_empty(c)

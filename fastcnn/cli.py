@@ -18,7 +18,7 @@ from .bench.cli import bench
 from .bench.environment import environment
 from .models import list_models
 from .models.summary import layer_table
-from .ops._operator import BACKENDS
+from .ops._operator import IMPLEMENTATIONS, what_runs
 from .predict import predict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -67,7 +67,7 @@ def _info_of_model(name: str, as_json: bool) -> None:
         rows = layer_table(name)
     except ImportError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from None
-    runs = {device: {op: f"{op} ({_runs(op, device)})" for op in BACKENDS} for device in _devices()}
+    runs = {device: _operators(device) for device in _devices()}
     layers = [
         {**asdict(row), "runs": {device: runs[device].get(row.operator or "", "torch") for device in runs}}
         for row in rows
@@ -91,11 +91,17 @@ def _info_of_model(name: str, as_json: bool) -> None:
     Console(highlight=False).print(table)
 
 
+def _operators(device: str) -> dict[str, str]:
+    """What runs each operator of a layer table, and the convolutions that stand in front of a tail."""
+    convolution = "cuDNN" if device == "cuda" else _runs("conv2d_relu", device)
+    return {"conv2d": convolution, **{op: f"{op} ({_runs(op, device)})" for op in IMPLEMENTATIONS}}
+
+
 def _facts() -> dict[str, Any]:
     return {
         "environment": environment(),
         "backends": backends.status(),
-        "operators": {device: {op: _runs(op, device) for op in sorted(BACKENDS)} for device in _devices()},
+        "operators": {device: {op: _runs(op, device) for op in sorted(IMPLEMENTATIONS)} for device in _devices()},
         "build": dict(backends._C.build_info()) if backends._C is not None else {},
         "cuda_build": dict(backends._C_cuda.build_info()) if backends._C_cuda is not None else {},
     }
@@ -109,7 +115,7 @@ def _runs(op: str, device: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a backend is missing is in the table
         try:
-            return backends.choose(op, BACKENDS[op], torch.empty(0, device=device))
+            return what_runs(op, device)
         except RuntimeError as error:
             return str(error)
 

@@ -1,10 +1,10 @@
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from promises import backends_here, running_on
+from promises import DRAWN, backends_here, running_on
 
 import fastcnn
 
@@ -24,6 +24,20 @@ def pytest_configure() -> None:
         raise pytest.UsageError(
             f"{fastcnn.backends.status()['cpu']}. FASTCNN_TEST_PURE_PYTHON=1 tests the pure Python package without it"
         )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    DRAWN.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure is told together with the inputs that the test drew."""
+    report = yield
+    if report.failed and DRAWN:
+        report.sections.append(("Drawn", "\n".join(DRAWN)))
+    return report
 
 
 @pytest.fixture(autouse=True)

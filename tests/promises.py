@@ -22,6 +22,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NARROW = (torch.bfloat16, torch.float16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
+# What the test that runs has drawn so far, for the report of its failure.
+DRAWN: list[str] = []
+
 _FORWARD = {torch.float64: 1e-14, torch.float32: 1e-6}
 _BACKWARD = {torch.float64: 1e-13, torch.float32: 5e-6}
 
@@ -77,12 +80,14 @@ def randn(
     seed: int = 0,
 ) -> Tensor:
     """Normal values; ``format`` applies to 4-D shapes and to 5-D ones (as channels_last_3d)."""
+    DRAWN.append(f"randn{shape}, {ident(dtype)}, {ident(format)}, seed {seed}")
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     return in_format(x, format)
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, low: int = -2, high: int = 3, seed: int = 0) -> Tensor:
     """Few different integers, so that windows hold many ties and every sum is exact."""
+    DRAWN.append(f"integers{shape}, {ident(dtype)}, {low} to {high - 1}, seed {seed}")
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -183,13 +188,24 @@ def assert_same_answer(out: Tensor | None, ref: Tensor | None, *, backward: bool
     assert out is not None
     assert ref is not None
     assert ref.dtype == torch.float64
-    assert out.shape == ref.shape
+    assert out.shape == ref.shape, f"shape {tuple(out.shape)} instead of {tuple(ref.shape)}"
     error, size = (out.double() - ref).norm(), ref.norm()
     if out.dtype in NARROW:
         bound = 1.5 * (ref.to(out.dtype).double() - ref).norm()
     else:
         bound = (_BACKWARD if backward else _FORWARD)[out.dtype] * size
-    assert error <= bound, f"error {error:.3g} is above {bound:.3g} for a result of norm {size:.3g}"
+    assert error <= bound, (
+        f"error {error:.3g} is above {bound:.3g} for a result of norm {size:.3g}; {worst_element(out, ref)}"
+    )
+
+
+def worst_element(out: Tensor, ref: Tensor) -> str:
+    """Where the two differ most, what is there, how many elements are NaN, and how both lie in memory."""
+    error = (out.double() - ref).abs()
+    index = [int(i) for i in torch.unravel_index(error.nan_to_num(torch.inf).argmax(), error.shape)]
+    there = ", ".join(f"{t[tuple(index)].item():.9g}" for t in (out, ref))
+    nans = f"{int(out.isnan().sum())} and {int(ref.isnan().sum())} of {out.numel()} are NaN"
+    return f"worst at {index}: {there} expected; {nans}; {ident(out.dtype)} {ident(out.shape)}, strides {out.stride()}"
 
 
 def assert_bitwise(out: Tensor | None, ref: Tensor | None) -> None:
@@ -280,6 +296,37 @@ def at_offsets(y: Tensor, argmax: Tensor, pool: PoolParams) -> Tensor:
     row, column = oh * sh - ph + place // kw * dh, ow * sw - pw + place % kw * dw
     assert ((row >= 0) & (row < y.shape[-2]) & (column >= 0) & (column < y.shape[-1])).all()
     return y.flatten(2).gather(2, (row * y.shape[-1] + column).flatten(2)).view(argmax.shape)
+
+
+def assert_tail_answer(
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    argmax: Tensor,
+    dy: Tensor,
+    dx: Tensor | None,
+    dbias: Tensor | None,
+    relu: bool = True,
+    lrn: LRNParams | None = None,
+    pool: PoolParams | None = None,
+) -> None:
+    """The ops' results against the reference in float64, all on the CPU; without backward, ``dx`` is None.
+
+    Which of two almost equal maxima wins may depend on the dtype: gradients are those of the elements that the argmax
+    points at.
+    """
+    x64, bias64 = leaf(x, torch.float64), leaf(bias, torch.float64)
+    y64 = reference.relu_lrn_max_pool2d(x64, bias64, relu=relu, lrn=lrn)
+    pooled64 = reference.relu_lrn_max_pool2d(x64, bias64, relu=relu, lrn=lrn, pool=pool)
+    if pool is not None:
+        y64 = at_offsets(y64, argmax, pool)
+    assert_same_answer(y, pooled64.detach())
+    if dx is None:
+        return
+    dx64, dbias64 = gradients(y64, (x64, bias64), dy.double())
+    assert_same_answer(dx, dx64, backward=True)
+    if bias is not None:
+        assert_same_answer(dbias, dbias64, backward=True)
 
 
 def assert_tail_keeps_same_answer(x: Tensor, bias: Tensor | None, **tail: Any) -> None:

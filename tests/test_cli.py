@@ -13,7 +13,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 import fastcnn
+from fastcnn.bench.environment import convolution_precision
 from fastcnn.cli import app
+from fastcnn.ops import _conv2d_relu_cuda as on_gpu
 
 HAS_CPU = "cpu" in fastcnn.backends.available()
 BEST = "cpu" if HAS_CPU else "reference"
@@ -43,6 +45,40 @@ def test_info_as_json() -> None:
     assert facts["environment"]["fastcnn"] == fastcnn.__version__
     assert facts["operators"]["cpu"]["lrn"] == BEST
     assert bool(facts["build"]) == HAS_CPU
+
+
+@pytest.mark.usefixtures("best_backend")
+def test_info_names_the_library_that_convolutions_call() -> None:
+    facts = json.loads(fastcnn_command("info", "--json").output)
+    expected = "oneDNN" if HAS_CPU else "reference"
+    assert facts["operators"]["cpu"]["conv2d_relu"].startswith(expected)
+    model = json.loads(fastcnn_command("info", "--model", "alexnet", "--json").output)
+    runs = {layer["name"]: layer["runs"]["cpu"] for layer in model["layers"]}
+    assert runs["features.conv1"].startswith(expected)  # its ReLU, LRN and pool are another operator's
+    assert runs["features.pool1"] == f"relu_lrn_max_pool2d ({BEST})"
+    assert runs["features.conv3"].startswith(f"conv2d_relu ({expected}")
+    assert runs["classifier.fc8"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("forced", "cudnn_benchmark", "tune", "expected"),
+    [
+        (None, False, "1", "cuDNN"),
+        (None, True, "0", "cuDNN"),
+        (None, True, "1", "the fastest of cuDNN, triton, cuda"),
+        ("triton", False, "1", "triton"),
+        ("cuda", True, "1", "cuda"),
+    ],
+)
+def test_what_runs_convolutions_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, forced, cudnn_benchmark, tune, expected
+) -> None:
+    monkeypatch.setattr(fastcnn.backends, "_forced", forced)
+    monkeypatch.setattr(fastcnn.backends, "why_not", lambda name, device: "")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", cudnn_benchmark)
+    monkeypatch.setenv("FASTCNN_TUNE", tune)
+    with convolution_precision("tf32"):
+        assert on_gpu.engine(forced or "triton") == expected
 
 
 def test_info_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +30,17 @@ def environment(device: str = "cpu") -> dict[str, str | int | None]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+@contextmanager
+def convolution_precision(name: str) -> Iterator[None]:
+    """How cuDNN, and our kernels with it, multiply float32 in convolutions: "tf32" or "ieee"."""
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, conv.fp32_precision = conv.fp32_precision, name
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
 
 
 def _gpu(device: str) -> dict[str, str | int | None]:

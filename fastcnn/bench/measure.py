@@ -143,7 +143,7 @@ def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budg
         if case.dtype != "fp32" and (provider.name == "fastcnn.cpu" or failed_torch):
             take_part(provider, f"{provider.name} (fp32)", x.float(), dy.float())
     if calls:
-        _add_times(rows, calls, x, budget, device)
+        add_times(rows, calls, x, budget, device)
     return rows
 
 
@@ -152,7 +152,7 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, Mismatch) else f"{type(error).__name__}: {text[:120]}"
 
 
-def _add_times(rows: list[Row], calls: dict[str, Call], x: Tensor, budget: Budget, device: str) -> None:
+def add_times(rows: list[Row], calls: dict[str, Call], x: Tensor, budget: Budget, device: str) -> None:
     copy = torch.zeros_like(x)
     others: dict[str, Call] = {"copy": lambda: (copy.copy_(x),)}
     if rows[0].flop and device != "cpu":

@@ -12,10 +12,11 @@ from ..nn import ConvReLU2d, LocalResponseNorm, MaxPool2d, ReLULRNMaxPool2d
 from .layers import ConvReLULRNMaxPool2d
 from .registry import create_model
 
-# the operator that runs the first step of a fused layer, and the one that runs the others; None is torch
+# The operator that runs the first step of a fused layer, and the one that runs the others; None is torch, "conv2d" the
+# convolution by itself.
 OPERATORS: dict[type[nn.Module], tuple[str | None, str | None]] = {
     ConvReLU2d: ("conv2d_relu", "conv2d_relu"),
-    ConvReLULRNMaxPool2d: (None, "relu_lrn_max_pool2d"),
+    ConvReLULRNMaxPool2d: ("conv2d", "relu_lrn_max_pool2d"),
     ReLULRNMaxPool2d: ("relu_lrn_max_pool2d", "relu_lrn_max_pool2d"),
     LocalResponseNorm: ("lrn", None),
     MaxPool2d: ("max_pool2d", None),
@@ -32,7 +33,8 @@ class LayerRow:
         output: the shape of what it gives for one image: channels, height, width.
         parameters: how many.
         multiply_adds: for one image, as torchinfo counts them: of weights and biases.
-        operator: of fastcnn that runs it, alone or fused with its neighbours; None for torch.
+        operator: of fastcnn that runs it, alone or fused with its neighbours; "conv2d" for the convolution of a layer
+            whose rest is one operator; None for torch.
     """
 
     name: str

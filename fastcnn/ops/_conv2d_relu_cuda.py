@@ -1,6 +1,7 @@
 """conv2d_relu on NVIDIA GPUs: the Triton kernel, cuDNN with bias and ReLU in one more pass, and which of them runs.
 
-cuDNN runs, unless :data:`MEASURED` says otherwise. With ``torch.backends.cudnn.benchmark`` every new shape is tuned:
+cuDNN runs, unless :data:`MEASURED` says otherwise. With ``torch.backends.cudnn.benchmark`` every new shape is tuned
+(``FASTCNN_TUNE=0`` in the environment leaves it at that):
 candidates are cuDNN, ``torch.cudnn_convolution_relu``, the CUDA kernel and the configurations of the Triton kernel, and
 only the latter where the backend "triton" is forced. A configuration runs only after its output was compared with
 cuDNN's, because compilers have got such loops wrong.
@@ -9,6 +10,7 @@ cuDNN's, because compilers have got such loops wrong.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -137,11 +139,27 @@ def candidates(x: Tensor, weight: Tensor, *args: Any) -> dict[str, Run]:
     return runs
 
 
+def _tunes() -> bool:
+    return torch.backends.cudnn.benchmark and os.environ.get("FASTCNN_TUNE") != "0"
+
+
+def engine(backend: str) -> str:
+    """What computes convolutions on a GPU where this backend was chosen."""
+    if backends._forced == "triton":
+        return "triton"
+    if backends._forced == "cuda":  # whose kernel multiplies float32 as TF32
+        return "cuda" if precision(torch.float32) == "tf32" else "cuda, in IEEE float32 cuDNN"
+    ours = ["triton"] * (backend == "triton") + ["cuda"] * (not backends.why_not("cuda", torch.device("cuda")))
+    if _tunes() and ours:
+        return f"the fastest of cuDNN, {', '.join(ours)}"
+    return "cuDNN, triton where measured" if MEASURED else "cuDNN"
+
+
 def _choose(runs: dict[str, Run], x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> str:
     ours = [name for name in runs if name.startswith("triton")]
     if not x.is_cuda:  # the interpreter
         return ours[0]
-    tuned = torch.backends.cudnn.benchmark
+    tuned = _tunes()
     only_ours = backends._forced == "triton" or (not tuned and _measured(x, weight, args[3]))
     if not (tuned or only_ours):
         return "cudnn"

@@ -17,8 +17,10 @@ from .. import backends
 
 _library = torch.library.Library("fastcnn", "DEF")
 
-# Operator -> the backends that have it.
-BACKENDS: dict[str, tuple[str, ...]] = {}
+# Operator -> backend -> its implementation there.
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+# Operator -> what its implementation of a backend hands the work to on a device, where that is not the backend itself.
+_ENGINES: dict[str, Callable[[str, torch.device], str]] = {}
 
 
 def define(
@@ -29,6 +31,7 @@ def define(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     vmap: Callable[..., Any],
+    engine: Callable[[str, torch.device], str] | None = None,
 ) -> Callable[..., Any]:
     """Register ``fastcnn::<name>`` and return the function that calls it.
 
@@ -39,6 +42,7 @@ def define(
         setup_context: ``(ctx, inputs, output)``, saves what backward needs.
         backward: ``(ctx, *grads)`` -> one gradient (or None) for each argument.
         vmap: as for :func:`torch.library.register_vmap`.
+        engine: backend, device -> what really computes, for people; the backend itself if None.
     """
     name = schema[: schema.index("(")]
     qualified = f"fastcnn::{name}"
@@ -46,7 +50,9 @@ def define(
     def implementation(*args: Any) -> Any:
         return implementations[backends.choose(name, implementations, args[0])](*args)
 
-    BACKENDS[name] = tuple(implementations)
+    IMPLEMENTATIONS[name] = implementations
+    if engine is not None:
+        _ENGINES[name] = engine
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
@@ -80,6 +86,16 @@ def define(
         return Eager.apply(*args) if needs_grad(*args) else op(*args)
 
     return call
+
+
+def what_runs(name: str, device: str) -> str:
+    """What computes the operator on this device as things stand: a backend, or the library that it calls.
+
+    Raises:
+        RuntimeError: the backend that is forced cannot run there.
+    """
+    backend = backends.choose(name, IMPLEMENTATIONS[name], torch.empty(0, device=device))
+    return _ENGINES[name](backend, torch.device(device)) if name in _ENGINES else backend
 
 
 def needs_grad(*args: Any) -> bool:

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backends
 from ..params import ConvParams, IntOrPair, autocast
 from . import _conv2d_relu_compiled as compiled
 from . import _conv2d_relu_cuda as on_gpu
 from . import _winograd
 from ._layout import dense, empty_output, format_of, is_channels_last, kept, output, output_format
-from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
+from ._operator import define, fold_batch, needs_grad, unfold_batch
 from ._packed import Frozen, contents_of
 
 
@@ -282,18 +283,29 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> N
 
 def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     # ReLU is piecewise linear: given its mask, backward is bilinear in (dy, weight) and (dy, x).
+    # Written out, because torch 2.11 cannot differentiate a convolution twice when its sizes are symbols.
     dy, y_or_mask, x, weight = ctx.saved_tensors
-    size, channels_last, *conv, needs = ctx.args
-    mask = _passes(dy, y_or_mask, x, channels_last)
-    x = dy.new_zeros(size) if x is None else x
+    _, channels_last, *conv, needs = ctx.args
+    ddx, ddweight, ddbias = (c if need else None for c, need in zip(cotangents, needs, strict=True))
+    passes = _passes(dy, y_or_mask, x, channels_last)
+    dz = torch.where(passes, dy, 0)
 
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.conv2d(x, weight, bias, *conv) * mask
+    def gradients(x: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor, ...]:
+        stride, padding, dilation, groups = conv
+        return torch.ops.aten.convolution_backward(
+            dz, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [*wanted, False]
+        )
 
-    bias = dy.new_zeros(weight.shape[0])
-    wanted = [c if need else None for c, need in zip(cotangents, needs, strict=True)]
-    ddy, dx, dweight, _ = double_backward(forward, (x, weight, bias), dy, wanted)
-    return ddy, None, dx if ctx.needs_input_grad[2] else None, dweight, *(None,) * 7
+    ddz, dx, dweight = [], None, None
+    if ddx is not None:
+        ddz.append(F.conv2d(ddx, weight, None, *conv))
+        dweight = gradients(ddx, weight, False, True)[1] if ctx.needs_input_grad[3] else None
+    if ddweight is not None:
+        ddz.append(F.conv2d(x, ddweight, None, *conv))
+        dx = gradients(x, ddweight, True, False)[0] if ctx.needs_input_grad[2] else None
+    if ddbias is not None:
+        ddz.append(ddbias.view(-1, 1, 1))
+    return torch.where(passes, sum(ddz), 0) if ddz else None, None, dx, dweight, *(None,) * 7
 
 
 def _vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
@@ -317,6 +329,16 @@ def _one_by_one(op: Any, info: Any, in_dims: Any, args: tuple[Any, ...]) -> Any:
     return results, (0,) * len(results)
 
 
+def _engine(backend: str, device: torch.device) -> str:
+    """What computes the convolutions, forward and backward: rarely a kernel of ours."""
+    if device.type == "cuda" and backend != "reference":
+        return on_gpu.engine(backend)
+    if backend != "cpu":
+        return backend
+    library = "oneDNN" if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled else "aten"
+    return library if backends.cpu_capability() == "baseline" else f"{library}, 3x3 also Winograd"
+
+
 _CONV = "int[] stride, int[] padding, int[] dilation, int groups"
 conv_relu_backward = define(
     "conv2d_relu_backward(Tensor grad, Tensor output_or_mask, Tensor? input, Tensor weight, SymInt[] input_size, "
@@ -331,6 +353,7 @@ conv_relu_backward = define(
     setup_context=_backward_setup_context,
     backward=_backward_backward,
     vmap=_backward_vmap,
+    engine=lambda backend, device: "cuDNN" if device.type == "cuda" else _engine(backend, device),
 )
 conv_relu = define(
     f"conv2d_relu(Tensor input, Tensor weight, Tensor? bias, {_CONV}, bool with_mask) -> (Tensor, Tensor)",
@@ -339,4 +362,5 @@ conv_relu = define(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
+    engine=_engine,
 )

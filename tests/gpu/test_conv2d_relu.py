@@ -10,9 +10,8 @@ from promises import FORMATS, assert_bitwise, gradients, ident, leaf, randn
 
 import fastcnn
 import fastcnn.functional as FF
-from fastcnn.bench.cases import CONVOLUTIONS
+from fastcnn.bench.environment import convolution_precision
 from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops._tuning import agree
 
 pytestmark = pytest.mark.gpu
 NAN = float("nan")
@@ -28,8 +27,8 @@ def precision(request, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTCNN_CACHE_DIR", str(tmp_path))
     on_gpu._tuner.cache_clear()
     name = request.node.callspec.params.get("precision", "tf32") if hasattr(request.node, "callspec") else "tf32"
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", name)
-    return name
+    with convolution_precision(name):
+        yield name
 
 
 @pytest.fixture(params=["triton", None], ids=["triton", "chosen"])
@@ -72,23 +71,6 @@ def test_smallest_cases_stay_within_their_memory(format, name):
             for frozen in (False, True):
                 assert all(t.isfinite().all() for t in run(tensors, kwargs, frozen))
         on_gpu.cudnn(*tensors, *op_args(tensors, {**kwargs, "padding": 0}), True)
-
-
-@numbers
-@formats
-@pytest.mark.parametrize("layer", CONVOLUTIONS)
-def test_every_configuration_is_right(layer, format, dtype, precision):
-    conv = CONVOLUTIONS[layer]
-    x = randn(8, conv.channels, conv.size, conv.size, dtype=dtype, format=format).cuda()
-    weight = randn(conv.outputs, conv.channels // conv.groups, conv.window, conv.window, dtype=dtype, format=format)
-    weight, bias = weight.cuda() / weight[0].numel() ** 0.5, randn(conv.outputs, dtype=dtype).cuda()
-    args = *conv.params.op_args(), False
-    truth = on_gpu.cudnn(x, weight, bias, *args)[0]
-    wrong = []
-    for config in on_gpu.configurations(x, weight, conv.groups):
-        if not agree(on_gpu.triton(x, weight, bias, *args, config=config)[0], truth, on_gpu._tolerance(dtype)):
-            wrong.append(str(config))
-    assert not wrong
 
 
 @formats
@@ -201,30 +183,6 @@ def test_gradcheck(backend):
     tensors = [leaf(t, torch.float64) for t in cuda_case("pairs")[0]]
     kwargs = CASES["pairs"][2]
     torch.autograd.gradcheck(lambda *t: FF.conv2d_relu(*t, **kwargs), tensors, fast_mode=True)
-
-
-@formats
-def test_more_than_2_to_the_31_elements(format):
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    images, outputs = 1200, 40
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GiB of free GPU memory")
-    x = torch.empty(images, 8, 212, 212, dtype=torch.bfloat16, device="cuda", memory_format=format).normal_()
-    w, b = randn(outputs, 8, 3, 3, dtype=torch.bfloat16).cuda() / 8, randn(outputs, dtype=torch.bfloat16).cuda()
-    args = [1, 1], [1, 1], [1, 1], 1, True
-    with fastcnn.backends.use("triton"):
-        config = on_gpu.configurations(x, w, 1)[0]
-        y, mask = on_gpu.triton(x, w, b, *args, config=config)
-        assert y.numel() > 2**31
-        for i in (0, images // 2, images - 1):
-            alone, bits = on_gpu.triton(x[i : i + 1], w, b, *args, config=config)
-            assert_bitwise(y[i : i + 1], alone)
-            assert_bitwise(mask.view(images, -1)[i], bits)
-        dz = on_gpu._mask_backward(y, mask)
-        assert_bitwise(dz[-1], y[-1])
-        dz, db = on_gpu._relu_backward(y, y, format == torch.channels_last, True)
-        assert_bitwise(dz[-1], y[-1])
-        torch.testing.assert_close(db.double(), y.sum((0, 2, 3), dtype=torch.float64), rtol=1e-2, atol=0)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

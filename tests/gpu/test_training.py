@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from promises import FORMATS, ident
 
 import fastcnn
+from fastcnn.bench.environment import convolution_precision
 
 STEPS = 30
 
@@ -32,11 +33,11 @@ def losses(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", FORMATS, ids=ident)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-3)], ids=ident)
-def test_30_steps_of_alexnet_follow_the_reference(monkeypatch, dtype, tolerance, format):
+def test_30_steps_of_alexnet_follow_the_reference(dtype, tolerance, format):
     """Rounding errors grow from step to step, so that float32 can follow only roughly."""
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     torch.use_deterministic_algorithms(False)  # torch's LRN has no deterministic gradient on GPUs
-    expected, history = histories("cuda", dtype, format)
+    with convolution_precision("ieee"):
+        expected, history = histories("cuda", dtype, format)
     assert expected[-1] < 0.7 * expected[0]
     torch.testing.assert_close(history, expected, rtol=tolerance, atol=tolerance)
 

@@ -1,0 +1,73 @@
+"""More than 2^31 elements on a GPU: the last images get what they get alone. Alone on it, for want of memory."""
+
+import pytest
+import torch
+from ops.test_lrn import LRN, LRN_BACKWARD, STRONG
+from ops.test_max_pool2d import BACKWARD as POOL_BACKWARD
+from ops.test_max_pool2d import OP as POOL_FORWARD
+from ops.test_max_pool2d import POOL
+from ops.test_relu_lrn_max_pool2d import LRN as PARAMS
+from ops.test_relu_lrn_max_pool2d import STAGE, TAIL, TAIL_BACKWARD
+from promises import FORMATS, assert_bitwise, ident, randn, tail_args
+
+import fastcnn.functional as FF
+from fastcnn.ops import _conv2d_relu_cuda as on_gpu
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
+
+
+@pytest.fixture(autouse=True)
+def memory(gpu):
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@formats
+def test_triton_memory_bound_operators(triton, format):
+    x = torch.empty(260, 96, 296, 296, dtype=torch.bfloat16, device="cuda", memory_format=format)
+    assert x.numel() > 2**31
+    x[-2:] = x[:2] = randn(2, 96, 296, 296, dtype=torch.bfloat16).cuda()
+    ends, args, pool = x[-2:].contiguous(memory_format=format), tail_args(**STAGE), POOL.op_args()
+    for op in (lambda t: LRN(t, *STRONG, 1), lambda t: LRN_BACKWARD(t, t, *STRONG, 1)):
+        assert_bitwise(op(x)[-2:], op(ends))
+
+    def pooled(t):
+        y, argmax = POOL_FORWARD(t, *pool, True)
+        return POOL_BACKWARD(y, argmax, [296, 296], format == torch.channels_last, *pool)
+
+    def stage(t):
+        y, argmax = TAIL(t, None, *args, True)
+        return TAIL_BACKWARD(y, t, None, argmax, *args)[0]
+
+    for op in (pooled, stage):
+        assert_bitwise(op(x)[-2:], op(ends))
+
+
+@formats
+def test_cuda_tail(cuda, format):
+    x = torch.empty(2**15 + 3, 64, 32, 32, dtype=torch.bfloat16, device="cuda", memory_format=format)
+    x[:] = randn(1, 64, 32, 32, dtype=torch.bfloat16).cuda()
+    y = FF.relu_lrn_max_pool2d(x, lrn=PARAMS, pool=POOL)
+    assert_bitwise(y[-1:], FF.relu_lrn_max_pool2d(x[:1].contiguous(memory_format=format), lrn=PARAMS, pool=POOL))
+
+
+@formats
+def test_triton_conv2d_relu(triton, format):
+    images, outputs = 1200, 40
+    x = torch.empty(images, 8, 212, 212, dtype=torch.bfloat16, device="cuda", memory_format=format).normal_()
+    w, b = randn(outputs, 8, 3, 3, dtype=torch.bfloat16).cuda() / 8, randn(outputs, dtype=torch.bfloat16).cuda()
+    args = [1, 1], [1, 1], [1, 1], 1, True
+    config = on_gpu.configurations(x, w, 1)[0]
+    y, mask = on_gpu.triton(x, w, b, *args, config=config)
+    assert y.numel() > 2**31
+    for i in (0, images // 2, images - 1):
+        alone, bits = on_gpu.triton(x[i : i + 1], w, b, *args, config=config)
+        assert_bitwise(y[i : i + 1], alone)
+        assert_bitwise(mask.view(images, -1)[i], bits)
+    dz = on_gpu._mask_backward(y, mask)
+    assert_bitwise(dz[-1], y[-1])
+    dz, db = on_gpu._relu_backward(y, y, format == torch.channels_last, True)
+    assert_bitwise(dz[-1], y[-1])
+    torch.testing.assert_close(db.double(), y.sum((0, 2, 3), dtype=torch.float64), rtol=1e-2, atol=0)

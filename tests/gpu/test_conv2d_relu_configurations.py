@@ -1,0 +1,30 @@
+"""conv2d_relu on a GPU: every configuration of the Triton kernel that the tuner may choose, beside cuDNN."""
+
+import pytest
+from promises import FORMATS, ident, randn
+
+from fastcnn.bench.cases import CONVOLUTIONS
+from fastcnn.ops import _conv2d_relu_cuda as on_gpu
+from fastcnn.ops._tuning import agree
+
+from .test_conv2d_relu import numbers, precision  # noqa: F401
+
+pytestmark = pytest.mark.gpu
+LAYERS = ("AlexNet conv1", "AlexNet conv2", "AlexNet conv4", "VGG-16 conv1_1", "VGG-16 conv3_1")
+
+
+@numbers
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_is_right(layer, format, dtype, precision):  # noqa: F811
+    conv = CONVOLUTIONS[layer]
+    x = randn(8, conv.channels, conv.size, conv.size, dtype=dtype, format=format).cuda()
+    weight = randn(conv.outputs, conv.channels // conv.groups, conv.window, conv.window, dtype=dtype, format=format)
+    weight, bias = weight.cuda() / weight[0].numel() ** 0.5, randn(conv.outputs, dtype=dtype).cuda()
+    args = *conv.params.op_args(), False
+    truth = on_gpu.cudnn(x, weight, bias, *args)[0]
+    wrong = []
+    for config in on_gpu.configurations(x, weight, conv.groups):
+        if not agree(on_gpu.triton(x, weight, bias, *args, config=config)[0], truth, on_gpu._tolerance(dtype)):
+            wrong.append(str(config))
+    assert not wrong

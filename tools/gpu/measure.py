@@ -1,0 +1,207 @@
+"""The parts of ``make gpu`` that take times, each in a process of its own: kernels, networks, tuning.
+
+``python -m tools.gpu.measure PART DEVICE BATCH SECONDS FILE`` writes a line of JSON for each row. The part
+``compilations`` only calls what torch.compile has to compile for the others, once, so that they find it in its cache.
+A kernel that loses the CUDA context ends the process: it starts anew with the next case.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcnn import backends
+from fastcnn.bench.cases import ANY_FORMAT, CONVOLUTIONS, LRN, POOL, STAGES, Case
+from fastcnn.bench.inputs import convolution_args, make_inputs, make_parameters
+from fastcnn.bench.measure import Budget, add_times, measure, reason
+from fastcnn.bench.network_measure import measure_network
+from fastcnn.bench.network_providers import network_providers
+from fastcnn.bench.providers import Call, Provider, all_providers
+from fastcnn.bench.rows import Row
+from fastcnn.bench.verify import check, expected_outputs, tolerances
+from fastcnn.ops import _conv2d_relu_cuda as on_gpu
+from fastcnn.ops import lrn, max_pool2d, relu_lrn_max_pool2d
+from fastcnn.ops._operator import IMPLEMENTATIONS
+
+from .process import Clock
+
+_BUDGET = Budget(seconds=0.2, at_least=11)
+
+
+def kernel_cases(batch: int) -> Iterator[Case]:
+    """The operators at AlexNet's shapes, bf16 before fp32, in both formats; then the convolutions.
+
+    VGG-16 has a quarter of the batch, or its check in float64 would need all of the memory.
+    """
+    for dtype in ("bf16", "fp32"):
+        for op, stage, mode, format in product(
+            ("relu_lrn_max_pool2d", "lrn", "max_pool2d"), STAGES, ("forward", "backward"), ("channels_last", "NCHW")
+        ):
+            yield Case(op, (batch, *STAGES[stage][1:]), dtype, format, mode)
+    for dtype, (layer, conv) in product(("bf16", "fp32"), CONVOLUTIONS.items()):
+        images = batch if layer.startswith("AlexNet") else max(1, batch // 4)
+        shape = images, conv.channels, conv.size, conv.size
+        yield Case("conv2d_relu", shape, dtype, "channels_last", "forward", layer=layer)
+
+
+def network_cases(batch: int) -> Iterator[Case]:
+    for network, images, size in (("alexnet", batch, 227), ("vgg16", max(1, batch // 4), 224)):
+        for mode in ("inference", "training step"):
+            yield Case(network, (images, 3, size, size), "bf16", ANY_FORMAT, mode)
+
+
+def _providers(case: Case, device: str) -> list[Provider]:
+    """torch.compile only where its compilation is worth the time: the tail."""
+    everyone = all_providers(device).values()
+    compiled = case.op == "relu_lrn_max_pool2d"
+    return [p for p in everyone if p.name != "fastcnn.reference" and (compiled or p.name != "torch.compile")]
+
+
+def _measure_kernel(case: Case, device: str) -> list[Row]:
+    return measure(case, _providers(case, device), "random", _BUDGET, device)
+
+
+def _measure_network(case: Case, device: str) -> list[Row]:
+    torchs = [p for p in network_providers(device).values() if p.export is None]
+    return measure_network(case, torchs, _BUDGET, device)
+
+
+def _compile(case: Case, device: str) -> list[Row]:
+    """By one call each, in the order in which the rows are needed; they are of no interest."""
+    once = Budget(repeats=1)
+    if case.format == ANY_FORMAT:
+        compiled = [p for p in network_providers(device).values() if p.compile]
+        return measure_network(case, compiled, once, device)
+    return measure(case, [p for p in _providers(case, device) if p.name == "torch.compile"], "random", once, device)
+
+
+# -- tuning -----------------------------------------------------------------------------------------------------------
+
+
+def candidates(case: Case, x: Tensor, dy: Tensor) -> dict[str, Call]:
+    """Every way to run the case that could become the default, by name: backends, and configurations of Triton's."""
+    here = [name for name in ("triton", "cuda", "cpu") if not backends.why_not(name, x.device)]
+    forward, backward = (IMPLEMENTATIONS[case.op + suffix] for suffix in ("", "_backward"))
+    runs = forward if case.mode == "forward" else backward
+    args: tuple[Any, ...]
+    configurations: dict[str, Callable[..., Any]] = {}
+    if case.op == "conv2d_relu":
+        args = x, *make_parameters(case, x), *convolution_args(case), False
+        if x.is_cuda:
+            return {
+                name: functools.partial(_first, run, *args)
+                for name, run in on_gpu.candidates(x, args[1], *args[3:]).items()
+            }
+    elif case.op == "lrn":
+        args = (x, *LRN.op_args()) if case.mode == "forward" else (dy, x, *LRN.op_args())
+    elif case.op == "max_pool2d":
+        args = x, *POOL.op_args(), True
+        if case.mode == "backward":
+            argmax = forward[here[0]](*args)[1]
+            args = dy, argmax, list(x.shape[2:]), case.format == "channels_last", *POOL.op_args()
+    else:
+        tail = True, *LRN.op_args(), *POOL.op_args()
+        args = x, None, *tail, case.mode == "backward"
+        if case.mode == "backward":
+            args = dy, x, None, forward[here[0]](*args)[1], *tail
+    if "triton" in here:
+        module: Any = {"lrn": lrn, "max_pool2d": max_pool2d, "relu_lrn_max_pool2d": relu_lrn_max_pool2d}[case.op]
+        launcher, configs = (
+            (module.triton, module.FORWARD_CONFIGS)
+            if case.mode == "forward"
+            else (module.triton_backward, module.BACKWARD_CONFIGS)
+        )
+        configurations = {f"triton {config}": functools.partial(launcher, config=config) for config in configs}
+    others = {name: runs[name] for name in here if name != "triton"}
+    return {name: functools.partial(_first, run, *args) for name, run in {**configurations, **others}.items()}
+
+
+def _first(run: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    result = run(*args)
+    return (result if isinstance(result, Tensor) else result[0],)
+
+
+def tune(case: Case, device: str) -> list[Row]:
+    """A row for each candidate: checked, and if right then timed."""
+    x, dy = make_inputs(case, "random", device)
+    expected = expected_outputs(case, x, dy)
+    allowed = tolerances(case, x, dy, expected)
+    rows: list[Row] = []
+    calls: dict[str, Call] = {}
+    for name, call in candidates(case, x, dy).items():
+        rows.append(Row(**asdict(case), provider=name, bytes_moved=case.bytes_moved(x.element_size()), flop=case.flop))
+        try:
+            rows[-1].error, rows[-1].tolerance = check(call(), expected, allowed)
+            calls[name] = call
+        except Exception as error:
+            rows[-1].failure = reason(error)
+    if calls:
+        add_times(rows, calls, x, _BUDGET, device)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, tuple[Callable[[int], Iterator[Case]], Callable[[Case, str], list[Row]]]] = {
+    "kernels": (kernel_cases, _measure_kernel),
+    "networks": (network_cases, _measure_network),
+    "tuning": (kernel_cases, tune),
+}
+
+
+def cases_to_compile(batch: int) -> Iterator[Case]:
+    """Those of the networks among those of the tail, as either part may come first to be short of time."""
+    tails = [case for case in kernel_cases(batch) if case.op == "relu_lrn_max_pool2d" and case.dtype == "bf16"]
+    yield from [*network_cases(batch)][:2]
+    yield from tails
+    yield from [*network_cases(batch)][2:]
+
+
+def main(part: str, device: str, batch: int, seconds: float, file: Path, first: int = 0) -> None:
+    if part == "compilations":
+        for case in cases_to_compile(batch):
+            print(case, flush=True)
+            _compile(case, device)
+        return
+    cases, run = PARTS[part]
+    clock = Clock(seconds)
+    for i, case in enumerate(cases(batch)):
+        if i < first:
+            continue
+        if not clock.left():
+            break
+        print(case, flush=True)
+        try:
+            rows = run(case, device)
+        except Exception as error:  # of the case itself, say for want of memory
+            rows = [Row(**asdict(case), provider="every", failure=reason(error))]
+        with file.open("a") as lines:
+            lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+        if device != "cpu" and any(row.failure for row in rows) and _context_is_lost():
+            rest = [part, device, str(batch), str(clock.left()), str(file), str(i + 1)]
+            os.execv(sys.executable, [sys.executable, "-m", "tools.gpu.measure", *rest])
+
+
+def _context_is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    torch.backends.cudnn.benchmark = True  # of torch; ours would tune on the clock of the first to be timed
+    os.environ.setdefault("FASTCNN_TUNE", "0")
+    part, device, batch, seconds, file, *first = sys.argv[1:]
+    main(part, device, int(batch), float(seconds), Path(file), *map(int, first))

@@ -1,0 +1,129 @@
+"""Pytest plugin ``-p tools.gpu.stand_in``: the tests of ``tests/gpu`` where there is no GPU.
+
+Their tensors stay on the CPU, the C++ kernels answer in the place of the GPU's, and each launch of a Triton kernel is
+compiled for ``sm_$FASTCNN_GPU_ARCH`` (90) instead. So the tests themselves are tried before they meet a GPU, and
+Triton's cache gets all that they will want there. What is about streams, graphs and torch.compile is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastcnn import backends
+from fastcnn.ops import _conv2d_relu_compiled as compiled
+from fastcnn.ops import _conv2d_relu_cuda as on_gpu
+from fastcnn.ops import lrn, max_pool2d, relu_lrn_max_pool2d
+from fastcnn.ops._operator import IMPLEMENTATIONS
+
+from .compilation import compiling_into_cache
+
+# Tests with one of these in their names need what only a GPU has.
+LEFT_OUT = (
+    *("graph", "stream", "capture", "compile", "opcheck", "attributes", "benchmark_mode"),
+    *("31_elements", "where_its", "another_gpu", "launch"),
+)
+_everything = ExitStack()
+
+
+class OnCPU(TorchFunctionMode):
+    """What is asked for on a GPU comes on the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.cuda:
+            return args[0]
+        kwargs = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
+        return function(*map(_on_cpu, args), **kwargs)
+
+
+def _on_cpu(value: Any) -> Any:
+    named = isinstance(value, str | torch.device) and str(value).partition(":")[0] == "cuda"
+    return torch.device("cpu") if named else value
+
+
+def _compiled(run: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` only for its launches; what ``answer`` says to the same arguments."""
+
+    @functools.wraps(run)
+    def both(*args: Any, config: Any = None) -> Any:
+        run(*args) if config is None else run(*args, config=config)
+        return answer(*args)
+
+    return both
+
+
+def _convolution(run: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
+    """As :func:`_compiled`, of the operator: the default, which is cuDNN and a pass of ours, and the Triton kernel."""
+
+    def both(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+        if x.dtype != torch.float64 and x.numel():
+            for candidate in (on_gpu.cudnn, run):
+                candidate(x, weight, bias, *args)
+        return answer(x, weight, bias, *args)
+
+    return both
+
+
+@contextmanager
+def standing_in(arch: int) -> Iterator[None]:
+    """Code that asks for a GPU of compute capability ``arch`` runs without one."""
+    with ExitStack() as stack:
+        stack.enter_context(compiling_into_cache(arch))
+        for patch in _patches(arch):
+            stack.enter_context(patch)
+        stack.enter_context(OnCPU())
+        yield
+
+
+def _patches(arch: int) -> list[Any]:
+    gpu = {
+        "is_available": lambda: True,
+        "get_device_capability": lambda *_: divmod(arch, 10),
+        "get_device_name": lambda *_: "stand-in",
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "is_current_stream_capturing": lambda: False,
+    }
+    patches: list[Any] = [mock.patch.object(torch.cuda, name, value) for name, value in gpu.items()]
+    patches += [
+        mock.patch.object(torch.nn.Module, "cuda", lambda module, *_: module),
+        mock.patch.object(backends, "why_not", return_value=""),
+        mock.patch.object(backends, "_preferred", return_value=("triton",)),
+        mock.patch.object(on_gpu, "_choose", lambda runs, *_: next(name for name in runs if name.startswith("triton"))),
+        mock.patch.object(compiled, "can_run", return_value=True),
+        mock.patch.object(compiled, "run", IMPLEMENTATIONS["conv2d_relu"]["cpu"]),
+        mock.patch.object(on_gpu, "cudnn", _compiled(on_gpu.cudnn, IMPLEMENTATIONS["conv2d_relu"]["cpu"])),
+        mock.patch.object(on_gpu, "triton", _compiled(on_gpu.triton, IMPLEMENTATIONS["conv2d_relu"]["cpu"])),
+    ]
+    for module, op in ((lrn, "lrn"), (max_pool2d, "max_pool2d"), (relu_lrn_max_pool2d, "relu_lrn_max_pool2d")):
+        for launcher, name in (("triton", op), ("triton_backward", f"{op}_backward")):
+            run = _compiled(getattr(module, launcher), IMPLEMENTATIONS[name]["cpu"])
+            patches.append(mock.patch.object(module, launcher, run))
+    for name, implementations in IMPLEMENTATIONS.items():
+        answer = implementations["cpu"]
+        triton = (_convolution if name == "conv2d_relu" else _compiled)(implementations["triton"], answer)
+        patches.append(mock.patch.dict(implementations, {"triton": triton, "cuda": answer}))
+    return patches
+
+
+def pytest_configure() -> None:
+    _everything.enter_context(standing_in(int(os.environ.get("FASTCNN_GPU_ARCH", "90"))))
+
+
+def pytest_unconfigure() -> None:
+    _everything.close()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    out = [item for item in items if any(word in item.nodeid for word in LEFT_OUT)]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
