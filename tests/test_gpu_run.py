@@ -344,7 +344,8 @@ def test_rehearsal_writes_everything_though_parts_fail(
     sanitizer = tmp_path / "compute-sanitizer"
     sanitizer.write_text(
         "#!/bin/sh\necho '========= Invalid __global__ read of size 4 bytes'\n"
-        "echo '========= ERROR SUMMARY: 2 errors'\nexit 1\n"
+        "case $1 in *memcheck) echo '========= ERROR SUMMARY: 2 errors';;\n"
+        "*) echo '========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)';; esac\nexit 1\n"
     )
     sanitizer.chmod(0o755)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: str(sanitizer))
@@ -363,12 +364,13 @@ def test_rehearsal_writes_everything_though_parts_fail(
     assert list(parts) == only.split(",")
     assert parts["calibration"]["figures"][0]["copy_gb_per_s"] > 0
     assert (parts["smoke"]["passed"], parts["smoke"]["failed"]) == (1, 1)
-    assert parts["sanitizer"]["errors"] == 4  # of memcheck and racecheck
+    assert parts["sanitizer"]["errors"] == 2 + 3
     assert parts["sanitizer"]["first_error"].startswith("========= Invalid __global__ read")
     assert document["header"]["budget"] == 300
     text = (out / "report.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "## The first failure of smoke\n\n`tests/gpu/test_smoke.py::test_wrong`" in text
+    assert "## The first error of sanitizer\n\n```\n========= Invalid" in text
     assert {path.name for path in out.iterdir()} == {"results.json", "report.md", "log.txt"}
 
 

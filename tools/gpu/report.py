@@ -100,6 +100,8 @@ def _summary(name: str, part: dict[str, Any]) -> str:
 def _failures(name: str, part: dict[str, Any]) -> list[str]:
     """The first in full, the others by name; and why tests were skipped."""
     failures, lines = part.get("failures", ()), []
+    if part.get("first_error"):
+        lines += ["", f"## The first error of {name}", "", "```", part["first_error"], "```"]
     if failures:
         first = failures[0]
         lines += ["", f"## The first failure of {name}", "", f"`{first['test']}` ({first.get('when', '')})", ""]

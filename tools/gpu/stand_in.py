@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from fastcnn import backends
 from fastcnn.ops import _conv2d_relu_compiled as compiled
 from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops import lrn, max_pool2d, relu_lrn_max_pool2d
+from fastcnn.ops import _stage, lrn, max_pool2d, relu_lrn_max_pool2d
 from fastcnn.ops._operator import IMPLEMENTATIONS
 
 from .compilation import compiling_into_cache
@@ -30,7 +30,7 @@ from .compilation import compiling_into_cache
 # Tests with one of these in their names need what only a GPU has.
 LEFT_OUT = (
     *("graph", "stream", "capture", "compile", "opcheck", "attributes", "benchmark_mode"),
-    *("31_elements", "where_its", "another_gpu", "launch"),
+    *("31_elements", "where_its", "another_gpu", "every_device", "refused", "launch"),
 )
 _everything = ExitStack()
 
@@ -99,6 +99,7 @@ def _patches(arch: int) -> list[Any]:
         mock.patch.object(backends, "why_not", return_value=""),
         mock.patch.object(backends, "_preferred", return_value=("triton",)),
         mock.patch.object(on_gpu, "_choose", lambda runs, *_: next(name for name in runs if name.startswith("triton"))),
+        mock.patch.object(_stage, "_by_winograd", return_value=False),
         mock.patch.object(compiled, "can_run", return_value=True),
         mock.patch.object(compiled, "run", IMPLEMENTATIONS["conv2d_relu"]["cpu"]),
         mock.patch.object(on_gpu, "cudnn", _compiled(on_gpu.cudnn, IMPLEMENTATIONS["conv2d_relu"]["cpu"])),
