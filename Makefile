@@ -66,4 +66,4 @@ wheel: setup  ## build a wheel into dist/
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) $(GPU_VENV) .gpu build dist results *.egg-info fastcnn/*.so
+	rm -rf $(VENV) $(GPU_VENV) .gpu build dist results *.egg-info fastcnn/*.so fastcnn/kernels

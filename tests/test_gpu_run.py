@@ -291,6 +291,21 @@ def test_libraries_taken_along_fit_only_the_same_sources_and_python(tmp_path: Pa
     assert installs[-1] == {"FASTCNN_BUILD_CPP": "1"}
 
 
+def test_without_an_installer_the_checkout_is_used_as_it_is(tmp_path: Path, monkeypatch) -> None:
+    def fail(**environment: str) -> None:
+        raise subprocess.CalledProcessError(1, "pip")
+
+    (tmp_path / "libraries").mkdir()
+    (tmp_path / "libraries.json").write_text(json.dumps(carry._fingerprint()))
+    monkeypatch.setattr(carry, "_pip_install", fail)
+    monkeypatch.setattr(carry, "_LIBRARIES", tmp_path / "libraries")
+    monkeypatch.setattr(carry, "_MANIFEST", tmp_path / "libraries.json")
+    monkeypatch.setattr(carry, "_KERNELS", tmp_path / "kernels")
+    monkeypatch.setattr(carry, "_loads", lambda: True)
+    carry.install()
+    assert (tmp_path / "kernels").readlink() == Path("../kernels")
+
+
 # -- calibration ------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """What can be compiled before a GPU's clock runs, in a folder that is taken to it: ``make gpu-carry``.
 
-That are the libraries, Triton's kernels with their launchers, and the calibration, for the Python and the versions that
-run this. ``make gpu`` takes from the folder what fits, and compiles the rest.
+These are the libraries, Triton's kernels with their launchers, and the calibration, for the Python and the versions
+that run this. ``make gpu`` takes from the folder what fits, and compiles the rest.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ CALIBRATION = FOLDER / "calibration.so"
 _LIBRARIES = FOLDER / "libraries"
 _MANIFEST = FOLDER / "libraries.json"
 _COMPILED = ROOT / "build" / "gpu"  # Triton's cache: the next time only what is new is compiled
+_KERNELS = ROOT / "fastcnn" / "kernels"  # where an installation has them
 _LIMIT = 60 * 2**20  # bytes of the folder
 
 
@@ -47,7 +48,7 @@ def _pip_install(**environment: str) -> None:
 
 def _loads() -> bool:
     """Whether the libraries do, and in a CUDA build of torch the one for GPUs."""
-    check = "import torch, fastcnn._C; torch.version.cuda and __import__('fastcnn._C_cuda')"
+    check = "import torch, fastcnn._C, fastcnn.kernels; torch.version.cuda and __import__('fastcnn._C_cuda')"
     return subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 
@@ -56,10 +57,15 @@ def install() -> None:
     if _MANIFEST.exists() and json.loads(_MANIFEST.read_text()) == _fingerprint():
         for library in _LIBRARIES.iterdir():
             shutil.copy(library, ROOT / "fastcnn" / library.name)
-        _pip_install(FASTCNN_BUILD_CPP="0", FASTCNN_BUILD_CUDA="0")
+        try:
+            _pip_install(FASTCNN_BUILD_CPP="0", FASTCNN_BUILD_CUDA="0")
+        except subprocess.CalledProcessError as error:
+            print(f"{error}: the checkout is used as it is", file=sys.stderr)
+            if not _KERNELS.exists():
+                _KERNELS.symlink_to("../kernels")
         if _loads():
             return
-        print("the libraries of .gpu do not load here: they are built anew", file=sys.stderr)
+        print(f"the libraries of {FOLDER} do not load here: they are built anew", file=sys.stderr)
     _pip_install(FASTCNN_BUILD_CPP="1")
 
 
