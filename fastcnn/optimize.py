@@ -222,8 +222,8 @@ def _change_class(module: nn.Module, plan: _Plan) -> None:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if plan.holds(self):
             if plan.by_image and not self.training and not any(map(has_hooks, self.children())):
-                return in_parts(functools.partial(plan.forwards[False], self), largest, *args, **kwargs)
-            return plan.forwards[self.training](self, *args, **kwargs)
+                return in_parts(functools.partial(plan.forwards[0], self), largest, *args, **kwargs)
+            return plan.forwards[int(self.training)](self, *args, **kwargs)  # Dynamo of torch 2.11 takes no bool
         return cls.forward(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:

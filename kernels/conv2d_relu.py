@@ -172,16 +172,20 @@ def relu_backward_kernel(
     columns = tl.arange(0, BLOCK_COLUMNS)
     channel = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
-    for step in range(STEPS):
+    step = 0
+    while step < STEPS:
         n = (first + step * BLOCK_ROWS)[:, None]
         if CHANNELS_LAST:
             tile = _relu_backward_tile(dy, y, dz, n * OC + channel[None, :], (n < N) & (channel < OC)[None, :])
             total += tl.sum(tile, 0)
         else:
-            for start in range(0, AREA, BLOCK_COLUMNS):
+            start = tl.cast(0, INDEX)
+            while start < AREA:
                 i = (start + columns)[None, :]
                 tile = _relu_backward_tile(dy, y, dz, (n * OC + channel) * AREA + i, (n < N) & (i < AREA))
                 total += tl.sum(tile)
+                start += BLOCK_COLUMNS
+        step += 1
     if partial is not None:
         tl.store(partial + row * OC + channel, total, mask=channel < OC)
 
@@ -200,7 +204,9 @@ def bias_gradient_kernel(partial, db, ROWS, OC, BLOCK_ROWS: tl.constexpr, BLOCK_
     """``db[o]``: the sum of column o of ``partial``, (ROWS, OC), always in the same order."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     total = tl.zeros((BLOCK_O,), tl.float32)
-    for start in range(0, ROWS, BLOCK_ROWS):
+    start = 0
+    while start < ROWS:
         row = (start + tl.arange(0, BLOCK_ROWS))[:, None]
         total += tl.sum(tl.load(partial + row * OC + o[None, :], mask=(row < ROWS) & (o < OC)[None, :], other=0.0), 0)
+        start += BLOCK_ROWS
     tl.store(db + o, total.to(db.dtype.element_ty), mask=o < OC)

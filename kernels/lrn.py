@@ -332,9 +332,11 @@ def backward(
 def sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS: tl.constexpr, ACC: tl.constexpr):
     """As :func:`sum_of_squares`, one channel a lane and its window in a loop."""
     total = tl.zeros(at.shape, ACC)
-    for i in range(-BEFORE, AFTER + 1):
+    i = -BEFORE
+    while i <= AFTER:
         value = tl.load(x + at + i * stride, mask & (c + i >= 0) & (c + i < CHANNELS), 0.0).to(ACC)
         total += value * value
+        i += 1
     return total
 
 
@@ -392,8 +394,10 @@ def backward_far(
     s = K + SCALE * sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS, ACC)
     p, _ = powers(s, QUARTERS, REST)
     total = tl.zeros(at.shape, ACC)
-    for i in range(-AFTER, BEFORE + 1):
+    i = -AFTER
+    while i <= BEFORE:
         total += tl.load(t + at + i * stride, mask & (c + i >= 0) & (c + i < CHANNELS), 0.0)
+        i += 1
     value = tl.load(dy + at, mask, 0.0).to(ACC) * p
     value -= 2 * SCALE * (QUARTERS / 4 + REST) * tl.load(x + at, mask, 0.0).to(ACC) * total
     tl.store(dx + at, rounded(value, dx.dtype.element_ty), mask)

@@ -160,7 +160,7 @@ def forward(
     n, part, block, channel, first, mask = lanes(
         batch, (OH + segment - 1) // segment, (OW + (R - 1)) // R, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK
     )
-    top, left = part * segment, block * R
+    oh, left = part * segment, block * R
     w = left * SW - PW
     b = ()
     if WITH_BIAS:
@@ -169,14 +169,15 @@ def forward(
     places = ()
     for i in tl.static_range(SHARED):
         best, place = row_maxima(
-            *(x, b, n, channel, first, top * SH - PH + i, w, mask, H, W, C),
+            *(x, b, n, channel, first, oh * SH - PH + i, w, mask, H, W, C),
             *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
             *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, ACC),
         )
         values = values + best
         places = places + place
-    for oh in range(segment):
-        h = (top + oh) * SH - PH
+    row = 0
+    while row != segment:
+        h = oh * SH - PH
         for i in tl.static_range(SHARED, KH):
             best, place = row_maxima(
                 *(x, b, n, channel, first, h + i * DH, w, mask, H, W, C),
@@ -186,13 +187,13 @@ def forward(
             values = values + best
             places = places + place
         start = (first_inside(h, DH).to(tl.int32) * KW)[:, None]
-        at = address(n, channel, top + oh, left, C, OH, OW, CHANNELS_LAST)
+        at = address(n, channel, oh, left, C, OH, OW, CHANNELS_LAST)
         stride = tl.cast(OH, tl.int64) * OW
         for r in tl.static_range(R):
             value, k = values[r], start + places[r]
             for i in tl.static_range(1, KH):
                 value, k = take(value, k, values[i * R + r], i * KW + places[i * R + r])
-            inside = mask & (top + oh < OH) & (left + r < OW)
+            inside = mask & (oh < OH) & (left + r < OW)
             to = at + r * (C if CHANNELS_LAST else 1)
             store_parts(
                 y, (value,) if CHANNELS_LAST else split(value, V), to, first, inside, stride, CHANNELS, V, CHANNELS_LAST
@@ -202,6 +203,8 @@ def forward(
                 store_parts(argmax, k, to, first, inside, stride, CHANNELS, V, CHANNELS_LAST)
         values = values[(KH - SHARED) * R :]
         places = places[(KH - SHARED) * R :]
+        row += 1
+        oh += 1
 
 
 @triton.jit
@@ -256,9 +259,10 @@ def backward(
         b = load_parts(bias, channel, first, mask, 1, REACH, REACH, CHANNELS, V, CHANNELS_LAST)
     stride = tl.cast(H, tl.int64) * W
     total = (tl.zeros([BLOCK], ACC),) * V
-    for step in range((batch + splits - 1) // splits):
-        n = split + step * splits
-        mine = mask & (n < batch)
+    images = batch  # left to do
+    while images > 0:
+        n = split + (batch - images)
+        mine = mask & (split < images)
         window = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
         for i in tl.static_range(SH):
             for j in tl.static_range(SW):
@@ -284,6 +288,7 @@ def backward(
                     new_total = new_total + (total[c] + tl.where(inside, value, 0.0),)
                 store_planes(dx, out, at, first, inside, stride, CHANNELS, V, CHANNELS_LAST)
                 total = new_total
+        images -= splits
     if WITH_BIAS:
         to = address(split, channel, oh, ow, C, rows, columns, True)
         store_planes(sums, total, to, first, mask, 1, CHANNELS, V, CHANNELS_LAST)

@@ -725,8 +725,8 @@ def test_batch_norm_that_is_not_part_of_the_weights():
     assert error(fast(x), model(x).double().detach()) < 1e-5
     assert seen == [1]
     for m in (fast, model):  # not finite together with the weights
-        m.norm2.eps = 0
-        m.norm2.running_var[3] = 0
+        m.norm2.eps = 0.5  # torch 2.11 takes no 0
+        m.norm2.running_var[3] = -0.5
     assert_bitwise(fast(x).isnan(), model(x).isnan())
     for m in (fast, model):
         m.norm2.running_var[3] = 1

@@ -87,22 +87,13 @@ def make(arch: str) -> None:
         subprocess.run(["strip", "--strip-debug", "-o", _LIBRARIES / library.name, library], check=True)
     _MANIFEST.write_text(json.dumps(_fingerprint()))
     tell("libraries")
-    from . import cache, calibration
+    from . import cache, calibration  # with torch, which installing does without
 
     calibration.build(arch, CALIBRATION)
     tell("calibration")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(_COMPILED), "FASTCNN_GPU_ARCH": arch}
-    tests = [
-        "pytest",
-        "-q",
-        "--tb=short",
-        "-p",
-        "tools.gpu.stand_in",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        str(os.cpu_count()),
-    ]
+    tests = ["pytest", "-q", "--tb=short", "-p", "tools.gpu.stand_in", "-p", "no:cacheprovider"]
+    tests += ["-n", str(os.cpu_count())]
     stages = {
         "smoke": [*tests, "tests/gpu/test_smoke.py"],
         "kernels": ["tools.gpu.precompile", "kernels"],
