@@ -73,7 +73,7 @@ def test_memory_bound(backend, backward, format, dtype, op, shape):
 # weight, arguments
 CONVOLUTIONS = {
     "smallest": ((6, 7, 3, 2), {"stride": (1, 2), "padding": (2, 0), "groups": 2}),
-    "stage": ((256, 48, 5, 5), {"padding": 2, "groups": 2}),
+    "stage": ((64, 48, 5, 5), {"padding": 2, "groups": 2}),
 }
 
 
