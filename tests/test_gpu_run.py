@@ -179,6 +179,36 @@ def test_a_failure_tells_the_worst_element_and_what_was_drawn(tmp_path: Path) ->
     assert failure["sections"]["Drawn"] == "randn(2, 3, 4, 5), float32, channels_last, seed 7"
 
 
+STOOD_IN = """
+import pytest, torch
+import fastcnn.functional as FF
+from fastcnn import backends
+
+def test_right():
+    x = torch.randn(2, 8, 9, 9)
+    with backends.use("cuda"):
+        y = FF.max_pool2d(x.cuda(), 3, 2)
+    torch.testing.assert_close(y.cpu(), torch.nn.functional.max_pool2d(x, 3, 2))
+
+def test_two_devices():
+    x = torch.randn(2, 8, 9, 9)
+    with pytest.raises(RuntimeError, match="on the same device"):
+        x.cuda() + x
+    with pytest.raises(RuntimeError, match="on the same device"):
+        x.double().cuda().to(torch.float32) * torch.ones(9)
+    x.cuda() + x.to("cuda") + torch.ones(9, device="cuda") + x.to(x.cuda()) + 1
+"""
+
+
+@compiles
+def test_tests_for_a_gpu_are_tried_without_one(tmp_path: Path) -> None:
+    """The CPU answers, and tensors that would be on two devices are noticed."""
+    (tmp_path / "tests").mkdir()
+    results = results_plugin.read(pytest_run(tmp_path / "tests", STOOD_IN, "-p", "tools.gpu.stand_in"))
+    assert results["failures"] == []
+    assert results["passed"] == 2
+
+
 # -- what is measured -------------------------------------------------------------------------------------------------
 
 

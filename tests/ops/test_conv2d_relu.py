@@ -80,7 +80,7 @@ def errors(run, tensors, kwargs):
     """Of the output and each gradient, relative to float64; which elements ReLU passes is taken from the output."""
     narrow, wide = [leaf(t) for t in tensors], [leaf(t, torch.float64) for t in tensors]
     y, z = run(*narrow, **kwargs), F.conv2d(*wide, **kwargs)
-    dy = 2 + randn(*y.shape, dtype=y.dtype, seed=9)
+    dy = 2 + randn(*y.shape, dtype=y.dtype, seed=9).to(y)
     ours, exact = gradients(y, narrow, dy), gradients(z, wide, dy.double() * ~(y.detach() <= 0))
     pairs = zip(present([y.detach(), *ours]), present([F.relu(z).detach(), *exact]), strict=True)
     return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fastcnn import backends
 from fastcnn.ops import _conv2d_relu_compiled as compiled
@@ -36,18 +38,58 @@ _everything = ExitStack()
 
 
 class OnCPU(TorchFunctionMode):
-    """What is asked for on a GPU comes on the CPU."""
+    """What is asked for on a GPU comes on the CPU, marked; where marked tensors meet others there is torch's error."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.cuda:
-            return args[0]
+        devices = [_device(value) for value in (*args, *(kwargs or {}).values())]
+        asked = next((device for device in devices if device is not None), None)
+        if function in (Tensor.cuda, Tensor.cpu):
+            asked = function.__name__
+        elif function is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):
+            asked = "cuda" if hasattr(args[1], "on_gpu") else "cpu"
+        marks = {hasattr(t, "on_gpu") for t in _tensors((args, kwargs)) if t.dim()}
+        if len(marks) == 2 and function not in _BETWEEN_DEVICES and _called_by_a_test():
+            raise RuntimeError(f"{function}: expected all tensors to be on the same device")
         kwargs = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
-        return function(*map(_on_cpu, args), **kwargs)
+        result = args[0] if function is Tensor.cuda else function(*map(_on_cpu, args), **kwargs)
+        if asked is not None and args and result is args[0]:
+            result = result.view_as(result)  # another tensor, as it would be on another device
+        gpu = asked == "cuda"
+        if asked is None:
+            gpu = hasattr(args[0], "on_gpu") if function in _BETWEEN_DEVICES else True in marks
+        for tensor in _tensors(result):
+            if gpu:
+                tensor.on_gpu = True  # type: ignore[attr-defined]
+            elif asked == "cpu" and hasattr(tensor, "on_gpu"):
+                del tensor.on_gpu
+        return result
+
+
+# They move data between devices.
+_BETWEEN_DEVICES = (Tensor.copy_, Tensor.__setitem__, Tensor.to)
+# Files of torch that only hand on what they are called with.
+_ON_THE_WAY = ("torch/overrides.py", "torch/_tensor.py", "torch/autograd/__init__.py")
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _called_by_a_test() -> bool:
+    """And not by the library, which asks for the devices of its tensors, and is told that they are on the CPU."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename.endswith(_ON_THE_WAY) and frame.f_back is not None:
+        frame = frame.f_back
+    return "/tests/" in frame.f_code.co_filename
+
+
+def _device(value: Any) -> str | None:
+    named = isinstance(value, torch.device) or (isinstance(value, str) and value.partition(":")[0] in ("cpu", "cuda"))
+    return str(value).partition(":")[0] if named else None
 
 
 def _on_cpu(value: Any) -> Any:
-    named = isinstance(value, str | torch.device) and str(value).partition(":")[0] == "cuda"
-    return torch.device("cpu") if named else value
+    return torch.device("cpu") if _device(value) == "cuda" else value
 
 
 def _compiled(run: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
