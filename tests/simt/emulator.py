@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import platform
@@ -47,9 +48,15 @@ def _library(name: str) -> str:
 
 
 def build(sanitizer: str) -> Path:
-    """Compile what changed, and return the module's path."""
+    """Compile what changed, one process at a time, and return the module's path."""
     directory = ROOT / "build" / "simt" / sanitizer
     directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(sanitizer, directory)
+
+
+def _build(sanitizer: str, directory: Path) -> Path:
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(HERE)]
     flags = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", *(f"-isystem {i}" for i in includes)]
     flags += ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
