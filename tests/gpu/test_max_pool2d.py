@@ -39,7 +39,7 @@ def test_is_that_of_torch(triton, pool, format, dtype):
 @formats
 @pytest.mark.parametrize("pool", [POOL, PoolParams(2, 2), PoolParams(3, 2, 1)], ids=ident)
 @pytest.mark.parametrize(
-    "configs", zip(max_pool2d.FORWARD_CONFIGS, max_pool2d.BACKWARD_CONFIGS, strict=True), ids=ident
+    "configs", list(zip(max_pool2d.FORWARD_CONFIGS, max_pool2d.BACKWARD_CONFIGS, strict=True)), ids=ident
 )
 def test_every_configuration(triton, configs, pool, format, dtype):
     assert_is_that_of_torch(pool, format, dtype, *configs)
