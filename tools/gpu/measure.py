@@ -61,9 +61,9 @@ def network_cases(batch: int) -> Iterator[Case]:
 
 
 def _providers(case: Case, device: str) -> list[Provider]:
-    """torch.compile only where its compilation is worth the time: the tail."""
+    """torch.compile where its compilation is worth the time: the tail, and in bf16 what it consists of."""
     everyone = all_providers(device).values()
-    compiled = case.op == "relu_lrn_max_pool2d"
+    compiled = case.op == "relu_lrn_max_pool2d" or (case.op in ("lrn", "max_pool2d") and case.dtype == "bf16")
     return [p for p in everyone if p.name != "fastcnn.reference" and (compiled or p.name != "torch.compile")]
 
 
@@ -160,11 +160,14 @@ PARTS: dict[str, tuple[Callable[[int], Iterator[Case]], Callable[[Case, str], li
 
 
 def cases_to_compile(batch: int) -> Iterator[Case]:
-    """Those of the networks among those of the tail, as either part may come first to be short of time."""
-    tails = [case for case in kernel_cases(batch) if case.op == "relu_lrn_max_pool2d" and case.dtype == "bf16"]
-    yield from [*network_cases(batch)][:2]
+    """In bf16, those of the networks among the others, as either part may come first to be short of time."""
+    operators = [case for case in kernel_cases(batch) if case.dtype == "bf16" and not case.layer]
+    tails = [case for case in operators if case.op == "relu_lrn_max_pool2d"]
+    networks = list(network_cases(batch))
+    yield from networks[:2]
     yield from tails
-    yield from [*network_cases(batch)][2:]
+    yield from networks[2:]
+    yield from (case for case in operators if case not in tails)
 
 
 def main(part: str, device: str, batch: int, seconds: float, file: Path, first: int = 0) -> None:
