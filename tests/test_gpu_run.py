@@ -104,6 +104,43 @@ def test_results_tell_counts_failures_and_reasons(tmp_path: Path) -> None:
     assert results["under_way"] == []
 
 
+def test_results_tell_of_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
+    (failure,) = results_plugin.read(pytest_run(tmp_path, "import no_such_package"))["failures"]
+    assert (failure["test"], failure["when"]) == ("test_some.py", "collect")
+    assert "No module named 'no_such_package'" in failure["message"]
+
+
+def test_a_part_that_ends_by_itself_is_told_with_its_last_words(tmp_path: Path, monkeypatch) -> None:
+    def crash(run: gpu.Run, seconds: float, progress: gpu.Progress) -> dict[str, str]:
+        command = python("raise SystemExit('no kernel image is available')")
+        return {"end": Process(command, run.log, {}).wait(seconds)}
+
+    monkeypatch.setitem(gpu.PARTS, "calibration", gpu.Part(crash, 0.5))
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--device", "cpu", "--budget", "60", "--only", "calibration", "--out", str(tmp_path)])
+    assert ended.value.code == 1
+    told = (tmp_path / "report.md").read_text()
+    assert "| calibration | exit status 1 |" in told
+    assert "\nno kernel image is available\n" in told.partition("## The first error of calibration")[2]
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"end": "done", "passed": 3}, False),
+        ({"end": "compute-sanitizer is not there"}, False),
+        ({"end": "stopped after 9 s", "passed": 3, "failed": 0}, False),
+        ({"end": "stopped after 9 s", "passed": 3, "failed": 1}, True),
+        ({"end": "memcheck: exit status 1. racecheck: done. ", "errors": 0}, True),
+        ({"end": "done", "wrong": 1}, True),
+    ],
+)
+def test_when_a_run_has_failed(tmp_path: Path, part: dict[str, object], expected: bool) -> None:
+    report = Report(tmp_path, "cpu", "test", {})
+    report.parts["part"] = part
+    assert gpu.failed(report) == expected
+
+
 def test_results_of_a_run_that_was_stopped(tmp_path: Path) -> None:
     file = tmp_path / "results"
     assert results_plugin.read(file)["failures"] == []

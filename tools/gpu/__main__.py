@@ -215,7 +215,12 @@ def run_parts(run: Run, wanted: Sequence[str], clock: Clock) -> None:
 
         state({})
         print(f"{name}: {seconds:.0f} s of the {left:.0f} that are left", flush=True)
-        state(PARTS[name].run(run, seconds, state))
+        logged = run.log.stat().st_size
+        result = PARTS[name].run(run, seconds, state)
+        if "exit status" in result["end"] and not result.get("failures"):
+            lines = run.log.read_bytes()[logged:].decode(errors="replace").splitlines()
+            result.setdefault("first_error", "\n".join(lines[-30:]))
+        state(result)
     if background is not None:
         background.stop()
     report.write()
@@ -223,7 +228,9 @@ def run_parts(run: Run, wanted: Sequence[str], clock: Clock) -> None:
 
 
 def failed(report: Report) -> bool:
-    return any(part.get(key) for part in report.parts.values() for key in ("failed", "errors", "wrong"))
+    """Also of a part that was stopped later."""
+    wrong = ("failed", "errors", "wrong")
+    return any("exit status" in part["end"] or any(map(part.get, wrong)) for part in report.parts.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -40,6 +40,12 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     _tell({"test": nodeid, "outcome": "started"})
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A file that cannot be imported."""
+    if report.failed:
+        _tell({"test": report.nodeid, "outcome": "failed", "when": "collect", "message": report.longreprtext})
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         _failed.add(report.nodeid)
