@@ -55,7 +55,7 @@ $(GPU_VENV)/bin/python:
 	$@ -m pip install --quiet $(GPU_PACKAGES)
 
 kernels: setup  ## compile every kernel for A100, H100 and B200, and write docs/kernels.md
-	$(BIN)/python benchmarks/kernels_table.py docs/kernels.md
+	$(BIN)/python -m tools.machine_code.kernels_table docs/kernels.md
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

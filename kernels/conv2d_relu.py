@@ -15,6 +15,8 @@ or one bit of the mask, and writes dz.
 import triton
 import triton.language as tl
 
+from .rounding import factor
+
 
 @triton.jit
 def conv2d_relu_kernel(
@@ -89,8 +91,9 @@ def conv2d_relu_kernel(
         if K % BLOCK_K != 0:
             inside = inside & tl.expand_dims(k < K, PIXELS)
         offset = (row * W + column) * (GROUPS * C) + c if CHANNELS_LAST else (c * H + row) * W + column
-        x_tile = tl.load(x + offset, mask=inside, other=0.0)
+        x_tile = factor(tl.load(x + offset, mask=inside, other=0.0), PRECISION)
         w_tile = tl.load(w + k[None, :], mask=(o < OC)[:, None] & (k < ROW)[None, :], other=0.0)
+        w_tile = factor(w_tile, PRECISION)
         if CHANNELS_LAST:
             z = tl.dot(x_tile, tl.trans(w_tile), z, input_precision=PRECISION)
         else:

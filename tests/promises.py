@@ -85,6 +85,14 @@ def randn(
     return in_format(x, format)
 
 
+def rounding(dtype, tf32=False):
+    """What rounding once may change, relative to the number; float32 that is multiplied as TF32 keeps 11 bits.
+
+    torch may multiply in float32 where TF32 is allowed, and does with small tensors.
+    """
+    return 2**-11 if tf32 and dtype == torch.float32 else torch.finfo(dtype).eps / 2
+
+
 def integers(*shape: int, dtype: torch.dtype = torch.float32, low: int = -2, high: int = 3, seed: int = 0) -> Tensor:
     """Few different integers, so that windows hold many ties and every sum is exact."""
     DRAWN.append(f"integers{shape}, {ident(dtype)}, {low} to {high - 1}, seed {seed}")

@@ -12,7 +12,7 @@ pytest.importorskip("triton")  # brings cuobjdump
 if not shutil.which("nvcc"):
     pytest.skip("there is no nvcc", allow_module_level=True)
 
-from benchmarks.compiled_cuda import SOURCES, kernels
+from tools.machine_code.compiled_cuda import SOURCES, kernels
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ if backends.INTERPRETING:
 import triton
 import triton.language as tl
 
-from benchmarks.compiled import ARCHITECTURES, compiling
-from benchmarks.kernels_table import Case, Row, cases, table
+from tools.machine_code.compiled import ARCHITECTURES, compiling
+from tools.machine_code.kernels_table import Case, Row, cases, table
 
 # How the tensor-core instructions of an architecture begin.
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTC"}

@@ -381,7 +381,7 @@ def test_without_an_installer_the_checkout_is_used_as_it_is(tmp_path: Path, monk
 def test_calibration_times_the_instructions_it_names(tmp_path: Path) -> None:
     """In machine code: so many of them as it counts, and next to nothing else in the loop."""
     pytest.importorskip("triton")
-    from benchmarks.compiled_cuda import kernels
+    from tools.machine_code.compiled_cuda import kernels
 
     calibration.build("90", tmp_path / "calibration.so")
     found = {}

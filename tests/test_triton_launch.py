@@ -74,7 +74,7 @@ def test_no_programs_launch_nothing():
 
 def test_an_error_in_compilation_names_the_kernel():
     pytest.importorskip("triton")
-    from benchmarks.compiled import compiling
+    from tools.machine_code.compiled import compiling
 
     name = r"fastcnn\.kernels\.lrn\.forward_far \(1 programs of 4 warps\)"
     x = torch.empty(1, device="meta")
@@ -139,7 +139,7 @@ def test_a_mode_that_cannot_be_set_is_an_error(driver):
 
 def compile_with_others(start, results):
     """What the kernel's machine code is; every process begins when all are there."""
-    from benchmarks.compiled import compiling
+    from tools.machine_code.compiled import compiling
 
     start.wait()
     try:
@@ -154,7 +154,7 @@ def compile_with_others(start, results):
 @pytest.mark.skipif(backends.INTERPRETING, reason="the interpreter compiles nothing")
 def test_processes_that_share_an_empty_cache_compile_the_same(monkeypatch, tmp_path):
     pytest.importorskip("triton")
-    import benchmarks.compiled  # noqa: F401 - before the fork
+    import tools.machine_code.compiled  # noqa: F401 - before the fork
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     fork = multiprocessing.get_context("fork")

@@ -73,8 +73,19 @@ def time_rounds(calls: dict[str, Call], budget: Budget, device: str = "cpu") -> 
     while not budget.enough(len(times[order[0]]), time.perf_counter() - start):
         shuffle(order)
         for name in order:
-            times[name].append(clock(calls[name]))
+            try:
+                times[name].append(clock(calls[name]))
+            except Exception as error:
+                raise CallError(name, error) from error
     return times
+
+
+class CallError(Exception):
+    """A call that worked before failed when its time was taken; after it the device may be lost to all of them."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(f"{name}: {reason(error)}")
+        self.name, self.error = name, error
 
 
 def cpu_seconds(call: Call) -> float:
@@ -143,7 +154,12 @@ def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budg
         if case.dtype != "fp32" and (provider.name == "fastcnn.cpu" or failed_torch):
             take_part(provider, f"{provider.name} (fp32)", x.float(), dy.float())
     if calls:
-        add_times(rows, calls, x, budget, device)
+        try:
+            add_times(rows, calls, x, budget, device)
+        except CallError as failed:
+            for row in rows:
+                if row.provider == failed.name:
+                    row.failure = reason(failed.error)
     return rows
 
 

@@ -147,7 +147,7 @@ def count_flop(case: Case, network: nn.Module) -> int:
     """
     n, *image = case.shape
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, *image))
+        network(torch.zeros(1, *image, device=next(network.parameters()).device))
     forward = counter.get_total_flops()
     counts = counter.get_flop_counts()
     first_layer = next(name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ops.test_conv2d_relu import BACKWARD, CASES, OP, SMALL, case, errors, op_args, torch_conv_relu
-from promises import FORMATS, assert_bitwise, gradients, ident, leaf, randn
+from promises import FORMATS, assert_bitwise, gradients, ident, leaf, randn, rounding
 
 import fastcnn
 import fastcnn.functional as FF
@@ -22,7 +22,7 @@ formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
 
 
 @pytest.fixture(autouse=True)
-def precision(request, monkeypatch, tmp_path):
+def settings(request, monkeypatch, tmp_path):
     """The test's precision of float32, and a tuner that remembers nothing from before."""
     monkeypatch.setenv("FASTCNN_CACHE_DIR", str(tmp_path))
     on_gpu._tuner.cache_clear()
@@ -55,7 +55,7 @@ def run(tensors, kwargs, frozen=False):
 @pytest.mark.parametrize("name", CASES)
 def test_error_is_at_most_twice_that_of_torch(backend, name, format, dtype, precision):
     tensors, kwargs = cuda_case(name, dtype, format)
-    floor = torch.finfo(dtype).eps / 2
+    floor = rounding(dtype, precision == "tf32")
     ours, theirs = errors(FF.conv2d_relu, tensors, kwargs), errors(torch_conv_relu, tensors, kwargs)
     for part, a, b in zip(["output", "input", "weight", "bias"], ours, theirs, strict=True):
         assert a <= max(2 * b, floor), f"{part}: error {a:.3g}, torch's {b:.3g}"

@@ -7,7 +7,7 @@ from fastcnn.bench.cases import CONVOLUTIONS
 from fastcnn.ops import _conv2d_relu_cuda as on_gpu
 from fastcnn.ops._tuning import agree
 
-from .test_conv2d_relu import numbers, precision  # noqa: F401
+from .test_conv2d_relu import numbers, settings  # noqa: F401
 
 pytestmark = pytest.mark.gpu
 LAYERS = ("AlexNet conv1", "AlexNet conv2", "AlexNet conv4", "VGG-16 conv1_1", "VGG-16 conv3_1")
@@ -16,7 +16,7 @@ LAYERS = ("AlexNet conv1", "AlexNet conv2", "AlexNet conv4", "VGG-16 conv1_1", "
 @numbers
 @pytest.mark.parametrize("format", FORMATS, ids=ident)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_is_right(layer, format, dtype, precision):  # noqa: F811
+def test_is_right(layer, format, dtype, precision):
     conv = CONVOLUTIONS[layer]
     x = randn(8, conv.channels, conv.size, conv.size, dtype=dtype, format=format).cuda()
     weight = randn(conv.outputs, conv.channels // conv.groups, conv.window, conv.window, dtype=dtype, format=format)

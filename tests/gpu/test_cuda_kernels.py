@@ -13,6 +13,7 @@ from promises import (
     assert_tail_answer,
     ident,
     randn,
+    rounding,
     tail_args,
 )
 
@@ -130,7 +131,7 @@ def test_convolution_error_is_at_most_twice_that_of_torch(name, dtype, format):
     with convolution_precision("tf32"):
         assert compiled.can_run(x)
         ours, theirs = FF.conv2d_relu(x, weight, bias, **conv), F.conv2d(x, weight, bias, **conv).relu()
-    floor = exact.norm() * torch.finfo(dtype).eps / 2
+    floor = exact.norm() * rounding(dtype, tf32=True)
     assert (ours.double() - exact).norm() <= max(2 * (theirs.double() - exact).norm(), floor)
     assert ours.stride() == theirs.contiguous(memory_format=format).stride()
 

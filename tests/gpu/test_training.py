@@ -32,14 +32,17 @@ def losses(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", FORMATS, ids=ident)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-3)], ids=ident)
-def test_30_steps_of_alexnet_follow_the_reference(dtype, tolerance, format):
-    """Rounding errors grow from step to step, so that float32 can follow only roughly."""
+@pytest.mark.parametrize(("dtype", "tolerance", "steps"), [(torch.float64, 1e-6, 30), (torch.float32, 1e-5, 8)])
+def test_steps_of_alexnet_follow_the_reference(dtype, tolerance, steps, format):
+    """A rounding error that decides whether a ReLU lets something pass, or what a pool takes, sets another course.
+
+    In float32 that happens within 30 steps: torch's own leaves that of float64 by 2 percent.
+    """
     torch.use_deterministic_algorithms(False)  # torch's LRN has no deterministic gradient on GPUs
     with convolution_precision("ieee"):
         expected, history = histories("cuda", dtype, format)
     assert expected[-1] < 0.7 * expected[0]
-    torch.testing.assert_close(history, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(history[:steps], expected[:steps], rtol=tolerance, atol=tolerance)
 
 
 def histories(device: str, dtype: torch.dtype, format: torch.memory_format) -> list[torch.Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build, driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compiled import _NoGPU
+from tools.machine_code.compiled import _NoGPU
 
 
 @contextmanager
@@ -38,11 +39,18 @@ def compiling_into_cache(arch: int) -> Iterator[None]:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(mock.patch.object(nvidia, "library_dirs", return_value=[folder]))
         stack.enter_context(mock.patch.object(build, "_load_module_from_path"))
+        stack.enter_context(mock.patch.object(build, "_build", functools.partial(_linked, build._build)))
         nameless = ["cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1", "-xc", "/dev/null"]
         subprocess.run(nameless, check=True)
         if launchers_are_compiled():
             nvidia.CudaUtils()
         yield
+
+
+def _linked(build: Callable[..., str], *args: Any) -> str:
+    """Also where the linker leaves out libraries of which nothing is used, as it is told to here and there by default."""
+    *rest, flags = args
+    return build(*rest, [*flags, "-Wl,--no-as-needed", "-l:libcuda.so.1"])
 
 
 def launchers_are_compiled() -> bool:

@@ -2,7 +2,7 @@
 
 ``python -m tools.gpu.measure PART DEVICE BATCH SECONDS FILE`` writes a line of JSON for each row. The part
 ``compilations`` only calls what torch.compile has to compile for the others, once, so that they find it in its cache.
-A kernel that loses the CUDA context ends the process: it starts anew with the next case.
+A kernel that loses the CUDA context ends the process: it starts anew, and leaves that one out of the case.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -67,8 +67,9 @@ def _providers(case: Case, device: str) -> list[Provider]:
     return [p for p in everyone if p.name != "fastcnn.reference" and (compiled or p.name != "torch.compile")]
 
 
-def _measure_kernel(case: Case, device: str) -> list[Row]:
-    return measure(case, _providers(case, device), "random", _BUDGET, device)
+def _measure_kernel(case: Case, device: str, without: Sequence[str] = ()) -> list[Row]:
+    providers = [provider for provider in _providers(case, device) if provider.name not in without]
+    return measure(case, providers, "random", _BUDGET, device)
 
 
 def _measure_network(case: Case, device: str) -> list[Row]:
@@ -152,7 +153,7 @@ def tune(case: Case, device: str) -> list[Row]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, tuple[Callable[[int], Iterator[Case]], Callable[[Case, str], list[Row]]]] = {
+PARTS: dict[str, tuple[Callable[[int], Iterator[Case]], Callable[..., list[Row]]]] = {
     "kernels": (kernel_cases, _measure_kernel),
     "networks": (network_cases, _measure_network),
     "tuning": (kernel_cases, tune),
@@ -170,7 +171,10 @@ def cases_to_compile(batch: int) -> Iterator[Case]:
     yield from (case for case in operators if case not in tails)
 
 
-def main(part: str, device: str, batch: int, seconds: float, file: Path, first: int = 0) -> None:
+def main(
+    part: str, device: str, batch: int, seconds: float, file: Path, first: int = 0, without: Sequence[str] = ()
+) -> None:
+    """From the case of number ``first`` on; in that one, ``without`` the providers that have lost the context before."""
     if part == "compilations":
         for case in cases_to_compile(batch):
             print(case, flush=True)
@@ -183,16 +187,21 @@ def main(part: str, device: str, batch: int, seconds: float, file: Path, first: 
             continue
         if not clock.left():
             break
-        print(case, flush=True)
+        print(case, *(f"without {name}" for name in without), flush=True)
         try:
-            rows = run(case, device)
+            rows = run(case, device, *([without] if part == "kernels" else []))
         except Exception as error:  # of the case itself, say for want of memory
             rows = [Row(**asdict(case), provider="every", failure=reason(error))]
+        failed = [row for row in rows if row.failure]
+        lost = device != "cpu" and bool(failed) and _context_is_lost()
+        again = lost and part == "kernels" and failed[0].provider not in ("every", *without)
         with file.open("a") as lines:
-            lines.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-        if device != "cpu" and any(row.failure for row in rows) and _context_is_lost():
-            rest = [part, device, str(batch), str(clock.left()), str(file), str(i + 1)]
+            lines.writelines(json.dumps(asdict(row)) + "\n" for row in (failed[:1] if again else rows))
+        if lost:
+            rest = [part, device, str(batch), str(clock.left()), str(file), str(i if again else i + 1)]
+            rest += [*without, failed[0].provider] if again else []
             os.execv(sys.executable, [sys.executable, "-m", "tools.gpu.measure", *rest])
+        without = ()
 
 
 def _context_is_lost() -> bool:
@@ -206,5 +215,5 @@ def _context_is_lost() -> bool:
 if __name__ == "__main__":
     torch.backends.cudnn.benchmark = True  # of torch; ours would tune on the clock of the first to be timed
     os.environ.setdefault("FASTCNN_TUNE", "0")
-    part, device, batch, seconds, file, *first = sys.argv[1:]
-    main(part, device, int(batch), float(seconds), Path(file), *map(int, first))
+    part, device, batch, seconds, file, *rest = sys.argv[1:]
+    main(part, device, int(batch), float(seconds), Path(file), *map(int, rest[:1]), without=rest[1:])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels_table import BATCH, cases, meta
+from tools.machine_code.kernels_table import BATCH, cases, meta
 from fastcnn.bench.cases import CONVOLUTIONS, DTYPES
 from fastcnn.bench.environment import convolution_precision
 from fastcnn.models import create_model

@@ -7,8 +7,6 @@ tensors on the meta device, say what is compiled::
     with compiling(90) as kernels:
         launcher(torch.empty(256, 96, 55, 55, device="meta"), ...)
     print(kernels[0].registers, kernels[0].loads)
-
-``python benchmarks/compiled.py`` writes the table of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -42,6 +40,14 @@ _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
 @dataclass(frozen=True)
+class Argument:
+    """What a kernel is launched with; ``type`` is Triton's name of it, such as ``*bf16``, ``i32`` or ``i64``."""
+
+    type: str
+    value: Any
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One compiled kernel.
 
@@ -52,6 +58,7 @@ class Kernel:
         grid: programs of the launch; None where it depends on the configuration.
         cubin: the machine code.
         shared: bytes of shared memory a program needs.
+        arguments: of the launch, but those that are compiled into the kernel.
         assembly: the stages of compilation, for a closer look.
     """
 
@@ -61,6 +68,7 @@ class Kernel:
     grid: Any
     cubin: bytes
     shared: int
+    arguments: tuple[Argument, ...] = field(repr=False)
     assembly: dict[str, Any] = field(repr=False)
 
     @cached_property
@@ -133,6 +141,10 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
         ).stdout
 
 
+def _arguments(signature: dict[str, str], values: dict[str, Any]) -> tuple[Argument, ...]:
+    return tuple(Argument(type, values[name]) for name, type in signature.items() if type != "constexpr")
+
+
 class _NoGPU:
     """In the place of Triton's driver: says which GPU to compile for. Compiled kernels are cached by device."""
 
@@ -169,6 +181,7 @@ def compiling(arch: int) -> Iterator[list[Kernel]]:
                 None if callable(grid) else grid,
                 compiled.asm["cubin"],
                 metadata.shared,
+                _arguments(compiled.src.signature, {**dict(zip(function.arg_names, args, strict=False)), **options}),
                 dict(compiled.asm),
             )
         )

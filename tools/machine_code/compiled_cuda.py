@@ -14,12 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-try:
-    from .compiled import _TOOLS, Kernel
-except ImportError:  # run as a script
-    from compiled import _TOOLS, Kernel  # type: ignore[no-redef]
+from .compiled import _TOOLS, Kernel
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr")
 
 _DTYPES = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32", "double": "fp64"}
@@ -29,7 +26,9 @@ _NAME = re.compile(r"(?:void )?fastcnn::cuda::(?:\(anonymous namespace\)::)?(\w+
 
 @dataclass(frozen=True)
 class CudaKernel(Kernel):
-    """One kernel of a ``.cu`` file; ``name`` is its C++ name, template arguments included."""
+    """One kernel of a ``.cu`` file; ``name`` is its C++ name, template arguments included, ``symbol`` the linker's."""
+
+    symbol: str = ""
 
     @functools.cached_property
     def sass(self) -> str:
@@ -38,6 +37,11 @@ class CudaKernel(Kernel):
     @functools.cached_property
     def _resources(self) -> str:
         return self.assembly["resources"]
+
+    @property
+    def constants(self) -> int:
+        """Bytes of constant bank 0, where the arguments are last."""
+        return int(self._usage(r"CONSTANT\[0\]"))
 
     @property
     def parts(self) -> tuple[str, str, str, str]:
@@ -61,7 +65,9 @@ def kernels(file: Path, arch: int) -> list[CudaKernel]:
     resources = _split(_tool("-res-usage", f"-arch=sm_{arch}", file), r"^ Function (\S+):$")
     demangled = subprocess.run(["c++filt", *sass], check=True, text=True, capture_output=True).stdout.splitlines()
     return [
-        CudaKernel(name, arch, 0, None, b"", _shared(resources[symbol]), {"sass": code, "resources": resources[symbol]})
+        CudaKernel(
+            name, arch, 0, None, b"", _shared(resources[symbol]), (), {"sass": code, "resources": resources[symbol]}, symbol
+        )
         for name, (symbol, code) in zip(demangled, sass.items(), strict=True)
     ]
 

@@ -1,4 +1,4 @@
-"""What compilers make of every kernel at the shapes of AlexNet and VGG-16: ``python benchmarks/kernels_table.py FILE``.
+"""What compilers make of every kernel at the shapes of AlexNet and VGG-16: ``make kernels``.
 
 Kernels and configurations come from the launchers themselves, called with tensors on the meta device; nothing runs.
 """
@@ -19,18 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from .compiled import ARCHITECTURES, Kernel, compiling
-    from .compiled_cuda import all_kernels
-except ImportError:  # run as a script
-    from compiled import ARCHITECTURES, Kernel, compiling  # type: ignore[no-redef]
-    from compiled_cuda import all_kernels  # type: ignore[no-redef]
-
 from fastcnn.bench.cases import CONVOLUTIONS, FORMATS, LRN, POOL, Convolution
 from fastcnn.bench.environment import convolution_precision
 from fastcnn.ops import _conv2d_relu_cuda as conv2d_relu
 from fastcnn.ops._operator import IMPLEMENTATIONS
 from fastcnn.params import PoolParams
+
+from .compiled import ARCHITECTURES, Kernel, compiling
+from .compiled_cuda import all_kernels
 
 # "tf32" and "fp32" are the two ways to multiply float32.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}

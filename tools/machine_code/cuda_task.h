@@ -1,0 +1,31 @@
+// How Python describes a task of the CUDA operators, but for its memory.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+#include "../../csrc/cuda/kernels.h"
+
+namespace fastcnn::cuda {
+
+using Ints = std::vector<int64_t>;
+
+inline Task make_task(int dtype, const Ints& shape, bool channels_last, bool relu,
+                      std::tuple<int64_t, double, double, double, int64_t> lrn, const Ints& kernel, const Ints& stride,
+                      const Ints& padding, const Ints& dilation, bool ceil_mode) {
+  Task t{};
+  t.dtype = static_cast<DType>(dtype);
+  t.shape = {shape[0], shape[1], shape[2], shape[3], channels_last};
+  t.relu = relu;
+  std::apply([&](auto... part) { t.lrn = {part...}; }, lrn);
+  const auto axis = [&](int i) {
+    return PoolAxis::of(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
+  };
+  if (!kernel.empty()) t.pool = {axis(0), axis(1)};
+  return t;
+}
+
+}  // namespace fastcnn::cuda

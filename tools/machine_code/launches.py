@@ -1,0 +1,313 @@
+"""What the memory-bound operators launch on a GPU, in Triton and in CUDA C++, for AlexNet and VGG-16: without one.
+
+The Triton launchers say it themselves, called with tensors on the meta device. Those of the CUDA operators are compiled
+by nvcc as they are and linked with ``recorder.cpp``, a CUDA runtime that has no device and only notes what is launched.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ninja
+import numpy as np
+import pybind11
+import torch
+from torch import Tensor
+
+from fastcnn.bench.cases import DTYPES, FORMATS, LRN, POOL
+from fastcnn.ops._operator import IMPLEMENTATIONS
+from fastcnn.params import PoolParams
+
+from . import compiled_cuda
+from .compiled import Kernel, compiling
+from .execute import PARAMETERS, Launch, Memory
+from .sass import instructions
+
+BATCH = 256
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+_SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8}
+_TILE = 1 << 20  # bytes of a buffer that stands for a tensor
+_STATIC_SHARED = 1024  # bytes of a block's shared memory that the system has
+
+# Channels and height of the input, and the window.
+_POOLED = {"AlexNet conv1": (96, 55), "AlexNet conv2": (256, 27), "AlexNet conv5": (256, 13)}
+_HALVED = {
+    "VGG-16 pool1": (64, 224),
+    "VGG-16 pool2": (128, 112),
+    "VGG-16 pool3": (256, 56),
+    "VGG-16 pool4": (512, 28),
+    "VGG-16 pool5": (512, 14),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call of an operator.
+
+    Args:
+        op: "lrn", "max_pool2d" or "relu_lrn_max_pool2d".
+        layer: whose output it works on.
+        dtype: a key of ``DTYPES``.
+        format: a key of ``FORMATS``.
+        mode: "forward", with an argmax where there is a pool, or "backward".
+        shape: (N, C, H, W) of the input.
+        normalized: whether LRN takes part.
+        pool: the pooling; None where it takes no part.
+    """
+
+    op: str
+    layer: str
+    dtype: str
+    format: str
+    mode: str
+    shape: tuple[int, int, int, int]
+    normalized: bool
+    pool: PoolParams | None
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.mode}, {self.layer}, {self.dtype}, {self.format}"
+
+    @property
+    def name(self) -> str:
+        """Of the registered operator."""
+        return self.op + ("_backward" if self.mode == "backward" else "")
+
+    @property
+    def channels_last(self) -> bool:
+        return self.format == "channels_last"
+
+    @property
+    def is_tail(self) -> bool:
+        return self.op == "relu_lrn_max_pool2d"
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that kernels have for them, on the meta device."""
+        options: dict[str, Any] = {"device": "meta", "memory_format": FORMATS[self.format]}
+        x = torch.empty(self.shape, dtype=DTYPES[self.dtype], **options)
+        found = {"x": x, "y": x}
+        if self.pool is not None:
+            shape = [*self.shape[:2], *self.pool.output_size(*self.shape[2:])]
+            found["y"] = torch.empty(shape, dtype=x.dtype, **options)
+            found["argmax"] = torch.empty(shape, dtype=torch.uint8, **options)
+        if self.is_tail:
+            found["bias"] = torch.empty(self.shape[1], dtype=torch.float32, device="meta")
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """That must be read and written, each tensor once."""
+        t = self.tensors
+        argmax = t["argmax"].nbytes if "argmax" in t else 0
+        if self.mode == "forward":
+            return t["x"].nbytes + t["y"].nbytes + argmax
+        read = 0 if self.op == "max_pool2d" else t["x"].nbytes
+        return read + t["y"].nbytes + argmax + t["x"].nbytes
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the registered operator."""
+        t = self.tensors
+        lrn = LRN.op_args() if self.normalized else (0, 0.0, 0.0, 0.0, 1)
+        pool = self.pool.op_args() if self.pool is not None else ()
+        forward = self.mode == "forward"
+        if self.op == "lrn":
+            return (t["x"], *lrn) if forward else (t["y"], t["x"], *lrn)
+        if self.op == "max_pool2d":
+            if forward:
+                return t["x"], *pool, True
+            return t["y"], t["argmax"], list(self.shape[2:]), self.channels_last, *pool
+        tail = True, *lrn, *pool
+        return (t["x"], t["bias"], *tail, True) if forward else (t["y"], t["x"], t["bias"], t["argmax"], *tail)
+
+
+def works(batch: int = BATCH) -> Iterator[Work]:
+    """Every memory-bound operator at the shapes of AlexNet and VGG-16."""
+    for dtype, format, mode in product(("bf16", "fp16", "fp32"), FORMATS, ("forward", "backward")):
+        common = dtype, format, mode
+        for layer, (c, size) in _POOLED.items():
+            shape = batch, c, size, size
+            normalized = layer != "AlexNet conv5"
+            yield Work("relu_lrn_max_pool2d", layer, *common, shape, normalized, POOL)
+            if normalized:
+                yield Work("lrn", layer, *common, shape, True, None)
+            yield Work("max_pool2d", layer, *common, shape, False, POOL)
+        for layer, (c, size) in _HALVED.items():
+            yield Work("max_pool2d", layer, *common, (batch, c, size, size), False, PoolParams(2))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch, and what its kernel takes of a multiprocessor.
+
+    Args:
+        kernel: name of its function.
+        launch: what is executed.
+        memory: in which.
+        registers: of a thread.
+        shared: bytes of a block.
+        instructions: bytes of machine code.
+    """
+
+    kernel: str
+    launch: Launch
+    memory: Memory = field(repr=False)
+    registers: int
+    shared: int
+
+
+def _tile(dtype: torch.dtype) -> np.ndarray[Any, Any]:
+    """Contents that repeat: places in a window of up to nine elements, or numbers."""
+    generator = torch.Generator().manual_seed(0)
+    if dtype == torch.uint8:
+        return torch.randint(0, 9, (_TILE,), generator=generator, dtype=dtype).numpy()
+    values = torch.randn(_TILE // dtype.itemsize, generator=generator).to(dtype)
+    return values.view(torch.uint8).numpy()
+
+
+_tiles = functools.cache(_tile)
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------
+
+
+def parameters(kernel: Kernel, address: Callable[[Tensor], int]) -> bytes:
+    """What a Triton kernel finds in constant memory; ``address`` says where a tensor is."""
+    packed = b""
+    for argument in kernel.arguments:
+        pointer = argument.type.startswith("*")
+        size = 8 if pointer else _SIZES[argument.type]
+        value = address(argument.value) if pointer else int(argument.value)
+        packed += bytes(-len(packed) % size) + value.to_bytes(size, "little", signed=True)
+    return packed + bytes(-len(packed) % 8) + bytes(16)  # two pointers to Triton's own memory, which no kernel uses
+
+
+def triton(work: Work, arch: int = 90, **options: Any) -> list[Launched]:
+    """``options`` are the launcher's, such as ``config``."""
+    with compiling(arch) as kernels:
+        IMPLEMENTATIONS[work.name]["triton"](*work.arguments(), **options)
+    return [_launched(kernel) for kernel in kernels]
+
+
+def _launched(kernel: Kernel) -> Launched:
+    memory, known = Memory(), {}
+
+    def address(t: Tensor) -> int:
+        if id(t) not in known:
+            known[id(t)] = memory.add(_tiles(t.dtype), max(t.nbytes, 1))
+        return known[id(t)]
+
+    packed = parameters(kernel, address)
+    launch = Launch(
+        instructions(kernel.sass), (kernel.grid[0], 1, 1), (32 * kernel.num_warps, 1, 1), packed, kernel.shared
+    )
+    return Launched(kernel.name, launch, memory, kernel.registers, kernel.shared)
+
+
+# -- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+class Cuda:
+    """The CUDA operators, compiled for ``sm_<arch>``."""
+
+    def __init__(self, arch: int = 90, multiprocessors: int = 132) -> None:
+        library = build(arch)
+        self._module = _load(library)
+        self._kernels = {kernel.symbol: kernel for kernel in compiled_cuda.kernels(library, arch)}
+        self._code = functools.cache(lambda symbol: instructions(self._kernels[symbol].sass))
+        self._sizes = {symbol: kernel.constants - PARAMETERS for symbol, kernel in self._kernels.items()}
+        self._multiprocessors = multiprocessors
+
+    def launches(self, work: Work) -> list[Launched]:
+        memory, t = Memory(), work.tensors
+
+        def add(dtype: torch.dtype, size: int) -> int:
+            return memory.add(_tiles(dtype), size)
+
+        lrn = LRN.op_args() if work.normalized else (0, 0.0, 0.0, 0.0, 1)
+        pool = work.pool.op_args() if work.pool is not None else ([], [], [], [], False)
+        dtype = [torch.float16, torch.bfloat16, torch.float32, torch.float64].index(t["x"].dtype)
+        task = self._module.Task(dtype, list(work.shape), work.channels_last, work.is_tail, lrn, *pool)
+        where = {name: add(tensor.dtype, tensor.nbytes) for name, tensor in t.items()}
+        out = where["y"] if work.mode == "forward" else add(t["x"].dtype, t["x"].nbytes)
+        dy = partials = dbias = 0
+        if work.mode == "backward":
+            dy = where["y"] if work.pool is not None else add(t["y"].dtype, t["y"].nbytes)
+            if work.is_tail:
+                rows = self._module.bias_partials(task, self._multiprocessors)
+                partials = add(torch.float32, 4 * rows * work.shape[1])
+                dbias = add(torch.float32, 4 * work.shape[1])
+        reads_x = not (work.op == "max_pool2d" and work.mode == "backward")
+        buffers = [
+            where["x"] if reads_x else 0,
+            *(where.get("bias", 0), dy, out, where.get("argmax", 0), partials, dbias, 0),
+        ]
+        return [
+            self._launched(memory, *launch)
+            for launch in self._module.record(work.name, task, buffers, self._sizes, self._multiprocessors)
+        ]
+
+    def _launched(
+        self,
+        memory: Memory,
+        symbol: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        packed: bytes,
+        dynamic: int,
+    ) -> Launched:
+        kernel = self._kernels[symbol]
+        launch = Launch(self._code(symbol), grid, block, packed, kernel.shared + dynamic)
+        return Launched(kernel.name, launch, memory, kernel.registers, kernel.shared + dynamic)
+
+
+def build(arch: int) -> Path:
+    """Compile what changed, and return the module's path."""
+    directory = ROOT / "build" / "machine_code" / f"sm_{arch}"
+    directory.mkdir(parents=True, exist_ok=True)
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    includes = " ".join(f"-isystem {i}" for i in (pybind11.get_include(), sysconfig.get_paths()["include"]))
+    target = directory / f"cuda_launches{sysconfig.get_config_var('EXT_SUFFIX')}"
+    operators = "lrn", "max_pool2d", "relu_lrn_max_pool2d"
+    sources = [*(ROOT / "csrc" / "cuda" / f"{op}.cu" for op in operators), HERE / "recorder.cpp"]
+    with open(directory / "build.ninja", "w") as file:
+        n = ninja.ninja_syntax.Writer(file, width=120)
+        options = f"{' '.join(compiled_cuda.FLAGS)} -arch=sm_{arch} -Xcompiler=-fPIC,-fvisibility=hidden {includes}"
+        n.rule("nvcc", f"{nvcc} -MD -MF $out.d {options} -c $in -o $out", depfile="$out.d", deps="gcc")
+        n.rule("link", "g++ -shared -Wl,-z,lazy $in -o $out")  # what is never called is nowhere
+        objects = [str(directory / f"{source.stem}.o") for source in sources]
+        for source, made in zip(sources, objects, strict=True):
+            n.build(made, "nvcc", str(source))
+        n.build(str(target), "link", objects)
+    run = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", directory], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(run.stdout + run.stderr)
+    return target
+
+
+def _load(library: Path) -> ModuleType:
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(1)  # RTLD_LAZY
+    try:
+        loader = importlib.machinery.ExtensionFileLoader("cuda_launches", str(library))
+        spec = importlib.util.spec_from_file_location("cuda_launches", library, loader=loader)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+        return module
+    finally:
+        sys.setdlopenflags(flags)
