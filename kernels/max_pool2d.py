@@ -6,7 +6,7 @@ atomics and the order is fixed.
 
 A lane of a program owns ``V`` channels of one output (forward) or of one block of SH x SW inputs (backward). Elements
 at the same place of their blocks are at the same places of their windows, so the gather is unrolled without a division
-or a branch: at stride 2, a 3 x 3 window costs 9 comparisons for 4 elements.
+or a branch: at stride 2, a 3 x 3 window costs 4 loads and 9 comparisons for 4 elements.
 
 - channels_last: V channels are 16 bytes where C is a multiple of that; consecutive lanes own consecutive vectors.
 - NCHW: consecutive lanes own neighbouring columns, V is a few maps, for which the places are computed once.
@@ -15,7 +15,8 @@ or a branch: at stride 2, a 3 x 3 window costs 9 comparisons for 4 elements.
 import triton
 import triton.language as tl
 
-from .lrn import load_parts, store_parts, zero_parts
+from .lrn import join, load_parts, split, store_parts, zero_parts
+from .packed import maximum, packs, where_place, widened
 
 
 @triton.jit
@@ -112,6 +113,37 @@ def step(
 
 
 @triton.jit
+def packed_maximum(
+    x,
+    at,
+    first,
+    mask,
+    H,
+    W,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """The maximum of a window that is inside of the map, and its place, in parts."""
+    values = ()
+    stride = tl.cast(H, tl.int64) * W
+    for kh in tl.static_range(KH):
+        for kw in tl.static_range(KW):
+            to = (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
+            parts = load_parts(x, at + to, first, mask, stride, 0, 0, C, V, CHANNELS_LAST)
+            values = values + (parts[0] if CHANNELS_LAST else join(parts, V),)
+    value, place = maximum(values)
+    if CHANNELS_LAST:
+        return (value,), (place,)
+    else:
+        return split(value, V), split(place, V)
+
+
+@triton.jit
 def forward(
     x,
     y,
@@ -131,6 +163,7 @@ def forward(
     DH: tl.constexpr,
     DW: tl.constexpr,
     UNROLL: tl.constexpr,
+    PADDED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WITH_ARGMAX: tl.constexpr,
     V: tl.constexpr,
@@ -141,25 +174,28 @@ def forward(
     n, oh, ow, channel, first, mask = lanes(batch, OH, OW, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
     h, w = oh * SH - PH, ow * SW - PW
     at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-    place = (first_inside(h, DH) * KW + first_inside(w, DW)).to(tl.int32)
-    if CHANNELS_LAST:
-        best = (tl.full([BLOCK, V], float("-inf"), ACC),)
-        place = (place[:, None] + tl.zeros([BLOCK, V], tl.int32),)
+    if UNROLL and not PADDED and packs(x.dtype.element_ty, V):
+        best, place = packed_maximum(x, at, first, mask, H, W, KH, KW, DH, DW, C, V, CHANNELS_LAST)
     else:
-        best = (tl.full([BLOCK], float("-inf"), ACC),) * V
-        place = (place,) * V
-    if UNROLL:
-        for kh in tl.static_range(KH):
-            for kw in tl.static_range(KW):
-                best, place = step(
-                    x, best, place, at, first, h, w, mask, H, W, kh, kw, KW, DH, DW, C, V, CHANNELS_LAST, ACC
-                )
-    else:
-        for kh in range(KH):
-            for kw in range(KW):
-                best, place = step(
-                    x, best, place, at, first, h, w, mask, H, W, kh, kw, KW, DH, DW, C, V, CHANNELS_LAST, ACC
-                )
+        place = (first_inside(h, DH) * KW + first_inside(w, DW)).to(tl.int32)
+        if CHANNELS_LAST:
+            best = (tl.full([BLOCK, V], float("-inf"), ACC),)
+            place = (place[:, None] + tl.zeros([BLOCK, V], tl.int32),)
+        else:
+            best = (tl.full([BLOCK], float("-inf"), ACC),) * V
+            place = (place,) * V
+        if UNROLL:
+            for kh in tl.static_range(KH):
+                for kw in tl.static_range(KW):
+                    best, place = step(
+                        x, best, place, at, first, h, w, mask, H, W, kh, kw, KW, DH, DW, C, V, CHANNELS_LAST, ACC
+                    )
+        else:
+            for kh in range(KH):
+                for kw in range(KW):
+                    best, place = step(
+                        x, best, place, at, first, h, w, mask, H, W, kh, kw, KW, DH, DW, C, V, CHANNELS_LAST, ACC
+                    )
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     stride = tl.cast(OH, tl.int64) * OW
     store_parts(y, best, at, first, mask, stride, C, V, CHANNELS_LAST)
@@ -194,7 +230,7 @@ def add_where_place(
 
 
 @triton.jit
-def gather(
+def load_windows(
     dy,
     argmax,
     at,
@@ -204,8 +240,6 @@ def gather(
     mask,
     OH,
     OW,
-    TOP: tl.constexpr,
-    LEFT: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -218,34 +252,60 @@ def gather(
     CHANNELS: tl.constexpr,
     V: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
 ):
-    """The gradient, in parts, of element (TOP, LEFT) of each block: dy of the windows whose maximum it was.
+    """dy and argmax, in parts, of all windows that may hold an element of a block.
 
-    Block and window (oh, ow) start together; that window's dy is at ``at``. The other windows that may hold the element
-    start earlier.
+    Block and window (oh, ow) start together; that window's dy is at ``at``. The other windows start earlier.
     """
-    total = zero_parts(at.shape[0], BEFORE, AFTER, V, CHANNELS_LAST, ACC)
+    loaded = ()
+    stride = tl.cast(OH, tl.int64) * OW
     for i in tl.static_range((KH - 1) * DH // SH + 1):
         for j in tl.static_range((KW - 1) * DW // SW + 1):
+            to = at - (tl.cast(OW, tl.int64) * i + j) * (C if CHANNELS_LAST else 1)
+            inside = mask & (oh >= i) & (oh - i < OH) & (ow >= j) & (ow - j < OW)
+            loaded = loaded + load_parts(dy, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+            loaded = loaded + load_parts(argmax, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    return loaded
+
+
+@triton.jit
+def gradient(
+    windows,
+    TOP: tl.constexpr,
+    LEFT: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    V: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """In parts, of element (TOP, LEFT) of each block: dy of the :func:`load_windows` whose maximum it was."""
+    ROW: tl.constexpr = (KW - 1) * DW // SW + 1
+    PARTS: tl.constexpr = len(windows) // (2 * ROW * ((KH - 1) * DH // SH + 1))
+    total = ()
+    for i in tl.static_range((KH - 1) * DH // SH + 1):
+        for j in tl.static_range(ROW):
             if (TOP + i * SH) % DH == 0 and (LEFT + j * SW) % DW == 0:
                 if (TOP + i * SH) // DH < KH and (LEFT + j * SW) // DW < KW:
-                    total = add_where_place(
-                        total,
-                        dy,
-                        argmax,
-                        at - (tl.cast(OW, tl.int64) * i + j) * (C if CHANNELS_LAST else 1),
-                        first,
-                        mask & (oh >= i) & (oh - i < OH) & (ow >= j) & (ow - j < OW),
-                        tl.cast(OH, tl.int64) * OW,
-                        (TOP + i * SH) // DH * KW + (LEFT + j * SW) // DW,
-                        BEFORE,
-                        AFTER,
-                        CHANNELS,
-                        V,
-                        CHANNELS_LAST,
-                        ACC,
-                    )
+                    more = ()
+                    for c in tl.static_range(PARTS):
+                        value = where_place(
+                            windows[(i * ROW + j) * 2 * PARTS + c],
+                            windows[((i * ROW + j) * 2 + 1) * PARTS + c],
+                            (TOP + i * SH) // DH * KW + (LEFT + j * SW) // DW,
+                        )
+                        value = widened(value, ACC)
+                        more = more + (total[c] + value if len(total) > 0 else value,)
+                    total = more
+    if len(total) == 0:
+        total = zero_parts(BLOCK, BEFORE, AFTER, V, CHANNELS_LAST, ACC)
     return total
 
 
@@ -277,12 +337,13 @@ def backward(
     rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
     n, oh, ow, channel, first, mask = lanes(batch, rows, columns, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
+    windows = load_windows(
+        *(dy, argmax, at, first, oh, ow, mask, OH, OW),
+        *(KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, CHANNELS_LAST),
+    )
     for i in tl.static_range(SH):
         for j in tl.static_range(SW):
-            parts = gather(
-                *(dy, argmax, at, first, oh, ow, mask, OH, OW),
-                *(i, j, KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, CHANNELS_LAST, ACC),
-            )
+            parts = gradient(windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, 0, 0, V, CHANNELS_LAST, ACC)
             h, w = oh * SH + (i - PH), ow * SW + (j - PW)
             inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)

@@ -25,7 +25,7 @@ from .lrn import (
     sum_of_squares,
     to_planes,
 )
-from .max_pool2d import address, first_inside, gather, lanes, take
+from .max_pool2d import address, first_inside, gradient, lanes, load_windows, take
 
 
 @triton.jit
@@ -263,16 +263,19 @@ def backward(
     while images > 0:
         n = split + (batch - images)
         mine = mask & (split < images)
-        window = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
+        if POOL:
+            windows = load_windows(
+                *(dy, argmax, address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST), first, oh, ow, mine, OH, OW),
+                *(KH, KW, SH, SW, DH, DW, AFTER, BEFORE, C, CHANNELS, V, CHANNELS_LAST),
+            )
         for i in tl.static_range(SH):
             for j in tl.static_range(SW):
                 h, w = oh * SH + (i - PH), ow * SW + (j - PW)
                 inside = mine & (h >= 0) & (h < H) & (w >= 0) & (w < W)
                 at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
                 if POOL:
-                    d = gather(
-                        *(dy, argmax, window, first, oh, ow, mine, OH, OW),
-                        *(i, j, KH, KW, SH, SW, DH, DW, AFTER, BEFORE, C, CHANNELS, V, CHANNELS_LAST, ACC),
+                    d = gradient(
+                        windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, AFTER, BEFORE, V, CHANNELS_LAST, ACC
                     )
                 else:
                     d = load_parts(dy, at, first, inside, stride, AFTER, BEFORE, CHANNELS, V, CHANNELS_LAST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -133,6 +134,14 @@ def is_near(pool: dict[str, int]) -> bool:
     return pool["SH"] * pool["SW"] <= 16 and reach <= 32 and pool["KH"] * pool["KW"] <= 32
 
 
+def is_inside(pool: dict[str, int], size: Sequence[int], out: Sequence[int]) -> bool:
+    """Whether every window is inside of the map."""
+    return all(
+        pool["P" + d] == 0 and (o - 1) * pool["S" + d] + (pool["K" + d] - 1) * pool["D" + d] < s
+        for d, o, s in zip("HW", out, size, strict=True)
+    )
+
+
 def _run(
     kernel: Any, config: tuple[int, int], x: Tensor, items: int, *args: Any, channels_last: bool, **constants: Any
 ) -> None:
@@ -160,7 +169,7 @@ def triton(x: Tensor, *args: Any, config: tuple[int, int] | None = None) -> tupl
     *pool, with_argmax = args
     y, argmax = _fake(x, *args)
     channels_last = is_channels_last(x)
-    (h, w), (oh, ow) = x.shape[2:], y.shape[2:]
+    (h, w), (oh, ow), constants = x.shape[2:], y.shape[2:], triton_pool(pool)
     _run(
         kernels("max_pool2d").forward,
         config or FORWARD_CONFIGS[not channels_last],
@@ -169,8 +178,9 @@ def triton(x: Tensor, *args: Any, config: tuple[int, int] | None = None) -> tupl
         *(dense(x, output_format(x)), y, argmax, x.shape[0], h, w, oh, ow),
         channels_last=channels_last,
         UNROLL=pool[0][0] * pool[0][1] <= 32,
+        PADDED=not is_inside(constants, (h, w), (oh, ow)),
         WITH_ARGMAX=with_argmax,
-        **triton_pool(pool),
+        **constants,
     )
     return y, argmax
 

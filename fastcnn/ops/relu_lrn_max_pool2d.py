@@ -239,15 +239,11 @@ def triton(
     # As long as all multiprocessors are busy: the longer a segment, the fewer rows are normalized twice.
     segment = cdiv(oh, min(oh, cdiv(4 * 512 * processors(x.device), columns)))
     lanes = columns * cdiv(oh, segment)
-    inside = all(
-        constants["P" + d] == 0 and (o - 1) * constants["S" + d] + (constants["K" + d] - 1) * constants["D" + d] < size
-        for d, o, size in (("H", oh, h), ("W", ow, w))
-    )
     launch(
         kernels("relu_lrn_max_pool2d").forward,
         cdiv(lanes, block),
         *(dense(x, output_format(x)), x if bias is None else bias, y, argmax, x.shape[0], h, w, oh, ow, segment),
-        PADDED=not inside,
+        PADDED=not single_pool.is_inside(constants, (h, w), (oh, ow)),
         WITH_BIAS=bias is not None,
         WITH_ARGMAX=argmax.numel() > 0,
         R=r,

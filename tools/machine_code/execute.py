@@ -664,6 +664,17 @@ class _Execution:
             value = _float_compare(comparison, x[k], y[k])
             self._set_predicate(result, join(value, self._predicate(other)), lanes)
 
+    def _HSET2(self, i: Instruction, lanes: Array) -> None:
+        """All bits of a half are set where it holds."""
+        result, a, *bs, other = i.operands
+        if "BF" in i.modifiers:
+            raise NotImplementedError(i.opcode)
+        bf16, comparison = "BF16_V2" in i.modifiers, next(m for m in i.modifiers if m in _FLOAT_COMPARISONS)
+        x, y = self._halves(a, bf16), self._halves(bs[0], bf16)
+        join = np.logical_or if "OR" in i.modifiers else np.logical_and
+        low, high = (join(_float_compare(comparison, x[k], y[k]), self._predicate(other)) for k in (0, 1))
+        self._set(result, low * np.uint32(0xFFFF) | high * np.uint32(0xFFFF0000), lanes)
+
     def _set_halves(self, operand: Operand, low: Array, high: Array, bf16: bool, lanes: Array) -> None:
         self._set(operand, _narrow(low, bf16) | _narrow(high, bf16) << np.uint32(16), lanes)
 
