@@ -16,6 +16,7 @@ that its windows reach; they are in the cache, because the neighbouring lane or 
 import triton
 import triton.language as tl
 
+from .packed import widened
 from .rounding import rounded
 
 
@@ -131,7 +132,7 @@ def to_planes(
     """The planes, in ACC, of parts that :func:`load_parts` gave."""
     planes = ()
     for i in tl.static_range(len(parts)):
-        part = parts[i].to(ACC)
+        part = widened(parts[i], ACC)
         planes = planes + (split(part, part.shape[1]) if CHANNELS_LAST else (part,))
     if CHANNELS_LAST:
         SKIPPED: tl.constexpr = -BEFORE % width(BEFORE, V)
@@ -180,12 +181,24 @@ def powers(s, QUARTERS: tl.constexpr, REST: tl.constexpr):
 
 
 @triton.jit
-def sum_of_squares(x, START: tl.constexpr, SIZE: tl.constexpr):
-    """Over the planes START ... START + SIZE - 1."""
-    total = x[START] * x[START]
-    for i in tl.static_range(1, SIZE):
-        total += x[START + i] * x[START + i]
-    return total
+def window_sums(x, SIZE: tl.constexpr, SQUARES: tl.constexpr):
+    """Of all windows of SIZE neighbouring planes, or of their squares: each adds up pairs that it shares with others."""
+    pairs = ()
+    for i in tl.static_range(len(x) - 1):
+        pairs = pairs + (x[i] * x[i] + x[i + 1] * x[i + 1] if SQUARES else x[i] + x[i + 1],)
+    sums = ()
+    for c in tl.static_range(len(x) - SIZE + 1):
+        last = x[c + SIZE - 1]
+        if SIZE == 1:
+            total = last * last if SQUARES else last
+        else:
+            total = pairs[c]
+            for i in tl.static_range(2, SIZE - 1, 2):
+                total += pairs[c + i]
+            if SIZE % 2 == 1:
+                total += last * last if SQUARES else last
+        sums = sums + (total,)
+    return sums
 
 
 @triton.jit
@@ -201,8 +214,9 @@ def normalize(
 ):
     """V channels of y from those of x and BEFORE and AFTER neighbours."""
     y = ()
+    sums = window_sums(x, BEFORE + 1 + AFTER, True)
     for c in tl.static_range(V):
-        p, _ = powers(K + SCALE * sum_of_squares(x, c, BEFORE + 1 + AFTER), QUARTERS, REST)
+        p, _ = powers(K + SCALE * sums[c], QUARTERS, REST)
         y = y + (x[BEFORE + c] * p,)
     return y
 
@@ -225,19 +239,18 @@ def normalize_backward(
     REACH: tl.constexpr = BEFORE + AFTER
     t = ()
     direct = ()
+    sums = window_sums(x, REACH + 1, True)
     for c in tl.static_range(V + REACH):
-        p, q = powers(K + SCALE * sum_of_squares(x, c, REACH + 1), QUARTERS, REST)
+        p, q = powers(K + SCALE * sums[c], QUARTERS, REST)
         ratio = dy[c] * x[c + BEFORE] * q
         if K <= 0 or SCALE < 0:  # outside of the group dy = 0, but q need not be finite
             ratio = tl.where((first + c - AFTER >= 0) & (first + c - AFTER < CHANNELS), ratio, 0.0)
         t = t + (ratio,)
         direct = direct + (dy[c] * p,)
     dx = ()
+    sums = window_sums(t, REACH + 1, False)
     for c in tl.static_range(V):
-        total = t[c]
-        for i in tl.static_range(1, REACH + 1):
-            total += t[c + i]
-        dx = dx + (direct[c + AFTER] - 2 * SCALE * (QUARTERS / 4 + REST) * x[c + REACH] * total,)
+        dx = dx + (direct[c + AFTER] - 2 * SCALE * (QUARTERS / 4 + REST) * x[c + REACH] * sums[c],)
     return dx
 
 
@@ -330,7 +343,7 @@ def backward(
 
 @triton.jit
 def sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS: tl.constexpr, ACC: tl.constexpr):
-    """As :func:`sum_of_squares`, one channel a lane and its window in a loop."""
+    """As :func:`window_sums`, one channel a lane and its window in a loop."""
     total = tl.zeros(at.shape, ACC)
     i = -BEFORE
     while i <= AFTER:

@@ -22,10 +22,11 @@ from .lrn import (
     split,
     store_parts,
     store_planes,
-    sum_of_squares,
     to_planes,
+    window_sums,
 )
 from .max_pool2d import address, first_inside, gradient, lanes, load_windows, take
+from .packed import widened
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def rectified(
     x = load_parts(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
     parts = ()
     for i in tl.static_range(len(x)):
-        z = x[i].to(ACC)
+        z = widened(x[i], ACC)
         if len(bias) > 0:
             z += bias[i].to(ACC)
         if RELU:
@@ -98,10 +99,7 @@ def row_maxima(
         z = rectified(x, bias, pixel, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST, RELU, ACC)
         value = join(z[BEFORE : BEFORE + V], V)
         if LRN:
-            sums = ()
-            for c in tl.static_range(V):
-                sums = sums + (sum_of_squares(z, c, BEFORE + 1 + AFTER),)
-            p, _ = powers(K + SCALE * join(sums, V), QUARTERS, REST)
+            p, _ = powers(K + SCALE * join(window_sums(z, BEFORE + 1 + AFTER, True), V), QUARTERS, REST)
             value *= p
         columns = columns + ((tl.where(inside[:, None], value, float("-inf")) if PADDED else value),)
     best = ()
