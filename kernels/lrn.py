@@ -164,7 +164,7 @@ def store_planes(
 
 @triton.jit
 def powers(s, QUARTERS: tl.constexpr, REST: tl.constexpr):
-    """``s**-beta`` and ``s**(-beta-1)``, where beta is QUARTERS/4 + REST: without REST no power is computed.
+    """``s**-beta`` and ``1/s``, where beta is QUARTERS/4 + REST: without REST no power is computed.
 
     Both parts have one sign, so that no 0 meets an infinity.
     """
@@ -177,7 +177,7 @@ def powers(s, QUARTERS: tl.constexpr, REST: tl.constexpr):
         p = p * half
     if REST != 0:
         p = p * tl.exp2(-REST * tl.log2(s))
-    return p, p * r * r
+    return p, r * r
 
 
 @triton.jit
@@ -241,12 +241,13 @@ def normalize_backward(
     direct = ()
     sums = window_sums(x, REACH + 1, True)
     for c in tl.static_range(V + REACH):
-        p, q = powers(K + SCALE * sums[c], QUARTERS, REST)
-        ratio = dy[c] * x[c + BEFORE] * q
-        if K <= 0 or SCALE < 0:  # outside of the group dy = 0, but q need not be finite
+        p, over_s = powers(K + SCALE * sums[c], QUARTERS, REST)
+        scaled = dy[c] * p
+        ratio = scaled * (x[c + BEFORE] * over_s)
+        if K <= 0 or SCALE < 0:  # outside of the group dy = 0, but 1/s need not be finite
             ratio = tl.where((first + c - AFTER >= 0) & (first + c - AFTER < CHANNELS), ratio, 0.0)
         t = t + (ratio,)
-        direct = direct + (dy[c] * p,)
+        direct = direct + (scaled,)
     dx = ()
     sums = window_sums(t, REACH + 1, False)
     for c in tl.static_range(V):
@@ -376,9 +377,9 @@ def forward_far(
     mask = at < elements
     c = at // stride % CHANNELS
     s = K + SCALE * sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS, ACC)
-    p, q = powers(s, QUARTERS, REST)
+    p, over_s = powers(s, QUARTERS, REST)
     value = tl.load(x + at, mask, 0.0).to(ACC)
-    value = value * tl.load(dy + at, mask, 0.0).to(ACC) * q if GRADIENT else value * p
+    value = value * over_s * (tl.load(dy + at, mask, 0.0).to(ACC) * p) if GRADIENT else value * p
     tl.store(y + at, rounded(value, y.dtype.element_ty), mask)
 
 

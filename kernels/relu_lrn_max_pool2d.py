@@ -286,7 +286,9 @@ def backward(
                 for c in tl.static_range(V):
                     value = tl.where(z[REACH + c] <= 0, 0.0, d[c]) if RELU else d[c]
                     out = out + (value,)
-                    new_total = new_total + (total[c] + tl.where(inside, value, 0.0),)
+                    if LRN and (K <= 0 or SCALE < 0):  # outside of the map d = 0, but s**-beta need not be finite
+                        value = tl.where(inside, value, 0.0)
+                    new_total = new_total + (total[c] + value,)
                 store_planes(dx, out, at, first, inside, stride, CHANNELS, V, CHANNELS_LAST)
                 total = new_total
         images -= splits
