@@ -8,8 +8,8 @@ A lane of a program owns one pixel and ``V`` channels, each channel a tensor of 
 that a window sum adds registers and nothing is shared between lanes. Each lane also loads the few planes on both sides
 that its windows reach; they are in the cache, because the neighbouring lane or program owns them.
 
-- channels_last: consecutive lanes own consecutive vectors of V channels, 16 bytes where the channels of a group are a
-  multiple of that. No lane idles, whatever C.
+- channels_last: consecutive lanes own consecutive channels, in vectors of VECTOR, 16 bytes where the channels of a group are
+  a multiple of that. No lane idles, whatever C.
 - NCHW: consecutive lanes own consecutive pixels, so that every plane is one coalesced load.
 """
 
@@ -81,21 +81,23 @@ def load_parts(
     AFTER: tl.constexpr,
     CHANNELS: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     OTHER: tl.constexpr = 0.0,
 ):
     """What holds channels ``first - BEFORE ... first + V - 1 + AFTER`` of each lane; OTHER outside its group.
 
-    Where channels are last, one vector of V channels between vectors of their neighbours; else planes. ``at`` is where
-    the lane's first own channel is, ``first`` its number among the ``CHANNELS`` of its group.
+    Where channels are last, vectors of VECTOR channels between vectors of their neighbours; else planes. ``at`` is where the
+    lane's first own channel is, ``first`` its number among the ``CHANNELS`` of its group.
     """
     parts = ()
     if CHANNELS_LAST:
-        BEHIND: tl.constexpr = width(BEFORE, V)
-        AHEAD: tl.constexpr = width(AFTER, V)
+        BEHIND: tl.constexpr = width(BEFORE, VECTOR)
+        AHEAD: tl.constexpr = width(AFTER, VECTOR)
         for i in tl.static_range(-((BEFORE + BEHIND - 1) // BEHIND), 0):
             parts = parts + (load_vector(x, at, first, mask, i * BEHIND, BEHIND, CHANNELS, OTHER),)
-        parts = parts + (load_vector(x, at, first, mask, 0, V, CHANNELS, OTHER),)
+        for i in tl.static_range(V // VECTOR):
+            parts = parts + (load_vector(x, at, first, mask, i * VECTOR, VECTOR, CHANNELS, OTHER),)
         for i in tl.static_range((AFTER + AHEAD - 1) // AHEAD):
             parts = parts + (load_vector(x, at, first, mask, V + i * AHEAD, AHEAD, CHANNELS, OTHER),)
     else:
@@ -111,23 +113,30 @@ def zero_parts(
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Zeros, as many and of the same shapes as :func:`load_parts` gives."""
     if CHANNELS_LAST:
-        BEHIND: tl.constexpr = width(BEFORE, V)
-        AHEAD: tl.constexpr = width(AFTER, V)
+        BEHIND: tl.constexpr = width(BEFORE, VECTOR)
+        AHEAD: tl.constexpr = width(AFTER, VECTOR)
         behind = (tl.zeros([BLOCK, BEHIND], ACC),) * ((BEFORE + BEHIND - 1) // BEHIND)
         ahead = (tl.zeros([BLOCK, AHEAD], ACC),) * ((AFTER + AHEAD - 1) // AHEAD)
-        return behind + (tl.zeros([BLOCK, V], ACC),) + ahead
+        return behind + (tl.zeros([BLOCK, VECTOR], ACC),) * (V // VECTOR) + ahead
     else:
         return (tl.zeros([BLOCK], ACC),) * (BEFORE + V + AFTER)
 
 
 @triton.jit
 def to_planes(
-    parts, BEFORE: tl.constexpr, AFTER: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr
+    parts,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    V: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """The planes, in ACC, of parts that :func:`load_parts` gave."""
     planes = ()
@@ -135,31 +144,42 @@ def to_planes(
         part = widened(parts[i], ACC)
         planes = planes + (split(part, part.shape[1]) if CHANNELS_LAST else (part,))
     if CHANNELS_LAST:
-        SKIPPED: tl.constexpr = -BEFORE % width(BEFORE, V)
+        SKIPPED: tl.constexpr = -BEFORE % width(BEFORE, VECTOR)
         planes = planes[SKIPPED : SKIPPED + BEFORE + V + AFTER]
     return planes
 
 
 @triton.jit
-def store_parts(
-    y, parts, at, first, mask, stride, CHANNELS: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
-    """Store each lane's own V channels: one vector, or V planes."""
-    if CHANNELS_LAST:
-        vector = at[:, None] + tl.arange(0, V)[None, :]
-        tl.store(y + vector, rounded(parts[0], y.dtype.element_ty), mask[:, None])
-    else:
-        for i in tl.static_range(V):
+def store_parts(y, parts, at, first, mask, stride, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Store each lane's own channels: vectors, or planes."""
+    for i in tl.static_range(len(parts)):
+        if CHANNELS_LAST:
+            VECTOR: tl.constexpr = parts[i].shape[1]
+            vector = (at + i * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+            inside = (mask & (first + i * VECTOR < CHANNELS))[:, None]
+            tl.store(y + vector, rounded(parts[i], y.dtype.element_ty), inside)
+        else:
             tl.store(y + at + i * stride, rounded(parts[i], y.dtype.element_ty), mask & (first + i < CHANNELS))
 
 
 @triton.jit
+def to_parts(planes, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """The inverse of :func:`to_planes`, without neighbours and in the planes' dtype."""
+    parts = ()
+    if CHANNELS_LAST:
+        for i in tl.static_range(len(planes) // VECTOR):
+            parts = parts + (join(planes[i * VECTOR : i * VECTOR + VECTOR], VECTOR),)
+    else:
+        parts = planes
+    return parts
+
+
+@triton.jit
 def store_planes(
-    y, planes, at, first, mask, stride, CHANNELS: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    y, planes, at, first, mask, stride, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
-    """Store each lane's own V channels."""
-    parts = (join(planes, V),) if CHANNELS_LAST else planes
-    store_parts(y, parts, at, first, mask, stride, CHANNELS, V, CHANNELS_LAST)
+    """Store each lane's own channels."""
+    store_parts(y, to_parts(planes, VECTOR, CHANNELS_LAST), at, first, mask, stride, CHANNELS, CHANNELS_LAST)
 
 
 @triton.jit
@@ -272,7 +292,12 @@ def lanes(
     pid = tl.program_id(0).to(INDEX)
     if CHANNELS_LAST:
         lane = pid * BLOCK + tl.arange(0, BLOCK)
-        return lane.to(tl.int64) * V, lane % PARTS * V, lane < pixels * TOTAL
+        first = lane % PARTS * V
+        if CHANNELS % V == 0:
+            at = lane.to(tl.int64) * V
+        else:
+            at = (lane // PARTS).to(tl.int64) * CHANNELS + first
+        return at, first, lane < pixels * TOTAL
     else:
         part = (pid % TOTAL).to(tl.int32)
         first = part % PARTS * V
@@ -298,16 +323,17 @@ def forward(
     REST: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):
     at, first, mask = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(S, tl.int64)
-    parts = load_parts(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
-    planes = to_planes(parts, BEFORE, AFTER, V, CHANNELS_LAST, ACC)
+    parts = load_parts(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    planes = to_planes(parts, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
     planes = normalize(planes, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST)
-    store_planes(y, planes, at, first, mask, stride, CHANNELS, V, CHANNELS_LAST)
+    store_planes(y, planes, at, first, mask, stride, CHANNELS, VECTOR, CHANNELS_LAST)
 
 
 @triton.jit
@@ -327,6 +353,7 @@ def backward(
     REST: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
@@ -334,12 +361,12 @@ def backward(
     REACH: tl.constexpr = BEFORE + AFTER
     at, first, mask = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(S, tl.int64)
-    xs = load_parts(x, at, first, mask, stride, REACH, REACH, CHANNELS, V, CHANNELS_LAST)
-    dys = load_parts(dy, at, first, mask, stride, AFTER, BEFORE, CHANNELS, V, CHANNELS_LAST)
-    xs = to_planes(xs, REACH, REACH, V, CHANNELS_LAST, ACC)
-    dys = to_planes(dys, AFTER, BEFORE, V, CHANNELS_LAST, ACC)
+    xs = load_parts(x, at, first, mask, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    dys = load_parts(dy, at, first, mask, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    xs = to_planes(xs, REACH, REACH, V, VECTOR, CHANNELS_LAST, ACC)
+    dys = to_planes(dys, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC)
     planes = normalize_backward(dys, xs, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
-    store_planes(dx, planes, at, first, mask, stride, CHANNELS, V, CHANNELS_LAST)
+    store_planes(dx, planes, at, first, mask, stride, CHANNELS, VECTOR, CHANNELS_LAST)
 
 
 @triton.jit

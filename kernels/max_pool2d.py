@@ -102,7 +102,7 @@ def step(
     w += kw * DW
     inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     at += (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
-    values = load_parts(x, at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, C, V, CHANNELS_LAST, float("-inf"))
+    values = load_parts(x, at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, C, V, V, CHANNELS_LAST, float("-inf"))
     bests = ()
     places = ()
     for c in tl.static_range(len(values)):
@@ -134,7 +134,7 @@ def packed_maximum(
     for kh in tl.static_range(KH):
         for kw in tl.static_range(KW):
             to = (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
-            parts = load_parts(x, at + to, first, mask, stride, 0, 0, C, V, CHANNELS_LAST)
+            parts = load_parts(x, at + to, first, mask, stride, 0, 0, C, V, V, CHANNELS_LAST)
             values = values + (parts[0] if CHANNELS_LAST else join(parts, V),)
     value, place = maximum(values)
     if CHANNELS_LAST:
@@ -198,9 +198,9 @@ def forward(
                     )
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     stride = tl.cast(OH, tl.int64) * OW
-    store_parts(y, best, at, first, mask, stride, C, V, CHANNELS_LAST)
+    store_parts(y, best, at, first, mask, stride, C, CHANNELS_LAST)
     if WITH_ARGMAX:
-        store_parts(argmax, place, at, first, mask, stride, C, V, CHANNELS_LAST)
+        store_parts(argmax, place, at, first, mask, stride, C, CHANNELS_LAST)
 
 
 @triton.jit
@@ -217,12 +217,13 @@ def add_where_place(
     AFTER: tl.constexpr,
     CHANNELS: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Add the parts of dy at ``at`` where the maximum was at ``place`` of its window."""
-    places = load_parts(argmax, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
-    values = load_parts(dy, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    places = load_parts(argmax, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    values = load_parts(dy, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
     more = ()
     for c in tl.static_range(len(values)):
         more = more + (total[c] + tl.where(places[c] == place, values[c].to(ACC), 0.0),)
@@ -251,6 +252,7 @@ def load_windows(
     C: tl.constexpr,
     CHANNELS: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
     """dy and argmax, in parts, of all windows that may hold an element of a block.
@@ -263,8 +265,8 @@ def load_windows(
         for j in tl.static_range((KW - 1) * DW // SW + 1):
             to = at - (tl.cast(OW, tl.int64) * i + j) * (C if CHANNELS_LAST else 1)
             inside = mask & (oh >= i) & (oh - i < OH) & (ow >= j) & (ow - j < OW)
-            loaded = loaded + load_parts(dy, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
-            loaded = loaded + load_parts(argmax, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+            loaded = loaded + load_parts(dy, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+            loaded = loaded + load_parts(argmax, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
     return loaded
 
 
@@ -283,6 +285,7 @@ def gradient(
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -305,7 +308,7 @@ def gradient(
                         more = more + (total[c] + value if len(total) > 0 else value,)
                     total = more
     if len(total) == 0:
-        total = zero_parts(BLOCK, BEFORE, AFTER, V, CHANNELS_LAST, ACC)
+        total = zero_parts(BLOCK, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
     return total
 
 
@@ -339,15 +342,15 @@ def backward(
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     windows = load_windows(
         *(dy, argmax, at, first, oh, ow, mask, OH, OW),
-        *(KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, CHANNELS_LAST),
+        *(KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, V, CHANNELS_LAST),
     )
     for i in tl.static_range(SH):
         for j in tl.static_range(SW):
-            parts = gradient(windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, 0, 0, V, CHANNELS_LAST, ACC)
+            parts = gradient(windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, 0, 0, V, V, CHANNELS_LAST, ACC)
             h, w = oh * SH + (i - PH), ow * SW + (j - PW)
             inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-            store_parts(dx, parts, to, first, inside, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
+            store_parts(dx, parts, to, first, inside, tl.cast(H, tl.int64) * W, C, CHANNELS_LAST)
 
 
 @triton.jit
@@ -378,7 +381,7 @@ def backward_far(
     """For windows or strides too large to unroll: a lane owns one input element and loops over the window."""
     n, h, w, channel, first, mask = lanes(batch, H, W, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(OH, tl.int64) * OW
-    total = zero_parts(BLOCK, 0, 0, V, CHANNELS_LAST, ACC)
+    total = zero_parts(BLOCK, 0, 0, V, V, CHANNELS_LAST, ACC)
     for kh in range(KH):
         for kw in range(KW):
             row, column = h + PH - kh * DH, w + PW - kw * DW
@@ -386,7 +389,7 @@ def backward_far(
             inside = mask & (row >= 0) & (column >= 0) & (row % SH == 0) & (column % SW == 0) & (oh < OH) & (ow < OW)
             at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
             total = add_where_place(
-                total, dy, argmax, at, first, inside, stride, kh * KW + kw, 0, 0, C, V, CHANNELS_LAST, ACC
+                total, dy, argmax, at, first, inside, stride, kh * KW + kw, 0, 0, C, V, V, CHANNELS_LAST, ACC
             )
     to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-    store_parts(dx, total, to, first, mask, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
+    store_parts(dx, total, to, first, mask, tl.cast(H, tl.int64) * W, C, CHANNELS_LAST)

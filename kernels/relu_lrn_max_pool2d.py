@@ -41,12 +41,13 @@ def rectified(
     AFTER: tl.constexpr,
     CHANNELS: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     RELU: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """``relu(x + bias)``, in planes; ``bias`` is in parts, or an empty tuple."""
-    x = load_parts(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+    x = load_parts(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
     parts = ()
     for i in tl.static_range(len(x)):
         z = widened(x[i], ACC)
@@ -55,7 +56,7 @@ def rectified(
         if RELU:
             z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
         parts = parts + (z,)
-    return to_planes(parts, BEFORE, AFTER, V, CHANNELS_LAST, ACC)
+    return to_planes(parts, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
 
 
 @triton.jit
@@ -87,30 +88,45 @@ def row_maxima(
     R: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """For V channels of each of R windows from column w on: the maximum over their columns of row h, its number kw."""
-    columns = ()
+    """For V channels of each of R windows from column w on: the maximum over their columns of row h, its number kw.
+
+    In vectors, in both memory formats.
+    """
+    values = ()
     stride = tl.cast(H, tl.int64) * W
     at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
     for j in tl.static_range((R - 1) * SW + KW):
-        inside = mask & (h >= 0) & (h < H) & (w + j * DW >= 0) & (w + j * DW < W)
+        inside = mask & (h < H) & (w + j * DW < W)
+        if PADDED:
+            inside = inside & (h >= 0) & (w + j * DW >= 0)
         pixel = at + j * DW * (C if CHANNELS_LAST else 1)
-        z = rectified(x, bias, pixel, first, inside, stride, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST, RELU, ACC)
-        value = join(z[BEFORE : BEFORE + V], V)
+        z = rectified(
+            x, bias, pixel, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, ACC
+        )
         if LRN:
-            p, _ = powers(K + SCALE * join(window_sums(z, BEFORE + 1 + AFTER, True), V), QUARTERS, REST)
-            value *= p
-        columns = columns + ((tl.where(inside[:, None], value, float("-inf")) if PADDED else value),)
+            sums = window_sums(z, BEFORE + 1 + AFTER, True)
+        for i in tl.static_range(V // VECTOR):
+            value = join(z[BEFORE + i * VECTOR : BEFORE + i * VECTOR + VECTOR], VECTOR)
+            if LRN:
+                p, _ = powers(K + SCALE * join(sums[i * VECTOR : i * VECTOR + VECTOR], VECTOR), QUARTERS, REST)
+                value *= p
+            values = values + ((tl.where(inside[:, None], value, float("-inf")) if PADDED else value),)
     best = ()
     place = ()
+    VECTORS: tl.constexpr = V // VECTOR
     for r in tl.static_range(R):
-        value = columns[r * SW]
-        kw = first_inside(w + r * SW, DW).to(tl.int32)[:, None] + tl.zeros(value.shape, tl.int32)
-        for j in tl.static_range(1, KW):
-            value, kw = take(value, kw, columns[r * SW + j], j)
-        best = best + (value,)
-        place = place + (kw,)
+        for i in tl.static_range(VECTORS):
+            value = values[r * SW * VECTORS + i]
+            kw = tl.zeros(value.shape, tl.int32)
+            if PADDED:
+                kw += first_inside(w + r * SW, DW).to(tl.int32)[:, None]
+            for j in tl.static_range(1, KW):
+                value, kw = take(value, kw, values[(r * SW + j) * VECTORS + i], j)
+            best = best + (value,)
+            place = place + (kw,)
     return best, place
 
 
@@ -150,10 +166,12 @@ def forward(
     CHANNELS_LAST: tl.constexpr,
     R: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    VECTORS: tl.constexpr = V // VECTOR
     SHARED: tl.constexpr = KH - SH if DH == 1 and KH > SH else 0  # rows of a window that are also the next one's
     n, part, block, channel, first, mask = lanes(
         batch, (OH + segment - 1) // segment, (OW + (R - 1)) // R, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK
@@ -162,14 +180,14 @@ def forward(
     w = left * SW - PW
     b = ()
     if WITH_BIAS:
-        b = load_parts(bias, channel, first, mask, 1, BEFORE, AFTER, CHANNELS, V, CHANNELS_LAST)
+        b = load_parts(bias, channel, first, mask, 1, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
     values = ()
     places = ()
     for i in tl.static_range(SHARED):
         best, place = row_maxima(
             *(x, b, n, channel, first, oh * SH - PH + i, w, mask, H, W, C),
             *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
-            *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, ACC),
+            *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, VECTOR, ACC),
         )
         values = values + best
         places = places + place
@@ -180,27 +198,30 @@ def forward(
             best, place = row_maxima(
                 *(x, b, n, channel, first, h + i * DH, w, mask, H, W, C),
                 *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
-                *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, ACC),
+                *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, VECTOR, ACC),
             )
             values = values + best
             places = places + place
-        start = (first_inside(h, DH).to(tl.int32) * KW)[:, None]
         at = address(n, channel, oh, left, C, OH, OW, CHANNELS_LAST)
         stride = tl.cast(OH, tl.int64) * OW
         for r in tl.static_range(R):
-            value, k = values[r], start + places[r]
-            for i in tl.static_range(1, KH):
-                value, k = take(value, k, values[i * R + r], i * KW + places[i * R + r])
+            maxima = ()
+            argmaxima = ()
+            for v in tl.static_range(r * VECTORS, r * VECTORS + VECTORS):
+                value, k = values[v], places[v]
+                if PADDED:
+                    k += (first_inside(h, DH).to(tl.int32) * KW)[:, None]
+                for i in tl.static_range(1, KH):
+                    value, k = take(value, k, values[i * R * VECTORS + v], i * KW + places[i * R * VECTORS + v])
+                maxima = maxima + ((value,) if CHANNELS_LAST else split(value, V))
+                argmaxima = argmaxima + ((k,) if CHANNELS_LAST else split(k, V))
             inside = mask & (oh < OH) & (left + r < OW)
             to = at + r * (C if CHANNELS_LAST else 1)
-            store_parts(
-                y, (value,) if CHANNELS_LAST else split(value, V), to, first, inside, stride, CHANNELS, V, CHANNELS_LAST
-            )
+            store_parts(y, maxima, to, first, inside, stride, CHANNELS, CHANNELS_LAST)
             if WITH_ARGMAX:
-                k = (k,) if CHANNELS_LAST else split(k, V)
-                store_parts(argmax, k, to, first, inside, stride, CHANNELS, V, CHANNELS_LAST)
-        values = values[(KH - SHARED) * R :]
-        places = places[(KH - SHARED) * R :]
+                store_parts(argmax, argmaxima, to, first, inside, stride, CHANNELS, CHANNELS_LAST)
+        values = values[(KH - SHARED) * R * VECTORS :]
+        places = places[(KH - SHARED) * R * VECTORS :]
         row += 1
         oh += 1
 
@@ -241,6 +262,7 @@ def backward(
     WITH_BIAS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     V: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
@@ -254,7 +276,7 @@ def backward(
     split, oh, ow, channel, first, mask = lanes(splits, rows, columns, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     b = ()
     if WITH_BIAS:
-        b = load_parts(bias, channel, first, mask, 1, REACH, REACH, CHANNELS, V, CHANNELS_LAST)
+        b = load_parts(bias, channel, first, mask, 1, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
     stride = tl.cast(H, tl.int64) * W
     total = (tl.zeros([BLOCK], ACC),) * V
     images = batch  # left to do
@@ -264,7 +286,7 @@ def backward(
         if POOL:
             windows = load_windows(
                 *(dy, argmax, address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST), first, oh, ow, mine, OH, OW),
-                *(KH, KW, SH, SW, DH, DW, AFTER, BEFORE, C, CHANNELS, V, CHANNELS_LAST),
+                *(KH, KW, SH, SW, DH, DW, AFTER, BEFORE, C, CHANNELS, V, VECTOR, CHANNELS_LAST),
             )
         for i in tl.static_range(SH):
             for j in tl.static_range(SW):
@@ -273,12 +295,12 @@ def backward(
                 at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
                 if POOL:
                     d = gradient(
-                        windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, AFTER, BEFORE, V, CHANNELS_LAST, ACC
+                        windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC
                     )
                 else:
-                    d = load_parts(dy, at, first, inside, stride, AFTER, BEFORE, CHANNELS, V, CHANNELS_LAST)
-                d = to_planes(d, AFTER, BEFORE, V, CHANNELS_LAST, ACC)
-                z = rectified(x, b, at, first, inside, stride, REACH, REACH, CHANNELS, V, CHANNELS_LAST, RELU, ACC)
+                    d = load_parts(dy, at, first, inside, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
+                d = to_planes(d, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC)
+                z = rectified(x, b, at, first, inside, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, ACC)
                 if LRN:
                     d = normalize_backward(d, z, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
                 out = ()
@@ -289,9 +311,9 @@ def backward(
                     if LRN and (K <= 0 or SCALE < 0):  # outside of the map d = 0, but s**-beta need not be finite
                         value = tl.where(inside, value, 0.0)
                     new_total = new_total + (total[c] + value,)
-                store_planes(dx, out, at, first, inside, stride, CHANNELS, V, CHANNELS_LAST)
+                store_planes(dx, out, at, first, inside, stride, CHANNELS, VECTOR, CHANNELS_LAST)
                 total = new_total
         images -= splits
     if WITH_BIAS:
         to = address(split, channel, oh, ow, C, rows, columns, True)
-        store_planes(sums, total, to, first, mask, 1, CHANNELS, V, CHANNELS_LAST)
+        store_planes(sums, total, to, first, mask, 1, CHANNELS, VECTOR, CHANNELS_LAST)

@@ -108,10 +108,28 @@ def is_near(window: dict[str, Any]) -> bool:
     return window["BEFORE"] + 1 + window["AFTER"] <= LONGEST_NEAR
 
 
-def _run(x: Tensor, window: dict[str, Any], most_planes: int, config: tuple[int, int], kernel: Any, *args: Any) -> None:
-    """Launch one of the near kernels; ``most_planes`` is the most channels that a lane owns where a plane is a load."""
+def shares(x: Tensor, channels: int, most_vectors: int, most_planes: int) -> tuple[int, int]:
+    """How many of so many channels a lane owns, and how many of them are loaded at once.
+
+    Those are ``most_vectors`` vectors where channels are last, and else ``most_planes`` planes, but no more than there
+    are, and as many for each lane.
+    """
+    width = vector(channels, x) if is_channels_last(x) else 1
+    loads, most = channels // width, most_vectors if is_channels_last(x) else most_planes
+    return cdiv(loads, cdiv(loads, most)) * width, width
+
+
+def _run(
+    x: Tensor,
+    window: dict[str, Any],
+    most: tuple[int, int],
+    config: tuple[int, int],
+    kernel: Any,
+    *args: Any,
+) -> None:
+    """Launch one of the near kernels; ``most`` are those of :func:`shares`."""
     channels, channels_last = window["CHANNELS"], is_channels_last(x)
-    v = vector(channels, x) if channels_last else cdiv(channels, cdiv(channels, most_planes))
+    v, width = shares(x, channels, *most)
     block, num_warps = config
     pixels = x.numel() // x.shape[1]
     parts = x.shape[1] // channels * cdiv(channels, v)
@@ -124,6 +142,7 @@ def _run(x: Tensor, window: dict[str, Any], most_planes: int, config: tuple[int,
         C=x.shape[1],
         CHANNELS_LAST=channels_last,
         V=v,
+        VECTOR=width,
         BLOCK=block,
         INDEX=index_dtype(pixels * parts if channels_last else pixels * parts // min(parts, block)),
         ACC=acc_dtype(x.dtype),
@@ -153,7 +172,7 @@ def triton(x: Tensor, *lrn: Any, config: tuple[int, int] | None = None) -> Tenso
         return y
     window = triton_window(x.shape[1], *lrn)
     if is_near(window):
-        _run(x, window, 24, config or FORWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").forward, x, y)
+        _run(x, window, (1, 24), config or FORWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").forward, x, y)
     else:
         _run_far(x, window, kernels("lrn").forward_far, x, x, y, GRADIENT=False)
     return y
@@ -166,7 +185,7 @@ def triton_backward(dy: Tensor, x: Tensor, *lrn: Any, config: tuple[int, int] | 
         return dx
     window = triton_window(x.shape[1], *lrn)
     if is_near(window):
-        _run(x, window, 16, config or BACKWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").backward, dy, x, dx)
+        _run(x, window, (1, 16), config or BACKWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").backward, dy, x, dx)
     else:
         terms = torch.empty_like(x, dtype=opmath(x.dtype))
         _run_far(x, window, kernels("lrn").forward_far, x, dy, terms, GRADIENT=True)

@@ -14,7 +14,7 @@ from . import lrn as single_lrn
 from . import max_pool2d as single_pool
 from ._layout import dense, empty_output, is_channels_last, kept, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
-from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch, processors, vector
+from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch, processors
 from .lrn import local_response_norm
 from .max_pool2d import empty_argmax, max_pool2d
 
@@ -192,10 +192,14 @@ FORWARD_CONFIGS = [(128, 4, 2), (128, 4, 1), (256, 8, 2), (64, 2, 1)]
 BACKWARD_CONFIGS = [(128, 4), (128, 4), (64, 2), (256, 8)]
 
 
-def _constants(x: Tensor, tail: Any, most_planes: int) -> dict[str, Any] | None:
+MOST_FORWARD = 1, 8
+MOST_BACKWARD = 1, 4
+
+
+def _constants(x: Tensor, tail: Any, most_vectors: int, most_planes: int) -> dict[str, Any] | None:
     """What both Triton kernels take; None where a window is too large to unroll.
 
-    ``most_planes`` is the most channels that a lane owns where each is a load of its own.
+    The others are those of ``lrn.shares``; the number of planes is a power of 2, as they are joined.
     """
     relu, lrn, pool = tail[0], tail[1:6], tail[6:11]
     channels = x.shape[1]
@@ -204,14 +208,17 @@ def _constants(x: Tensor, tail: Any, most_planes: int) -> dict[str, Any] | None:
     if not single_lrn.is_near(window) or not single_pool.is_near(pooling):
         return None
     channels_last = is_channels_last(x)
+    if channels_last:
+        v, width = single_lrn.shares(x, window["CHANNELS"], most_vectors, 0)
+    else:
+        v = width = min(most_planes, 1 << (window["CHANNELS"] - 1).bit_length())
     return {
         "C": channels,
         "RELU": relu,
         "LRN": lrn[0] > 0,
         "CHANNELS_LAST": channels_last,
-        "V": vector(window["CHANNELS"], x)
-        if channels_last
-        else min(most_planes, 1 << (window["CHANNELS"] - 1).bit_length()),
+        "V": v,
+        "VECTOR": width,
         "ACC": acc_dtype(x.dtype),
         **window,
         **pooling,
@@ -226,7 +233,7 @@ def triton(
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
     if y.numel() == 0:
         return y, argmax
-    constants = _constants(x, tail, 8)
+    constants = _constants(x, tail, *MOST_FORWARD)
     if constants is None:
         return _triton_in_steps(x, bias, *args)
     (h, w), (oh, ow) = x.shape[2:], y.shape[2:]
@@ -287,7 +294,7 @@ def triton_backward(
     check_same(op, "grad", dy, like[0])
     check_same(op, "argmax", argmax, like[1]) if tail[6] else None
     wide_bias, format, dx = _wide_bias(bias, x), output_format(x), empty_output(x)
-    constants = _constants(x, tail, 4) if x.numel() else {}
+    constants = _constants(x, tail, *MOST_BACKWARD) if x.numel() else {}
     if constants is None:
         dx, dbias = _triton_backward_in_steps(dy, x, wide_bias, argmax, *tail)
         return dx, dbias if bias is None else dbias.to(bias.dtype)
