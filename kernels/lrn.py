@@ -150,14 +150,19 @@ def to_planes(
 
 
 @triton.jit
+def store_vector(y, part, at, first, mask, OFFSET: tl.constexpr, CHANNELS: tl.constexpr):
+    """The inverse of :func:`load_vector`."""
+    inside = mask & (first + OFFSET < CHANNELS)
+    pointers = y + (at + OFFSET)[:, None] + tl.arange(0, part.shape[1])[None, :]
+    tl.store(pointers, rounded(part, y.dtype.element_ty), inside[:, None])
+
+
+@triton.jit
 def store_parts(y, parts, at, first, mask, stride, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Store each lane's own channels: vectors, or planes."""
     for i in tl.static_range(len(parts)):
         if CHANNELS_LAST:
-            VECTOR: tl.constexpr = parts[i].shape[1]
-            vector = (at + i * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
-            inside = (mask & (first + i * VECTOR < CHANNELS))[:, None]
-            tl.store(y + vector, rounded(parts[i], y.dtype.element_ty), inside)
+            store_vector(y, parts[i], at, first, mask, i * parts[0].shape[1], CHANNELS)
         else:
             tl.store(y + at + i * stride, rounded(parts[i], y.dtype.element_ty), mask & (first + i < CHANNELS))
 

@@ -278,7 +278,7 @@ class _Execution:
     def _nothing(self, i: Instruction, lanes: Array) -> None:
         pass
 
-    _NOP = _BSSY = _BSYNC = _WARPSYNC = _DEPBAR = _nothing
+    _NOP = _BSSY = _BSYNC = _BREAK = _WARPSYNC = _DEPBAR = _nothing
 
     # -- operands -----------------------------------------------------------------------------------------------------
 

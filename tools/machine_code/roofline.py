@@ -49,7 +49,7 @@ _FMA = {"FADD", "FMUL", "FFMA"}
 _HALF = {"HFMA2", "HADD2", "HMUL2"}
 _MUFU = {"MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO", "BREV"}
 _LSU = {"LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL", "LDSM", "LDGSTS"}
-_OTHER = {"BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "WARPSYNC", "BAR", "NOP", "LDC", "S2R", "S2UR", "R2UR", "DEPBAR"}
+_OTHER = {"BRA", "EXIT", "BSSY", "BSYNC", "BREAK", "CALL", "RET", "WARPSYNC", "BAR", "NOP", "LDC", "S2R", "S2UR", "R2UR", "DEPBAR"}
 
 
 def pipe(opcode: str) -> str:
