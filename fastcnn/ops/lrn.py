@@ -79,10 +79,10 @@ def _backward_compiled(library: str, dy: Tensor, x: Tensor, *lrn: Any) -> Tensor
     return dx
 
 
-# Of the Triton kernels: lanes in a program, and warps that they are spread over. The first is for channels_last, the
-# second for NCHW; the others are what a GPU test checks too.
-FORWARD_CONFIGS = [(256, 4), (128, 4), (512, 8), (256, 8)]
-BACKWARD_CONFIGS = [(128, 4), (128, 4), (256, 4), (256, 8)]
+# Of the Triton kernels: lanes in a program, warps that they are spread over, and about how many channels a lane owns.
+# The first is for channels_last, the second for NCHW; the others are what a GPU test checks too.
+FORWARD_CONFIGS = [(256, 4, 8), (128, 4, 24), (128, 4, 16), (256, 8, 8)]
+BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 16), (128, 4, 24), (256, 8, 8)]
 
 # The longest window that a Triton program keeps in registers.
 LONGEST_NEAR = 16
@@ -108,29 +108,18 @@ def is_near(window: dict[str, Any]) -> bool:
     return window["BEFORE"] + 1 + window["AFTER"] <= LONGEST_NEAR
 
 
-def shares(x: Tensor, channels: int, most_vectors: int, most_planes: int) -> tuple[int, int]:
-    """How many of so many channels a lane owns, and how many of them are loaded at once.
-
-    Those are ``most_vectors`` vectors where channels are last, and else ``most_planes`` planes, but no more than there
-    are, and as many for each lane.
-    """
+def share(x: Tensor, channels: int, most: int) -> tuple[int, int]:
+    """How many of so many channels a lane owns, about ``most``, and how many of them it loads at once."""
     width = vector(channels, x) if is_channels_last(x) else 1
-    loads, most = channels // width, most_vectors if is_channels_last(x) else most_planes
-    return cdiv(loads, cdiv(loads, most)) * width, width
+    loads = channels // width
+    return cdiv(loads, cdiv(loads, max(1, most // width))) * width, width
 
 
-def _run(
-    x: Tensor,
-    window: dict[str, Any],
-    most: tuple[int, int],
-    config: tuple[int, int],
-    kernel: Any,
-    *args: Any,
-) -> None:
-    """Launch one of the near kernels; ``most`` are those of :func:`shares`."""
+def _run(x: Tensor, window: dict[str, Any], config: tuple[int, int, int], kernel: Any, *args: Any) -> None:
+    """Launch one of the near kernels."""
+    block, num_warps, most = config
     channels, channels_last = window["CHANNELS"], is_channels_last(x)
-    v, width = shares(x, channels, *most)
-    block, num_warps = config
+    v, width = share(x, channels, most)
     pixels = x.numel() // x.shape[1]
     parts = x.shape[1] // channels * cdiv(channels, v)
     launch(
@@ -166,26 +155,26 @@ def _run_far(x: Tensor, window: dict[str, Any], kernel: Any, *args: Any, **const
     )
 
 
-def triton(x: Tensor, *lrn: Any, config: tuple[int, int] | None = None) -> Tensor:
+def triton(x: Tensor, *lrn: Any, config: tuple[int, int, int] | None = None) -> Tensor:
     x, y = dense(x, output_format(x)), empty_output(x)
     if x.numel() == 0:
         return y
     window = triton_window(x.shape[1], *lrn)
     if is_near(window):
-        _run(x, window, (1, 24), config or FORWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").forward, x, y)
+        _run(x, window, config or FORWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").forward, x, y)
     else:
         _run_far(x, window, kernels("lrn").forward_far, x, x, y, GRADIENT=False)
     return y
 
 
-def triton_backward(dy: Tensor, x: Tensor, *lrn: Any, config: tuple[int, int] | None = None) -> Tensor:
+def triton_backward(dy: Tensor, x: Tensor, *lrn: Any, config: tuple[int, int, int] | None = None) -> Tensor:
     check_same("lrn_backward", "grad", dy, x)
     dy, x, dx = dense(dy, output_format(x)), dense(x, output_format(x)), empty_output(x)
     if x.numel() == 0:
         return dx
     window = triton_window(x.shape[1], *lrn)
     if is_near(window):
-        _run(x, window, (1, 16), config or BACKWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").backward, dy, x, dx)
+        _run(x, window, config or BACKWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").backward, dy, x, dx)
     else:
         terms = torch.empty_like(x, dtype=opmath(x.dtype))
         _run_far(x, window, kernels("lrn").forward_far, x, dy, terms, GRADIENT=True)

@@ -185,22 +185,15 @@ def _backward_compiled(
     return dx, dbias if bias is None else dbias.to(bias.dtype)
 
 
-# Of the Triton kernels: lanes in a program, and warps that they are spread over; forward also, how many neighbouring
-# outputs a lane owns where their windows overlap. The first is for channels_last, the second for NCHW; the others are
-# what a GPU test checks too.
-FORWARD_CONFIGS = [(128, 4, 2), (128, 4, 1), (256, 8, 2), (64, 2, 1)]
-BACKWARD_CONFIGS = [(128, 4), (128, 4), (64, 2), (256, 8)]
+# Of the Triton kernels: lanes in a program, warps that they are spread over, and about how many channels a lane owns;
+# forward also, how many neighbouring outputs where their windows overlap. The first is for NCHW, the second for
+# channels_last, in backward of 16-bit tensors alone; the others are what a GPU test checks too.
+FORWARD_CONFIGS = [(128, 4, 8, 1), (128, 4, 8, 2), (128, 4, 16, 2), (128, 4, 8, 3), (64, 2, 8, 4)]
+BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 24), (64, 2, 16), (128, 4, 16)]
 
 
-MOST_FORWARD = 1, 8
-MOST_BACKWARD = 1, 4
-
-
-def _constants(x: Tensor, tail: Any, most_vectors: int, most_planes: int) -> dict[str, Any] | None:
-    """What both Triton kernels take; None where a window is too large to unroll.
-
-    The others are those of ``lrn.shares``; the number of planes is a power of 2, as they are joined.
-    """
+def _constants(x: Tensor, tail: Any, most: int) -> dict[str, Any] | None:
+    """What both Triton kernels take; None where a window is too large to unroll. ``most`` is that of ``lrn.share``."""
     relu, lrn, pool = tail[0], tail[1:6], tail[6:11]
     channels = x.shape[1]
     window = single_lrn.triton_window(channels, *(lrn if lrn[0] else (1, 0.0, 0.0, 1.0, 1)))
@@ -209,9 +202,9 @@ def _constants(x: Tensor, tail: Any, most_vectors: int, most_planes: int) -> dic
         return None
     channels_last = is_channels_last(x)
     if channels_last:
-        v, width = single_lrn.shares(x, window["CHANNELS"], most_vectors, 0)
-    else:
-        v = width = min(most_planes, 1 << (window["CHANNELS"] - 1).bit_length())
+        v, width = single_lrn.share(x, window["CHANNELS"], most)
+    else:  # a power of 2, as planes are joined
+        v = width = min(most, 1 << (window["CHANNELS"] - 1).bit_length())
     return {
         "C": channels,
         "RELU": relu,
@@ -226,18 +219,18 @@ def _constants(x: Tensor, tail: Any, most_vectors: int, most_planes: int) -> dic
 
 
 def triton(
-    x: Tensor, bias: Tensor | None, *args: Any, config: tuple[int, int, int] | None = None
+    x: Tensor, bias: Tensor | None, *args: Any, config: tuple[int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     *tail, with_argmax = args
     bias = _wide_bias(bias, x)
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
     if y.numel() == 0:
         return y, argmax
-    constants = _constants(x, tail, *MOST_FORWARD)
+    block, num_warps, most, r = config or FORWARD_CONFIGS[is_channels_last(x)]
+    constants = _constants(x, tail, most)
     if constants is None:
         return _triton_in_steps(x, bias, *args)
     (h, w), (oh, ow) = x.shape[2:], y.shape[2:]
-    block, num_warps, r = config or FORWARD_CONFIGS[not is_channels_last(x)]
     if constants["KW"] <= constants["SW"] or constants["DW"] > 1:
         r = 1
     columns = (
@@ -288,13 +281,14 @@ def _triton_backward_in_steps(
 
 
 def triton_backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any, config: tuple[int, int] | None = None
+    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any, config: tuple[int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     op, like = "relu_lrn_max_pool2d_backward", _empty_outputs(x, *tail, with_argmax=True)
     check_same(op, "grad", dy, like[0])
     check_same(op, "argmax", argmax, like[1]) if tail[6] else None
     wide_bias, format, dx = _wide_bias(bias, x), output_format(x), empty_output(x)
-    constants = _constants(x, tail, *MOST_BACKWARD) if x.numel() else {}
+    block, num_warps, most = config or BACKWARD_CONFIGS[is_channels_last(x) and x.element_size() == 2]
+    constants = _constants(x, tail, most) if x.numel() else {}
     if constants is None:
         dx, dbias = _triton_backward_in_steps(dy, x, wide_bias, argmax, *tail)
         return dx, dbias if bias is None else dbias.to(bias.dtype)
@@ -305,10 +299,9 @@ def triton_backward(
         channels = constants["CHANNELS"]
         lanes = rows * columns * x.shape[1] // channels * cdiv(channels, constants["V"])
         # As long as all multiprocessors are busy: the fewer, the fewer partial sums.
-        splits = min(x.shape[0], cdiv(2 * 512 * processors(x.device), lanes))
+        splits = min(x.shape[0], max(1, 4 * 512 * processors(x.device) // lanes))
     sums = x.new_empty((splits * rows * columns, x.shape[1]) if bias is not None else 0, dtype=opmath(x.dtype))
     if constants:
-        block, num_warps = config or BACKWARD_CONFIGS[not constants["CHANNELS_LAST"]]
         launch(
             kernels("relu_lrn_max_pool2d").backward,
             cdiv(splits * lanes, block),
@@ -329,8 +322,7 @@ def triton_backward(
             BLOCK=block,
             INDEX=index_dtype(splits * lanes),
             num_warps=num_warps,
-            # left alone, ptxas spills a few to make do with 128
-            maxnreg=168 if constants["CHANNELS_LAST"] else 248,
+            maxnreg=255,  # left alone, ptxas spills a few to make do with 128
             **constants,
         )
     return dx, sums if bias is None else sums.sum(0).to(bias.dtype)
