@@ -8,6 +8,7 @@ A kernel that loses the CUDA context ends the process: it starts anew, and leave
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import sys
@@ -30,7 +31,6 @@ from fastcnn.bench.providers import Call, Provider, all_providers
 from fastcnn.bench.rows import Row
 from fastcnn.bench.verify import check, expected_outputs, tolerances
 from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops import lrn, max_pool2d, relu_lrn_max_pool2d
 from fastcnn.ops._operator import IMPLEMENTATIONS
 
 from .process import Clock
@@ -89,42 +89,48 @@ def _compile(case: Case, device: str) -> list[Row]:
 # -- tuning -----------------------------------------------------------------------------------------------------------
 
 
+def arguments(case: Case, x: Tensor, dy: Tensor, argmax: Tensor) -> tuple[Any, ...]:
+    """Of the registered operator, as the benchmark calls it: without a bias, and with an argmax only for backward."""
+    forward = case.mode == "forward"
+    if case.op == "lrn":
+        return (x, *LRN.op_args()) if forward else (dy, x, *LRN.op_args())
+    if case.op == "max_pool2d":
+        if forward:
+            return x, *POOL.op_args(), False
+        return dy, argmax, list(x.shape[2:]), case.format == "channels_last", *POOL.op_args()
+    tail = True, *LRN.op_args(), *POOL.op_args()
+    return (x, None, *tail, False) if forward else (dy, x, None, argmax, *tail)
+
+
+def configurations(case: Case) -> dict[str, Callable[..., Any]]:
+    """Of a memory-bound operator, all that the Triton launchers know."""
+    module: Any = importlib.import_module(f"fastcnn.ops.{case.op}")
+    launcher, configs = (
+        (module.triton, module.FORWARD_CONFIGS)
+        if case.mode == "forward"
+        else (module.triton_backward, module.BACKWARD_CONFIGS)
+    )
+    return {f"triton {config}": functools.partial(launcher, config=config) for config in configs}
+
+
 def candidates(case: Case, x: Tensor, dy: Tensor) -> dict[str, Call]:
     """Every way to run the case that could become the default, by name: backends, and configurations of Triton's."""
     here = [name for name in ("triton", "cuda", "cpu") if not backends.why_not(name, x.device)]
     forward, backward = (IMPLEMENTATIONS[case.op + suffix] for suffix in ("", "_backward"))
     runs = forward if case.mode == "forward" else backward
-    args: tuple[Any, ...]
-    configurations: dict[str, Callable[..., Any]] = {}
     if case.op == "conv2d_relu":
         args = x, *make_parameters(case, x), *convolution_args(case), False
-        if x.is_cuda:
-            return {
-                name: functools.partial(_first, run, *args)
-                for name, run in on_gpu.candidates(x, args[1], *args[3:]).items()
-            }
-    elif case.op == "lrn":
-        args = (x, *LRN.op_args()) if case.mode == "forward" else (dy, x, *LRN.op_args())
-    elif case.op == "max_pool2d":
-        args = x, *POOL.op_args(), True
-        if case.mode == "backward":
-            argmax = forward[here[0]](*args)[1]
-            args = dy, argmax, list(x.shape[2:]), case.format == "channels_last", *POOL.op_args()
-    else:
-        tail = True, *LRN.op_args(), *POOL.op_args()
-        args = x, None, *tail, case.mode == "backward"
-        if case.mode == "backward":
-            args = dy, x, None, forward[here[0]](*args)[1], *tail
-    if "triton" in here:
-        module: Any = {"lrn": lrn, "max_pool2d": max_pool2d, "relu_lrn_max_pool2d": relu_lrn_max_pool2d}[case.op]
-        launcher, configs = (
-            (module.triton, module.FORWARD_CONFIGS)
-            if case.mode == "forward"
-            else (module.triton_backward, module.BACKWARD_CONFIGS)
-        )
-        configurations = {f"triton {config}": functools.partial(launcher, config=config) for config in configs}
+        ways = on_gpu.candidates(x, args[1], *args[3:]) if x.is_cuda else {name: runs[name] for name in here}
+        return {name: functools.partial(_first, run, *args) for name, run in ways.items()}
+    argmax = x
+    if case.mode == "backward" and case.op == "max_pool2d":
+        argmax = forward[here[0]](x, *POOL.op_args(), True)[1]
+    elif case.mode == "backward" and case.op == "relu_lrn_max_pool2d":
+        argmax = forward[here[0]](x, None, True, *LRN.op_args(), *POOL.op_args(), True)[1]
+    args = arguments(case, x, dy, argmax)
     others = {name: runs[name] for name in here if name != "triton"}
-    return {name: functools.partial(_first, run, *args) for name, run in {**configurations, **others}.items()}
+    ways = {**(configurations(case) if "triton" in here else {}), **others}
+    return {name: functools.partial(_first, run, *args) for name, run in ways.items()}
 
 
 def _first(run: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -18,9 +18,10 @@ from fastcnn.bench.cases import CONVOLUTIONS, DTYPES
 from fastcnn.bench.environment import convolution_precision
 from fastcnn.models import create_model
 from fastcnn.ops import _conv2d_relu_cuda as on_gpu
+from fastcnn.ops._operator import IMPLEMENTATIONS
 
 from .compilation import compiling_into_cache
-from .measure import network_cases
+from .measure import arguments, configurations, kernel_cases, network_cases
 from .stand_in import standing_in
 
 _DTYPES = ("bf16", "tf32")
@@ -34,14 +35,31 @@ def kernels(arch: int) -> None:
                 case.launch()
         for x, weight, bias, args in _convolutions():
             on_gpu.cudnn(x, weight, bias, *args)
+        for args, runs in _memory_bound():
+            runs[0](*args)
 
 
 def tuning(arch: int) -> None:
-    """The configurations of the convolutions that tuning tries."""
+    """The configurations that tuning tries."""
     with compiling_into_cache(arch), convolution_precision("tf32"):
         for x, weight, bias, args in _convolutions():
             for config in on_gpu.configurations(x, weight, args[3]):
                 on_gpu.triton(x, weight, bias, *args, config=config)
+        for args, runs in _memory_bound():
+            for run in runs:
+                run(*args)
+
+
+def _memory_bound() -> Iterator[tuple[tuple[Any, ...], list[Callable[..., Any]]]]:
+    """Arguments of the operators as they are measured; and their Triton launchers: the default, and every other."""
+    for case in kernel_cases(BATCH):
+        if case.op == "conv2d_relu":
+            continue
+        x = meta(case.dtype, case.format, *case.shape)
+        dy = meta(case.dtype, case.format, *case.output_shape)
+        name = case.op + ("" if case.mode == "forward" else "_backward")
+        args = arguments(case, x, dy, torch.empty_like(dy, dtype=torch.uint8))
+        yield args, [IMPLEMENTATIONS[name]["triton"], *configurations(case).values()]
 
 
 def _convolutions() -> Iterator[tuple[Any, ...]]:
