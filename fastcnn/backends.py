@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Collection
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -46,9 +48,8 @@ if torch.version.cuda is not None:
             "`pip install --no-build-isolation -e .` in the source tree builds it"
         )
 
-# (op, dtype, channels_last, size class) -> which of "triton" and "cuda" was measured to be faster there on a GPU.
-# Nothing was measured yet; where nothing was, "cuda" runs.
-MEASURED: dict[tuple[str, torch.dtype, bool, int], str] = {}
+_FASTER = Path(__file__).with_name("faster.json")
+_SMALL = 2**20  # elements of a tensor below which the host's time counts, and C++ launches sooner than Python
 
 
 def cpu_capability() -> str:
@@ -62,9 +63,18 @@ def release_memory() -> None:
         _C.release_memory()
 
 
-def size_class(tensor: Tensor) -> int:
-    """Tensors of the same class are of like size, as a GPU sees it: a factor of 16 from one class to the next."""
-    return tensor.numel().bit_length() // 4
+@functools.cache
+def _faster(op: str, dtype: torch.dtype, channels_last: bool, bits: int) -> tuple[str, ...]:
+    """Triton or CUDA C++ first: as ``faster.json``, made by ``make roofline``, has it for a tensor of about this size.
+
+    Where it says nothing, CUDA C++.
+    """
+    rows = json.loads(_FASTER.read_text())["rows"]
+    key = [op, str(dtype).removeprefix("torch."), channels_last]
+    sizes = {elements: backend for *of, elements, backend, _ in rows if of == key}
+    if not sizes or sizes[min(sizes, key=lambda elements: abs(elements.bit_length() - bits))] == "cuda":
+        return ("cuda", "triton")
+    return ("triton", "cuda")
 
 
 def _preferred(op: str, tensor: Tensor) -> tuple[str, ...]:
@@ -73,11 +83,9 @@ def _preferred(op: str, tensor: Tensor) -> tuple[str, ...]:
         return ("cpu",) if tensor.device.type == "cpu" else ()
     if op.startswith("conv2d_relu"):
         return ("triton", "cuda")  # with cuDNN beside them; it chooses by itself
-    if MEASURED:
-        key = (op, tensor.dtype, is_channels_last(tensor), size_class(tensor))
-        if MEASURED.get(key) == "triton":
-            return ("triton", "cuda")
-    return ("cuda", "triton")
+    if tensor.numel() < _SMALL:
+        return ("cuda", "triton")
+    return _faster(op, tensor.dtype, is_channels_last(tensor), tensor.numel().bit_length())
 
 
 # Triton reads it when the kernels are imported; one of its own words for yes.

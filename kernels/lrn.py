@@ -8,8 +8,8 @@ A lane of a program owns one pixel and ``V`` channels, each channel a tensor of 
 that a window sum adds registers and nothing is shared between lanes. Each lane also loads the few planes on both sides
 that its windows reach; they are in the cache, because the neighbouring lane or program owns them.
 
-- channels_last: consecutive lanes own consecutive channels, in vectors of VECTOR, 16 bytes where the channels of a group are
-  a multiple of that. No lane idles, whatever C.
+- channels_last: consecutive lanes own consecutive channels, in vectors of 16 bytes where the channels of a group are a
+  multiple of that. No lane idles, whatever C.
 - NCHW: consecutive lanes own consecutive pixels, so that every plane is one coalesced load.
 """
 
@@ -87,8 +87,8 @@ def load_parts(
 ):
     """What holds channels ``first - BEFORE ... first + V - 1 + AFTER`` of each lane; OTHER outside its group.
 
-    Where channels are last, vectors of VECTOR channels between vectors of their neighbours; else planes. ``at`` is where the
-    lane's first own channel is, ``first`` its number among the ``CHANNELS`` of its group.
+    Where channels are last, vectors of VECTOR channels between vectors of their neighbours; else planes. ``at`` is
+    where the lane's first own channel is, ``first`` its number among the ``CHANNELS`` of its group.
     """
     parts = ()
     if CHANNELS_LAST:
@@ -207,7 +207,7 @@ def powers(s, QUARTERS: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def window_sums(x, SIZE: tl.constexpr, SQUARES: tl.constexpr):
-    """Of all windows of SIZE neighbouring planes, or of their squares: each adds up pairs that it shares with others."""
+    """Of all windows of SIZE neighbouring planes, or of their squares: each adds up pairs that windows share."""
     pairs = ()
     for i in tl.static_range(len(x) - 1):
         pairs = pairs + (x[i] * x[i] + x[i + 1] * x[i + 1] if SQUARES else x[i] + x[i + 1],)
@@ -297,12 +297,7 @@ def lanes(
     pid = tl.program_id(0).to(INDEX)
     if CHANNELS_LAST:
         lane = pid * BLOCK + tl.arange(0, BLOCK)
-        first = lane % PARTS * V
-        if CHANNELS % V == 0:
-            at = lane.to(tl.int64) * V
-        else:
-            at = (lane // PARTS).to(tl.int64) * CHANNELS + first
-        return at, first, lane < pixels * TOTAL
+        return lane.to(tl.int64) * V, lane % PARTS * V, lane < pixels * TOTAL
     else:
         part = (pid % TOTAL).to(tl.int32)
         first = part % PARTS * V

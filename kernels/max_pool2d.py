@@ -265,8 +265,12 @@ def load_windows(
         for j in tl.static_range((KW - 1) * DW // SW + 1):
             to = at - (tl.cast(OW, tl.int64) * i + j) * (C if CHANNELS_LAST else 1)
             inside = mask & (oh >= i) & (oh - i < OH) & (ow >= j) & (ow - j < OW)
-            loaded = loaded + load_parts(dy, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
-            loaded = loaded + load_parts(argmax, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+            loaded = loaded + load_parts(
+                dy, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST
+            )
+            loaded = loaded + load_parts(
+                argmax, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST
+            )
     return loaded
 
 

@@ -22,7 +22,7 @@ def packs(dtype, elements):
 @triton.jit
 def widened(x, ACC: tl.constexpr):
     """``x``, [BLOCK, W] or [BLOCK], in float32 or float64."""
-    if x.dtype == tl.bfloat16 and ACC == tl.float32 and len(x.shape) == 2 and x.shape[1] > 1 and not _INTERPRETING:
+    if x.dtype == tl.bfloat16 and tl.float32 == ACC and len(x.shape) == 2 and x.shape[1] > 1 and not _INTERPRETING:
         # of two in a register, one is shifted up and the other one's bits are masked out
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2

@@ -300,7 +300,9 @@ def backward(
                 else:
                     d = load_parts(dy, at, first, inside, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
                 d = to_planes(d, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC)
-                z = rectified(x, b, at, first, inside, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, ACC)
+                z = rectified(
+                    x, b, at, first, inside, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, ACC
+                )
                 if LRN:
                     d = normalize_backward(d, z, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
                 out = ()

@@ -109,10 +109,15 @@ def is_near(window: dict[str, Any]) -> bool:
 
 
 def share(x: Tensor, channels: int, most: int) -> tuple[int, int]:
-    """How many of so many channels a lane owns, about ``most``, and how many of them it loads at once."""
-    width = vector(channels, x) if is_channels_last(x) else 1
-    loads = channels // width
-    return cdiv(loads, cdiv(loads, max(1, most // width))) * width, width
+    """How many of so many channels a lane owns, at most about ``most``, and how many of them it loads at once.
+
+    Where they are vectors, all lanes own as many.
+    """
+    if not is_channels_last(x):
+        return cdiv(channels, cdiv(channels, most)), 1
+    width = vector(channels, x)
+    vectors = max(n for n in range(1, max(1, most // width) + 1) if channels // width % n == 0)
+    return vectors * width, width
 
 
 def _run(x: Tensor, window: dict[str, Any], config: tuple[int, int, int], kernel: Any, *args: Any) -> None:

@@ -48,7 +48,7 @@ def compiling_into_cache(arch: int) -> Iterator[None]:
 
 
 def _linked(build: Callable[..., str], *args: Any) -> str:
-    """Also where the linker leaves out libraries of which nothing is used, as it is told to here and there by default."""
+    """Also where the linker by default leaves out libraries of which nothing is used."""
     *rest, flags = args
     return build(*rest, [*flags, "-Wl,--no-as-needed", "-l:libcuda.so.1"])
 

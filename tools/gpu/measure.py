@@ -118,18 +118,20 @@ def candidates(case: Case, x: Tensor, dy: Tensor) -> dict[str, Call]:
     here = [name for name in ("triton", "cuda", "cpu") if not backends.why_not(name, x.device)]
     forward, backward = (IMPLEMENTATIONS[case.op + suffix] for suffix in ("", "_backward"))
     runs = forward if case.mode == "forward" else backward
+    ways: dict[str, Callable[..., Any]] = {name: runs[name] for name in here}
     if case.op == "conv2d_relu":
-        args = x, *make_parameters(case, x), *convolution_args(case), False
-        ways = on_gpu.candidates(x, args[1], *args[3:]) if x.is_cuda else {name: runs[name] for name in here}
-        return {name: functools.partial(_first, run, *args) for name, run in ways.items()}
+        weight, bias = make_parameters(case, x)
+        rest = *convolution_args(case), False
+        ways = on_gpu.candidates(x, weight, *rest) if x.is_cuda else ways
+        return {name: functools.partial(_first, run, x, weight, bias, *rest) for name, run in ways.items()}
     argmax = x
     if case.mode == "backward" and case.op == "max_pool2d":
         argmax = forward[here[0]](x, *POOL.op_args(), True)[1]
     elif case.mode == "backward" and case.op == "relu_lrn_max_pool2d":
         argmax = forward[here[0]](x, None, True, *LRN.op_args(), *POOL.op_args(), True)[1]
     args = arguments(case, x, dy, argmax)
-    others = {name: runs[name] for name in here if name != "triton"}
-    ways = {**(configurations(case) if "triton" in here else {}), **others}
+    if ways.pop("triton", None):
+        ways = {**configurations(case), **ways}
     return {name: functools.partial(_first, run, *args) for name, run in ways.items()}
 
 
@@ -180,7 +182,7 @@ def cases_to_compile(batch: int) -> Iterator[Case]:
 def main(
     part: str, device: str, batch: int, seconds: float, file: Path, first: int = 0, without: Sequence[str] = ()
 ) -> None:
-    """From the case of number ``first`` on; in that one, ``without`` the providers that have lost the context before."""
+    """From the case of number ``first`` on, that one ``without`` the providers that have lost the context before."""
     if part == "compilations":
         for case in cases_to_compile(batch):
             print(case, flush=True)
@@ -222,4 +224,4 @@ if __name__ == "__main__":
     torch.backends.cudnn.benchmark = True  # of torch; ours would tune on the clock of the first to be timed
     os.environ.setdefault("FASTCNN_TUNE", "0")
     part, device, batch, seconds, file, *rest = sys.argv[1:]
-    main(part, device, int(batch), float(seconds), Path(file), *map(int, rest[:1]), without=rest[1:])
+    main(part, device, int(batch), float(seconds), Path(file), int(rest[0]) if rest else 0, rest[1:])

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from tools.machine_code.kernels_table import BATCH, cases, meta
 from fastcnn.bench.cases import CONVOLUTIONS, DTYPES
 from fastcnn.bench.environment import convolution_precision
 from fastcnn.models import create_model
 from fastcnn.ops import _conv2d_relu_cuda as on_gpu
 from fastcnn.ops._operator import IMPLEMENTATIONS
+from tools.machine_code.kernels_table import BATCH, cases, meta
 
 from .compilation import compiling_into_cache
 from .measure import arguments, configurations, kernel_cases, network_cases

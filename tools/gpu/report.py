@@ -16,6 +16,7 @@ from fastcnn.bench.rows import Row
 
 MEASURED = ("kernels", "networks", "tuning")
 _MOST_NAMED = 40  # failures
+_PREDICTED = Path(__file__).parents[2] / "docs" / "roofline.json"
 
 
 class Report:
@@ -83,7 +84,7 @@ class Report:
             lines += ["", "## The kernels beside the best rival", "", *_against_the_best(self.rows["kernels"])]
         for name, rows in self.rows.items():
             if rows:
-                lines += ["", f"## All of {name}", "", *_table(rows)]
+                lines += ["", f"## All of {name}", "", *_table(rows, predictions(header.get("gpu") or ""))]
         return "\n".join(lines) + "\n"
 
 
@@ -162,16 +163,32 @@ def _share(rate: float | None, most: float | None) -> str:
     return f"{rate / most:.0%}" if rate and most else ""
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def predictions(gpu: str) -> dict[tuple[Any, ...], float]:
+    """What `make roofline` predicts of this GPU, in ms: operator, mode, shape, dtype, format, language -> ms."""
+    document = json.loads(_PREDICTED.read_text()) if _PREDICTED.exists() else {"rows": []}
+    found = {}
+    for row in document["rows"]:
+        for name, prediction in row["predictions"].items():
+            if name in gpu:
+                key = row["op"], row["mode"], tuple(row["shape"]), row["dtype"], row["format"], row["language"]
+                found[key] = prediction["ms"]
+    return found
+
+
+def _table(rows: Sequence[Row], predicted: dict[tuple[Any, ...], float]) -> list[str]:
     """Bandwidth relative to a copy, operations relative to a matrix product, both measured in the same rounds."""
-    head = ("what", "shape", "dtype", "format", "provider", "ms", "of copy", "of mm", "vs eager", "vs compile", "")
+    head = ["what", "shape", "dtype", "format", "provider", "ms", "predicted ms", "of copy", "of mm"]
+    head += ["vs eager", "vs compile", ""]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         shares = _share(row.gb_per_s, row.copy_gb_per_s), _share(row.gflop_per_s, row.matmul_gflop_per_s)
         faster = [f"{ratio:.2f}x" if ratio else "" for ratio in (row.vs_eager, row.vs_compile)]
         ms = f"{row.median_ms:.3f}" if row.median_ms else "failed"
         what, shape = f"{row.layer or row.op} {row.mode}", "x".join(map(str, row.shape))
-        cells = [what, shape, row.dtype, row.format, row.provider, ms, *shares, *faster]
+        language = row.provider.removeprefix("fastcnn.")
+        prediction = predicted.get((row.op, row.mode, tuple(row.shape), row.dtype, row.format, language))
+        told = f"{prediction:.3f}" if prediction else ""
+        cells = [what, shape, row.dtype, row.format, row.provider, ms, told, *shares, *faster]
         lines.append("| " + " | ".join([*cells, (row.failure or "").replace("|", "/")]) + " |")
     return lines
 

@@ -66,7 +66,15 @@ def kernels(file: Path, arch: int) -> list[CudaKernel]:
     demangled = subprocess.run(["c++filt", *sass], check=True, text=True, capture_output=True).stdout.splitlines()
     return [
         CudaKernel(
-            name, arch, 0, None, b"", _shared(resources[symbol]), (), {"sass": code, "resources": resources[symbol]}, symbol
+            name,
+            arch,
+            0,
+            None,
+            b"",
+            _shared(resources[symbol]),
+            (),
+            {"sass": code, "resources": resources[symbol]},
+            symbol,
         )
         for name, (symbol, code) in zip(demangled, sass.items(), strict=True)
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,9 +105,10 @@ class Counts:
     Args:
         warps: how many they are.
         issued: opcode -> instructions issued to a warp.
-        load_lines, store_lines: 128-byte lines of global memory that loads and stores touch, instruction by instruction.
+        load_lines, store_lines: 128-byte lines of global memory that loads and stores touch, each counted once for an
+            instruction.
         load_sectors: 32-byte sectors of it that a block loads, each counted once for a block.
-        store_sectors: those that stores touch, instruction by instruction.
+        load_touched, store_sectors: those that loads and stores touch, each counted once for an instruction.
         shared: wavefronts, in each of which every bank of shared memory gives or takes one word.
         waits: how often a warp comes to an instruction that needs a load which is under way.
     """
@@ -117,6 +118,7 @@ class Counts:
     load_lines: int = 0
     store_lines: int = 0
     load_sectors: int = 0
+    load_touched: int = 0
     store_sectors: int = 0
     shared: int = 0
     waits: int = 0
@@ -398,7 +400,9 @@ class _Execution:
     def _split(self, i: Instruction) -> tuple[Operand, list[Predicate], list[Operand], list[Predicate]]:
         """Result, carries out, sources, carries in."""
         result, *rest = i.operands
-        out, sources, into = [], [], []
+        out: list[Predicate] = []
+        sources: list[Operand] = []
+        into: list[Predicate] = []
         for operand in rest:
             if isinstance(operand, Predicate):
                 (into if sources else out).append(operand)
@@ -493,10 +497,7 @@ class _Execution:
         s = self._int(shift).astype(np.uint64)
         s = s & np.uint64(31) if "W" in i.modifiers else np.minimum(s, np.uint64(63))
         if "L" in i.modifiers:
-            if "U64" in i.modifiers:
-                value = (a | c << np.uint64(32)) << s >> np.uint64(32)
-            else:
-                value = a << s
+            value = (a | c << np.uint64(32)) << s >> np.uint64(32) if "U64" in i.modifiers else a << s
         elif "U64" in i.modifiers or "S64" in i.modifiers:
             value = (a | c << np.uint64(32)) >> s
         elif "S32" in i.modifiers:
@@ -550,9 +551,7 @@ class _Execution:
 
     _UISETP = _ISETP
 
-    def _combine(
-        self, how: str, first: Operand, second: Operand, value: Array, other: Operand, lanes: Array
-    ) -> None:
+    def _combine(self, how: str, first: Operand, second: Operand, value: Array, other: Operand, lanes: Array) -> None:
         with_ = self._predicate(other)
         join = np.logical_or if how == "OR" else np.logical_and
         one, two = join(value, with_), join(~value, with_)
@@ -586,7 +585,9 @@ class _Execution:
         assert isinstance(width, Immediate)
         shift = np.uint32(32 - width.bits)
         bits = self._int(a) << shift
-        self._set(result, bits >> shift if "U32" in i.modifiers else _words(bits.view(np.int32) >> np.int32(shift)), lanes)
+        self._set(
+            result, bits >> shift if "U32" in i.modifiers else _words(bits.view(np.int32) >> np.int32(shift)), lanes
+        )
 
     def _P2R(self, i: Instruction, lanes: Array) -> None:
         result, _, a, mask = i.operands
@@ -684,14 +685,16 @@ class _Execution:
         if isinstance(rest[-1], Immediate):  # two of them are one word
             if not (isinstance(b, Register) and b.number == ZERO):
                 raise NotImplementedError(i.opcode)
-            return self._set(result, np.array([rest[-1].bits], np.uint32), lanes)
+            self._set(result, np.array([rest[-1].bits], np.uint32), lanes)
+            return
         x, y, z = self._halves(a, bf16), self._halves(b, bf16), self._halves(rest[-1], bf16)
         self._set_halves(result, x[0] * y[0] + z[0], x[1] * y[1] + z[1], bf16, lanes)
 
     def _HADD2(self, i: Instruction, lanes: Array) -> None:
         result, a, b = i.operands
         if "F32" in i.modifiers:  # only the lower half counts
-            return self._set_float(result, self._halves(a, False)[0] + self._halves(b, False)[0], lanes)
+            self._set_float(result, self._halves(a, False)[0] + self._halves(b, False)[0], lanes)
+            return
         bf16 = "BF16_V2" in i.modifiers
         x, y = self._halves(a, bf16), self._halves(b, bf16)
         self._set_halves(result, x[0] + y[0], x[1] + y[1], bf16, lanes)
@@ -776,10 +779,8 @@ class _Execution:
 
     def _addresses(self, address: Operand) -> Array:
         assert isinstance(address, Address)
-        if address.wide:
-            value = self._pair(address.base).view(np.int64)
-        else:
-            value = self._bits(address.base).astype(np.int64)
+        narrow = self._bits(address.base).astype(np.int64)
+        value = self._pair(address.base).view(np.int64) if address.wide else narrow
         if address.uniform.number != ZERO:
             value = value + self._bits(address.uniform).astype(np.int64)
         return np.broadcast_to(value + address.offset, self.pc.shape)
@@ -792,6 +793,7 @@ class _Execution:
         if not lanes.any():
             return
         addresses = self._addresses(address)
+        self.counts.load_touched += _distinct(addresses >> 5, lanes)
         self.counts.load_lines += _distinct(addresses >> 7, lanes)
         sectors = addresses[lanes] >> 5 | self.block[lanes].astype(np.int64) << 48
         self.loaded.append(np.unique(sectors))
@@ -853,12 +855,27 @@ class _Execution:
             slot = self.local.setdefault(self._local_at(address) + 4 * k, np.zeros_like(self.r[0]))
             np.copyto(slot, self.r[_next(value, k)], where=lanes)
 
+    def _LDSM(self, i: Instruction, lanes: Array) -> None:
+        """Matrices of 8 rows of 16 bytes, whose addresses the first lanes have: lane k gets word k % 4 of row k // 4."""
+        if i.modifiers[:2] != ("16", "M88") or not lanes.all():
+            raise NotImplementedError(i.opcode)
+        result, address = i.operands
+        assert isinstance(result, Register)
+        count = int(i.modifiers[2]) if len(i.modifiers) > 2 else 1
+        lane = np.arange(self.pc.size) % WARP
+        at = self._shared_at(address, lane < 8 * count, 16).reshape(-1, count, 8)
+        words = self.shared.reshape(-1).view(np.uint32)[at[..., None] // 4 + np.arange(4)]
+        for k in range(count):
+            self._set(Register(result.number + k), words[:, k].reshape(-1), lanes)
+
     def _SHFL(self, i: Instruction, lanes: Array) -> None:
         inside, result, a, by, _ = i.operands
         value = self._int(a).reshape(-1, WARP)
         lane = np.arange(WARP)
         distance = np.broadcast_to(self._int(by).astype(np.int64), self.pc.shape).reshape(-1, WARP)
-        source = {"BFLY": lane ^ distance, "IDX": distance, "UP": lane - distance, "DOWN": lane + distance}[i.modifiers[0]]
+        source = {"BFLY": lane ^ distance, "IDX": distance, "UP": lane - distance, "DOWN": lane + distance}[
+            i.modifiers[0]
+        ]
         exists = (source >= 0) & (source < WARP)
         taken = np.take_along_axis(value, np.where(exists, source, lane), 1)
         self._set(result, taken.reshape(-1), lanes)
@@ -874,7 +891,7 @@ _COMPARE = {
     "NE": np.not_equal,
 }
 _FLOAT_COMPARISONS = {*_COMPARE, *(f"{name}U" for name in _COMPARE), "NAN", "NUM"}
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "RCP": lambda x: 1 / x,
     "RSQ": lambda x: 1 / np.sqrt(x),
     "SQRT": np.sqrt,
@@ -953,8 +970,8 @@ def _wavefronts(addresses: Array, lanes: Array, width: int) -> int:
     first = np.diff(ordered, axis=-1, prepend=np.full((*ordered.shape[:2], 1), -1)) != 0
     first &= ordered >= 0
     group = np.arange(ordered.shape[0] * ordered.shape[1]).reshape(*ordered.shape[:2], 1)
-    banks = np.bincount(
-        (group * 32 + ordered % 32)[first], minlength=ordered.shape[0] * ordered.shape[1] * 32
-    ).reshape(-1, 32)
+    banks = np.bincount((group * 32 + ordered % 32)[first], minlength=ordered.shape[0] * ordered.shape[1] * 32).reshape(
+        -1, 32
+    )
     total = int(banks.max(1).sum())
     return total

@@ -10,12 +10,11 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
-import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.bench.cases import DTYPES, FORMATS, LRN, POOL
+from fastcnn.ops import _conv2d_relu_cuda as on_gpu
 from fastcnn.ops._operator import IMPLEMENTATIONS
 from fastcnn.params import PoolParams
 
@@ -40,9 +40,10 @@ from .sass import instructions
 BATCH = 256
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+_BESIDE_CUDNN = ("bias_relu", "relu_backward", "mask_backward")
 _SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8}
 _TILE = 1 << 20  # bytes of a buffer that stands for a tensor
-_STATIC_SHARED = 1024  # bytes of a block's shared memory that the system has
+
 
 # Channels and height of the input, and the window.
 _POOLED = {"AlexNet conv1": (96, 55), "AlexNet conv2": (256, 27), "AlexNet conv5": (256, 13)}
@@ -60,7 +61,8 @@ class Work:
     """A call of an operator.
 
     Args:
-        op: "lrn", "max_pool2d" or "relu_lrn_max_pool2d".
+        op: "lrn", "max_pool2d", "relu_lrn_max_pool2d"; or what runs beside cuDNN's convolution, in Triton alone:
+            "bias_relu", "relu_backward" and, where the weights are frozen, "mask_backward".
         layer: whose output it works on.
         dtype: a key of ``DTYPES``.
         format: a key of ``FORMATS``.
@@ -88,6 +90,15 @@ class Work:
         return self.op + ("_backward" if self.mode == "backward" else "")
 
     @property
+    def elements(self) -> int:
+        return self.tensors["x"].numel()
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """In which there is a kernel."""
+        return ("triton",) if self.op in _BESIDE_CUDNN else ("triton", "cuda")
+
+    @property
     def channels_last(self) -> bool:
         return self.format == "channels_last"
 
@@ -105,6 +116,9 @@ class Work:
             shape = [*self.shape[:2], *self.pool.output_size(*self.shape[2:])]
             found["y"] = torch.empty(shape, dtype=x.dtype, **options)
             found["argmax"] = torch.empty(shape, dtype=torch.uint8, **options)
+        if self.op in _BESIDE_CUDNN:
+            found["mask"] = torch.empty(x.numel() // 8, dtype=torch.uint8, device="meta")
+            found["bias"] = torch.empty(self.shape[1], dtype=x.dtype, device="meta")
         if self.is_tail:
             found["bias"] = torch.empty(self.shape[1], dtype=torch.float32, device="meta")
         return found
@@ -113,6 +127,10 @@ class Work:
     def bytes(self) -> int:
         """That must be read and written, each tensor once."""
         t = self.tensors
+        if self.op in _BESIDE_CUDNN:
+            return {"bias_relu": 2, "relu_backward": 3, "mask_backward": 2}[self.op] * t["x"].nbytes + (
+                0 if self.op == "relu_backward" else t["mask"].nbytes
+            )
         argmax = t["argmax"].nbytes if "argmax" in t else 0
         if self.mode == "forward":
             return t["x"].nbytes + t["y"].nbytes + argmax
@@ -146,6 +164,11 @@ def works(batch: int = BATCH) -> Iterator[Work]:
             if normalized:
                 yield Work("lrn", layer, *common, shape, True, None)
             yield Work("max_pool2d", layer, *common, shape, False, POOL)
+        if mode == "forward":
+            yield Work("bias_relu", "AlexNet conv1", *common, (batch, 96, 55, 55), False, None)
+        else:
+            for op in ("relu_backward", "mask_backward"):
+                yield Work(op, "AlexNet conv1", *common, (batch, 96, 55, 55), False, None)
         for layer, (c, size) in _HALVED.items():
             yield Work("max_pool2d", layer, *common, (batch, c, size, size), False, PoolParams(2))
 
@@ -160,7 +183,6 @@ class Launched:
         memory: in which.
         registers: of a thread.
         shared: bytes of a block.
-        instructions: bytes of machine code.
     """
 
     kernel: str
@@ -198,8 +220,16 @@ def parameters(kernel: Kernel, address: Callable[[Tensor], int]) -> bytes:
 
 def triton(work: Work, arch: int = 90, **options: Any) -> list[Launched]:
     """``options`` are the launcher's, such as ``config``."""
+    t = work.tensors
     with compiling(arch) as kernels:
-        IMPLEMENTATIONS[work.name]["triton"](*work.arguments(), **options)
+        if work.op == "bias_relu":
+            on_gpu._bias_relu(t["x"], t["bias"], True, rectify=True)
+        elif work.op == "relu_backward":
+            on_gpu._relu_backward(t["x"], t["x"], work.channels_last, True)
+        elif work.op == "mask_backward":
+            on_gpu._mask_backward(t["x"], t["mask"])
+        else:
+            IMPLEMENTATIONS[work.name]["triton"](*work.arguments(), **options)
     return [_launched(kernel) for kernel in kernels]
 
 
@@ -284,15 +314,15 @@ def build(arch: int) -> Path:
     target = directory / f"cuda_launches{sysconfig.get_config_var('EXT_SUFFIX')}"
     operators = "lrn", "max_pool2d", "relu_lrn_max_pool2d"
     sources = [*(ROOT / "csrc" / "cuda" / f"{op}.cu" for op in operators), HERE / "recorder.cpp"]
-    with open(directory / "build.ninja", "w") as file:
-        n = ninja.ninja_syntax.Writer(file, width=120)
-        options = f"{' '.join(compiled_cuda.FLAGS)} -arch=sm_{arch} -Xcompiler=-fPIC,-fvisibility=hidden {includes}"
-        n.rule("nvcc", f"{nvcc} -MD -MF $out.d {options} -c $in -o $out", depfile="$out.d", deps="gcc")
-        n.rule("link", "g++ -shared -Wl,-z,lazy $in -o $out")  # what is never called is nowhere
-        objects = [str(directory / f"{source.stem}.o") for source in sources]
-        for source, made in zip(sources, objects, strict=True):
-            n.build(made, "nvcc", str(source))
-        n.build(str(target), "link", objects)
+    objects = {source: directory / f"{source.stem}.o" for source in sources}
+    options = f"{' '.join(compiled_cuda.FLAGS)} -arch=sm_{arch} -Xcompiler=-fPIC,-fvisibility=hidden {includes}"
+    lines = [
+        f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {options} -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule link\n  command = g++ -shared -Wl,-z,lazy $in -o $out",  # what is never called is nowhere
+        *(f"build {made}: nvcc {source}" for source, made in objects.items()),
+        f"build {target}: link {' '.join(map(str, objects.values()))}",
+    ]
+    (directory / "build.ninja").write_text("\n".join(lines) + "\n")
     run = subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", directory], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(run.stdout + run.stderr)

@@ -1,34 +1,64 @@
-"""How fast a launch can be, from its machine code: the time that each part of a GPU would need for it alone.
+"""How fast a kernel can be, predicted from its machine code: ``make roofline``.
 
-The counts are those of :mod:`.execute`, of some blocks, for the whole launch. What takes longest binds; the others
-overlap with it. No part can be kept busy all the time, so each has a share that kernels have been seen to reach.
+:mod:`.execute` counts what some blocks of a launch do. From the counts follows the time that each part of a GPU would
+need for it alone::
+
+    issue   instructions / 75% of the issue slots
+    pipe    instructions of the kind / 85% of what the pipe takes: fma, imad, alu, half, mufu, lsu
+    l1      128-byte lines that each load and store touches, and wavefronts of shared memory / 85% of one a clock
+    l2      32-byte sectors that a block loads, once each, or stores / 85% of 64 bytes a clock and multiprocessor
+    memory  bytes that must be read and written / the rate of a copy
+    latency clocks that a warp waits for its loads, as often as warps follow each other on a multiprocessor
+
+They overlap, so that the longest is the prediction; unless it is memory's, it is stretched by the last wave of blocks,
+which leaves multiprocessors idle. 75% and 85% leave what dependent instructions, barriers and an uneven mix of warps
+cost. Sources: NVIDIA's Nsight Compute documentation (pipes, wavefronts, sectors); Williams, Waterman, Patterson,
+"Roofline", 2009; Little's law for latency.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import re
+import shutil
+import subprocess
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastcnn.bench.cases import DTYPES, Case
 
 from .execute import Counts, execute
-from .launches import Launched
+from .launches import BATCH, ROOT, Cuda, Launched, Work, triton, works
 
+TABLE, ROWS = ROOT / "docs" / "roofline.md", ROOT / "docs" / "roofline.json"
+FASTER = ROOT / "fastcnn" / "faster.json"  # from it the operators choose
+FLOORS = ROOT / "tests" / "roofline_floors.json"
+LANGUAGES = ("triton", "cuda")
+OPS = ("lrn", "max_pool2d", "relu_lrn_max_pool2d")
 _BLOCKS = 16  # of a launch, that are executed
+_ISSUE_SHARE, _PIPE_SHARE = 0.75, 0.85
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What the parts of a multiprocessor do in a clock.
+    """What a GPU does.
 
     Args:
-        name: of the GPU.
+        name: a key of ``gpus.json``.
         multiprocessors: how many it has.
-        ghz: its clock under such loads.
+        ghz: its clock.
         copy_gb_per_s: bytes read and written by a copy.
-        lanes: pipe -> lanes of an instruction that it finishes.
-        latency: clocks from a load to its use, on a busy device.
-        issue_share, pipe_share: how much of the issue slots, and of a pipe, a kernel can use.
+        lanes: pipe -> lanes of an instruction that a multiprocessor finishes in a clock.
+        latency: clocks until a load that misses the L1 cache, or does not, can be used.
+        source: "assumed", or the device that was calibrated.
     """
 
     name: str
@@ -36,96 +66,359 @@ class GPU:
     ghz: float
     copy_gb_per_s: float
     lanes: dict[str, float]
-    latency: float
-    issue_share: float = 0.75
-    pipe_share: float = 0.85
+    latency: tuple[float, float]
+    source: str = "assumed"
 
 
-LANES = {"issue": 128, "fma": 128, "imad": 64, "alu": 64, "mufu": 16, "lsu": 32, "l1": 32, "l2": 64, "half": 128}
-H100 = GPU("H100", 132, 1.755, 3000, LANES, 800)
-H200 = GPU("H200", 132, 1.98, 4300, LANES, 800)
+@cache
+def gpus() -> tuple[GPU, ...]:
+    """Those of ``gpus.json``, with what ``make gpu`` measured in the place of what is assumed."""
+    assumed = json.loads(Path(__file__).with_name("gpus.json").read_text())
+    found = [GPU(name, **fields) for name, fields in assumed.items() if name != "comment"]
+    return tuple(_calibrated(gpu, _results()) for gpu in found)
 
-_FMA = {"FADD", "FMUL", "FFMA"}
-_HALF = {"HFMA2", "HADD2", "HMUL2"}
-_MUFU = {"MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO", "BREV"}
-_LSU = {"LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL", "LDSM", "LDGSTS"}
-_OTHER = {"BRA", "EXIT", "BSSY", "BSYNC", "BREAK", "CALL", "RET", "WARPSYNC", "BAR", "NOP", "LDC", "S2R", "S2UR", "R2UR", "DEPBAR"}
+
+def _results() -> list[dict[str, Any]]:
+    """What `make gpu` wrote on GPUs."""
+    return [json.loads(file.read_text()) for file in sorted((ROOT / "benchmarks/results").glob("*/results.json"))]
+
+
+# Kind of instruction that is calibrated -> pipes that take it.
+_CALIBRATED = {"FFMA": ("fma",), "IMAD": ("imad",), "PRMT": ("alu",), "MUFU": ("mufu",), "LDS": ("lsu", "l1")}
+
+
+def _calibrated(gpu: GPU, results: Iterable[dict[str, Any]]) -> GPU:
+    for document in results:
+        figures = {f["what"]: f for f in document.get("parts", {}).get("calibration", {}).get("figures", ())}
+        if gpu.name not in (document["header"].get("gpu") or "") or not figures.keys() >= _CALIBRATED.keys():
+            continue
+        lanes = {pipe: figures[kind]["lanes_per_clock"] for kind, pipes in _CALIBRATED.items() for pipe in pipes}
+        return replace(
+            gpu,
+            ghz=max(figures[kind]["ghz"] for kind in _CALIBRATED),
+            copy_gb_per_s=figures["rates"]["copy_gb_per_s"],
+            lanes={**gpu.lanes, **lanes},
+            latency=(figures["latency"]["idle_clocks"], gpu.latency[1]),
+            source=document["header"]["gpu"],
+        )
+    return gpu
+
+
+# -- what a launch needs ----------------------------------------------------------------------------------------------
+
+_PIPES = {
+    **dict.fromkeys(("FADD", "FMUL", "FFMA"), "fma"),
+    **dict.fromkeys(("HFMA2", "HADD2", "HMUL2", "HSET2", "HSETP2"), "half"),
+    **dict.fromkeys(("MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO", "BREV"), "mufu"),
+    **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL", "LDSM"), "lsu"),
+    **dict.fromkeys(("BRA", "EXIT", "BSSY", "BSYNC", "BREAK", "CALL", "RET", "WARPSYNC", "BAR", "NOP", "DEPBAR"), ""),
+    **dict.fromkeys(("LDC", "S2R", "S2UR", "R2UR"), ""),
+    "IMAD": "imad",
+}
 
 
 def pipe(opcode: str) -> str:
     """What executes an instruction of this opcode; nothing of interest where that is empty."""
     name = opcode.partition(".")[0]
-    if name in _FMA:
-        return "fma"
-    if name in _HALF:
-        return "half"
-    if name == "IMAD":
-        return "imad"
-    if name in _MUFU:
-        return "mufu"
-    if name in _LSU:
-        return "lsu"
-    return "" if name in _OTHER or name.startswith("U") else "alu"
+    return _PIPES.get(name, "" if name.startswith("U") else "alu")
 
 
 def resident_warps(launched: Launched) -> int:
     """That a multiprocessor of sm_90 has room for."""
     launch = launched.launch
-    registers = -(-launched.registers * 32 // 256) * 256  # of a warp
+    registers = -(-launched.registers // 8) * 8 * 32  # of a warp
     blocks = min(32, 64 // launch.warps, 65536 // registers // launch.warps)
-    blocks = min(blocks, (228 << 10) // (launched.shared + 1024))
-    return blocks * launch.warps
+    return min(blocks, (228 << 10) // (launched.shared + 1024)) * launch.warps
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one launch asks of any GPU.
+
+    Args:
+        kernel: name of its function.
+        work: pipe, or "issue", "l1" -> instructions or wavefronts of all warps; "l2" -> bytes.
+        warps: of the launch.
+        resident: warps that a multiprocessor has room for.
+        registers: of a thread.
+        waits: of a warp for loads.
+        missed: share of the sectors that loads touch which are not in the L1 cache.
+        in_flight: bytes of loads under way in a multiprocessor.
+    """
+
+    kernel: str
+    work: dict[str, float]
+    warps: int
+    resident: int
+    registers: int
+    waits: float
+    missed: float
+    in_flight: float
+
+    def seconds(self, gpu: GPU) -> dict[str, float]:
+        """That each part needs."""
+        clocks = {name: 32 * n / gpu.lanes[name] / gpu.multiprocessors for name, n in self.work.items()}
+        clocks["l2"] /= 32
+        for name in clocks:
+            clocks[name] /= _ISSUE_SHARE if name == "issue" else _PIPE_SHARE
+        latency = self.missed * gpu.latency[0] + (1 - self.missed) * gpu.latency[1]
+        clocks["latency"] = max(self.waves(gpu), 1) * self.waits * latency
+        return {name: n / gpu.ghz / 1e9 for name, n in clocks.items()}
+
+    def waves(self, gpu: GPU) -> float:
+        return self.warps / (self.resident * gpu.multiprocessors)
+
+
+def needs(launched: Launched) -> Needs:
+    launch = launched.launch
+    blocks = sorted({round(i * (launch.blocks - 1) / (_BLOCKS - 1)) for i in range(_BLOCKS)})
+    counts = execute(launch, launched.memory, blocks)
+    scale, resident = launch.blocks / len(blocks), resident_warps(launched)
+    return Needs(
+        launched.kernel,
+        {name: scale * n for name, n in _work(counts).items()},
+        launch.blocks * launch.warps,
+        resident,
+        launched.registers,
+        counts.waits / counts.warps,
+        counts.load_sectors / max(counts.load_touched, 1),
+        32 * counts.load_sectors / max(counts.waits, 1) * resident,
+    )
+
+
+def _work(counts: Counts) -> dict[str, float]:
+    work: Counter[str] = Counter()
+    for opcode, n in counts.issued.items():
+        work["issue"] += n
+        work[pipe(opcode)] += n
+    del work[""]
+    work["l1"] = counts.load_lines + counts.store_lines + counts.shared
+    work["l2"] = 32 * (counts.load_sectors + counts.store_sectors)
+    return dict(work)
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one launch: seconds that each part would need, and what makes them up."""
+    """Of one GPU: milliseconds, the share of a copy of as many bytes, and what binds the longest launch."""
 
-    kernel: str
-    seconds: dict[str, float]
-    warps: int
-    waves: float
-    resident: int
-    in_flight: float
-    counts: dict[str, float]
+    ms: float
+    share: float
+    binds: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator in one language; ``first_elements`` are those of its first argument."""
+
+    op: str
+    layer: str
+    dtype: str
+    format: str
+    mode: str
+    shape: tuple[int, ...]
+    first_elements: int
+    language: str
+    bytes: int
+    launches: list[Needs]
+    predictions: dict[str, Prediction]
 
     @property
-    def binds(self) -> str:
-        return max(self.seconds, key=lambda part: self.seconds[part])
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
     @property
-    def time(self) -> float:
-        waves = math.ceil(self.waves) / self.waves
-        return max(self.seconds.values()) * (waves if self.binds != "memory" else 1)
+    def registered(self) -> str:
+        return self.op + ("_backward" if self.mode == "backward" else "")
+
+    @property
+    def key(self) -> str:
+        return f"{self.op} {self.mode}, {self.layer}, {self.dtype}, {self.format}"
 
 
-def count(launched: Launched) -> tuple[Counts, float]:
-    """Of some blocks, and of how many blocks of the launch each stands for."""
-    blocks = launched.launch.blocks
-    chosen = sorted({round(i * (blocks - 1) / (_BLOCKS - 1)) for i in range(_BLOCKS)}) if blocks > 1 else [0]
-    return execute(launched.launch, launched.memory, chosen), blocks / len(chosen)
+def predict(bytes_moved: int, launches: Sequence[Needs], gpu: GPU) -> Prediction:
+    copy = bytes_moved / gpu.copy_gb_per_s / 1e9
+    total, binds = 0.0, ""
+    for i, launch in enumerate(launches):
+        seconds = launch.seconds(gpu)
+        longest = max(seconds, key=lambda part: seconds[part])
+        waves = launch.waves(gpu)
+        time = seconds[longest] * (1 if longest == "latency" else math.ceil(waves) / waves)
+        if i == 0:
+            binds = longest if time > copy else "memory"
+            time = max(time, copy)
+        total += time
+    return Prediction(1e3 * total, copy / total, binds)
 
 
-def predict(launched: Launched, bytes_moved: int, gpu: GPU, counted: tuple[Counts, float]) -> Prediction:
-    counts, scale = counted
-    launch = launched.launch
-    pipes: Counter[str] = Counter()
-    for opcode, n in counts.issued.items():
-        pipes["issue"] += n
-        pipes[pipe(opcode)] += n
-    pipes.pop("", None)
-    pipes["l1"] = counts.load_lines + counts.store_lines + counts.shared
-    work = {name: scale * n for name, n in pipes.items()}
-    clocks = {name: n * 32 / gpu.lanes[name] / gpu.multiprocessors for name, n in work.items()}
-    clocks["l2"] = 32 * scale * (counts.load_sectors + counts.store_sectors) / gpu.lanes["l2"] / gpu.multiprocessors
-    seconds = {
-        name: n / gpu.ghz / 1e9 / (gpu.issue_share if name == "issue" else gpu.pipe_share) for name, n in clocks.items()
+def row(work: Work, language: str) -> Row:
+    launched = triton(work) if language == "triton" else _cuda().launches(work)
+    launches = [needs(launch) for launch in launched]
+    predictions = {gpu.name: predict(work.bytes, launches, gpu) for gpu in gpus()}
+    fields = {name: getattr(work, name) for name in ("op", "layer", "dtype", "format", "mode", "shape")}
+    first = work.arguments()[0].numel() if work.op in OPS else work.elements
+    return Row(
+        **fields,
+        first_elements=first,
+        language=language,
+        bytes=work.bytes,
+        launches=launches,
+        predictions=predictions,
+    )
+
+
+_cuda = cache(Cuda)
+
+
+def compiler(language: str) -> str:
+    """Name and version of what makes the machine code."""
+    if language == "triton":
+        return f"triton {metadata.version('triton')}"
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\S+),", told)
+    return f"nvcc {found[1] if found else told}"
+
+
+def _row(pair: tuple[Work, str]) -> Row:
+    return row(*pair)
+
+
+def rows(languages: Sequence[str]) -> list[Row]:
+    pairs = [(work, language) for work in works() for language in languages if language in work.languages]
+    if "cuda" in languages:
+        _cuda()  # built once, before the others
+    with ProcessPoolExecutor() as pool:
+        return list(pool.map(_row, pairs))
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def document(found: Sequence[Row], languages: Sequence[str]) -> dict[str, Any]:
+    return {
+        "compilers": [compiler(language) for language in languages],
+        "gpus": [asdict(gpu) for gpu in gpus()],
+        "rows": [asdict(row) for row in found],
     }
-    seconds["memory"] = bytes_moved / gpu.copy_gb_per_s / 1e9
-    resident = resident_warps(launched)
-    warps = launch.blocks * launch.warps
-    waves = warps / resident / gpu.multiprocessors
-    waits = counts.waits / counts.warps
-    seconds["latency"] = max(waves, 1) * waits * gpu.latency / gpu.ghz / 1e9
-    in_flight = resident * 32 * counts.load_sectors / max(counts.waits, 1)
-    return Prediction(launched.kernel, seconds, warps, waves, resident, in_flight, work)
+
+
+def floors(found: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Compiler -> row -> the share of a copy on an H100 that is predicted."""
+    by_compiler: dict[str, dict[str, float]] = {}
+    for row in found:
+        share = row.predictions["H100"].share
+        by_compiler.setdefault(compiler(row.language), {})[row.key] = math.floor(1000 * share) / 1000
+    return by_compiler
+
+
+def faster(found: Sequence[Row]) -> dict[str, Any]:
+    """Which language is faster for each operator, dtype, format and number of elements of its first argument.
+
+    As predicted for an H100; where both were measured, as measured.
+    """
+    times: dict[tuple[str, str, bool, int], dict[str, float]] = {}
+    for row in found:
+        if row.op in OPS:
+            key = row.registered, _name(row.dtype), row.format == "channels_last", row.first_elements
+            times.setdefault(key, {})[row.language] = row.predictions["H100"].ms
+    measured = {key: ms for document in _results() for key, ms in _measured(document).items() if len(ms) == 2}
+    chosen = [
+        [*key, min(ms, key=lambda language: ms[language]), "measured" if key in measured else "predicted"]
+        for key, ms in sorted({**times, **measured}.items())
+        if len(ms) == 2
+    ]
+    return {"columns": ["op", "dtype", "channels_last", "elements", "faster", "source"], "rows": chosen}
+
+
+def _name(dtype: str) -> str:
+    return str(DTYPES[dtype]).removeprefix("torch.")
+
+
+def _measured(document: dict[str, Any]) -> dict[tuple[str, str, bool, int], dict[str, float]]:
+    """Milliseconds of the rows of a ``results.json``."""
+    times: dict[tuple[str, str, bool, int], dict[str, float]] = {}
+    for fields in document["rows"]:
+        language = fields["provider"].removeprefix("fastcnn.")
+        if fields["op"] not in OPS or language not in LANGUAGES or not fields["median_ms"]:
+            continue
+        case = Case(fields["op"], tuple(fields["shape"]), fields["dtype"], fields["format"], fields["mode"])
+        forward = case.mode == "forward"
+        elements = math.prod(case.shape if forward else case.output_shape)
+        name = case.op if forward else f"{case.op}_backward"
+        key = name, _name(case.dtype), case.format == "channels_last", elements
+        times.setdefault(key, {})[language] = fields["median_ms"]
+    return times
+
+
+_HEAD = f"""# Predicted speed of the memory-bound kernels
+
+Written by `make roofline`, on a machine that needs no GPU, from the machine code for sm_90: predictions, not
+measurements. Each kernel is executed, instruction by instruction, for {_BLOCKS} blocks of its launch at batch {BATCH};
+`tools/machine_code/roofline.py` has the formula. A cell is the predicted share of a copy that moves as many bytes, and
+what binds; then instructions issued per element of the input.
+
+"""
+
+
+def markdown(found: Sequence[Row], languages: Sequence[str]) -> str:
+    by_key: dict[str, dict[str, Row]] = {}
+    for row in found:
+        by_key.setdefault(row.key, {})[row.language] = row
+    text = _HEAD + "".join(f"- {gpu.name}: {_constants(gpu)}\n" for gpu in gpus())
+    text += f"- compilers: {', '.join(compiler(language) for language in languages)}\n\n"
+    head = ["operator", "layer", "dtype", "format", "MB"]
+    for language in languages:
+        name = {"triton": "Triton", "cuda": "CUDA C++"}[language]
+        head += [f"{name}, {gpu.name}" for gpu in gpus()] + [f"{name}, issued"]
+    lines = [head, ["---"] * len(head)]
+    for members in by_key.values():
+        first = next(iter(members.values()))
+        cells = [f"{first.op} {first.mode}", first.layer, first.dtype, first.format, f"{first.bytes / 1e6:.0f}"]
+        for language in languages:
+            cells += _cells(members.get(language))
+        lines.append(cells)
+    return text + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _constants(gpu: GPU) -> str:
+    return (
+        f"{gpu.source}; {gpu.multiprocessors} multiprocessors at {gpu.ghz:.2f} GHz, copy {gpu.copy_gb_per_s:.0f} GB/s, "
+        f"latency {gpu.latency[0]:.0f} clocks"
+    )
+
+
+def _cells(row: Row | None) -> list[str]:
+    if row is None:
+        return [""] * (len(gpus()) + 1)
+    issued = 32 * sum(launch.work["issue"] for launch in row.launches) / row.elements
+    shares = [f"{p.share:.0%} {p.binds}" for p in (row.predictions[gpu.name] for gpu in gpus())]
+    return [*shares, f"{issued:.1f}"]
+
+
+def _compact(document: dict[str, Any]) -> str:
+    """A line for each row."""
+    rows = ",\n".join(json.dumps(row) for row in document["rows"])
+    return f'{{"columns": {json.dumps(document["columns"])}, "rows": [\n{rows}\n]}}\n'
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.machine_code.roofline", description="``make roofline``")
+    parser.add_argument("--floors", action="store_true", help="only note the floors of this compiler of Triton")
+    options = parser.parse_args(arguments)
+    languages = LANGUAGES[:1] if options.floors else LANGUAGES
+    found = rows(languages)
+    known = json.loads(FLOORS.read_text()) if FLOORS.exists() else {}
+    FLOORS.write_text(json.dumps({**known, **floors(found)}, indent=1) + "\n")
+    if options.floors:
+        return
+    TABLE.write_text(markdown(found, languages))
+    FASTER.write_text(_compact(faster(found)))
+    ROWS.write_text(json.dumps(document(found, languages), indent=1) + "\n")
+    print(markdown(found, languages))
+
+
+if __name__ == "__main__":
+    main()
