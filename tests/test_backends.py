@@ -1,5 +1,7 @@
 """Which backend runs, and what is said about those that cannot."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -215,19 +217,37 @@ def cuda_library(monkeypatch):
         cache.cache_clear()
 
 
-def test_cuda_runs_where_nothing_was_measured_and_triton_where_it_was_faster(cuda_library, monkeypatch):
+def test_the_faster_language_of_a_tensor_of_about_this_size_runs(cuda_library, monkeypatch, tmp_path):
     pytest.importorskip("triton")
-    x = torch.zeros(2, 8, 4, 4).as_subclass(CudaTensor)
-    names = ("reference", "cpu", "triton", "cuda")
-    assert backends.choose("lrn", names, x) == "cuda"
-    measured = {("lrn", torch.float32, False, backends.size_class(x)): "triton"}
-    monkeypatch.setattr(backends, "MEASURED", measured)
-    assert backends.choose("lrn", names, x) == ("cuda" if backends.INTERPRETING else "triton")
-    assert backends.choose("max_pool2d", names, x) == "cuda"
-    assert backends.choose("conv2d_relu", names, x) == ("cuda" if backends.INTERPRETING else "triton")  # and cuDNN
-    assert backends.choose("lrn", names, torch.zeros(64, 8, 64, 64).as_subclass(CudaTensor)) == "cuda"
-    assert backends.choose("lrn", names, x.double()) == "cuda"
-    assert backends.choose("lrn", names, x.to(memory_format=torch.channels_last)) == "cuda"
+    rows = [
+        ["lrn", "float32", False, 2**22, "triton", "measured"],
+        ["lrn", "float32", False, 2**26, "cuda", "predicted"],
+        ["lrn", "float32", True, 2**22, "cuda", "predicted"],
+    ]
+    (tmp_path / "faster.json").write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(backends, "_FASTER", tmp_path / "faster.json")
+    monkeypatch.setattr(backends, "_faster", functools.cache(backends._faster.__wrapped__))
+    triton = "cuda" if backends.INTERPRETING else "triton"
+
+    def chosen(op, images, **options):
+        x = torch.empty(images, 16, 256, 256, **options).as_subclass(CudaTensor)
+        return backends.choose(op, ("reference", "cpu", "triton", "cuda"), x)
+
+    assert [chosen("lrn", images) for images in (1, 2, 4, 8, 64)] == [triton, triton, triton, triton, "cuda"]
+    assert chosen("lrn", 4, memory_format=torch.channels_last) == "cuda"
+    assert chosen("lrn", 4, dtype=torch.float64) == "cuda"  # of which nothing is known
+    assert chosen("max_pool2d", 4) == "cuda"
+    assert chosen("conv2d_relu", 4) == triton  # and cuDNN
+    small = torch.empty(2**20 - 1).as_subclass(CudaTensor)  # where the host's time counts
+    assert backends.choose("lrn", ("triton", "cuda"), small) == "cuda"
+
+
+@pytest.mark.parametrize("op", ["lrn", "lrn_backward", "max_pool2d", "max_pool2d_backward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_something_is_known_of_every_operator(op, dtype, channels_last):
+    rows = json.loads(backends._FASTER.read_text())["rows"]
+    assert [op, str(dtype).removeprefix("torch."), channels_last] in [row[:3] for row in rows]
 
 
 def test_driver_that_is_too_old_is_named(cuda_library):

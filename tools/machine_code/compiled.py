@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -162,10 +162,11 @@ class _NoGPU:
 
 
 @contextmanager
-def compiling(arch: int) -> Iterator[list[Kernel]]:
+def compiling(arch: int, then: Callable[[Kernel], object] = lambda kernel: None) -> Iterator[list[Kernel]]:
     """Launches of Triton kernels compile for ``sm_<arch>`` and end up in the list instead of running.
 
-    Not under ``TRITON_INTERPRET=1``, where there is nothing to compile.
+    ``then`` gets each of them at the time of its launch. Not under ``TRITON_INTERPRET=1``, where there is nothing to
+    compile.
     """
     kernels: list[Kernel] = []
     run = JITFunction.run
@@ -185,6 +186,7 @@ def compiling(arch: int) -> Iterator[list[Kernel]]:
                 dict(compiled.asm),
             )
         )
+        then(kernels[-1])
 
     with mock.patch.object(driver, "_active", _NoGPU(arch)), mock.patch.object(JITFunction, "run", compile):
         yield kernels

@@ -856,7 +856,7 @@ class _Execution:
             np.copyto(slot, self.r[_next(value, k)], where=lanes)
 
     def _LDSM(self, i: Instruction, lanes: Array) -> None:
-        """Matrices of 8 rows of 16 bytes, whose addresses the first lanes have: lane k gets word k % 4 of row k // 4."""
+        """Matrices of 8 rows of 16 bytes, at addresses of the first lanes: lane k gets word k % 4 of row k // 4."""
         if i.modifiers[:2] != ("16", "M88") or not lanes.all():
             raise NotImplementedError(i.opcode)
         result, address = i.operands
@@ -965,7 +965,6 @@ def _wavefronts(addresses: Array, lanes: Array, width: int) -> int:
     words = max(1, width // 4)
     word = np.where(lanes, addresses >> 2, -1).reshape(-1, words, WARP // words)
     per_lane = np.where(word[..., None] < 0, -1, word[..., None] + np.arange(words)).reshape(*word.shape[:2], -1)
-    total = 0
     ordered = np.sort(per_lane, -1)
     first = np.diff(ordered, axis=-1, prepend=np.full((*ordered.shape[:2], 1), -1)) != 0
     first &= ordered >= 0
@@ -973,5 +972,4 @@ def _wavefronts(addresses: Array, lanes: Array, width: int) -> int:
     banks = np.bincount((group * 32 + ordered % 32)[first], minlength=ordered.shape[0] * ordered.shape[1] * 32).reshape(
         -1, 32
     )
-    total = int(banks.max(1).sum())
-    return total
+    return int(banks.max(1).sum())

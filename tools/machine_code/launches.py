@@ -34,7 +34,7 @@ from fastcnn.params import PoolParams
 
 from . import compiled_cuda
 from .compiled import Kernel, compiling
-from .execute import PARAMETERS, Launch, Memory
+from .execute import PARAMETERS, Launch, Memory, execute
 from .sass import instructions
 
 BATCH = 256
@@ -42,6 +42,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 _BESIDE_CUDNN = ("bias_relu", "relu_backward", "mask_backward")
 _SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8}
+_DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+_BUFFERS = "x", "bias", "dy", "out", "argmax", "partials", "dbias", "terms"
 _TILE = 1 << 20  # bytes of a buffer that stands for a tensor
 
 
@@ -241,11 +243,35 @@ def _launched(kernel: Kernel) -> Launched:
             known[id(t)] = memory.add(_tiles(t.dtype), max(t.nbytes, 1))
         return known[id(t)]
 
-    packed = parameters(kernel, address)
-    launch = Launch(
-        instructions(kernel.sass), (kernel.grid[0], 1, 1), (32 * kernel.num_warps, 1, 1), packed, kernel.shared
-    )
+    launch = _launch(kernel, parameters(kernel, address))
     return Launched(kernel.name, launch, memory, kernel.registers, kernel.shared)
+
+
+def _launch(kernel: Kernel, packed: bytes) -> Launch:
+    grid, block = (kernel.grid[0], 1, 1), (32 * kernel.num_warps, 1, 1)
+    return Launch(instructions(kernel.sass), grid, block, packed, kernel.shared)
+
+
+def run(kernel: Kernel) -> None:
+    """Execute a launch on CPU tensors, whose elements are then what a GPU would have made of them."""
+    memory, known = Memory(), {}
+
+    def address(t: Tensor) -> int:
+        start = t.untyped_storage().data_ptr()
+        if start not in known:
+            known[start] = memory.add(_raw(t)), t
+        return known[start][0] + t.storage_offset() * t.element_size()
+
+    launch = _launch(kernel, parameters(kernel, address))
+    execute(launch, memory, range(launch.blocks))
+    for at, tensor in known.values():
+        _raw(tensor)[:] = memory.contents(at)
+
+
+def _raw(t: Tensor) -> np.ndarray[Any, Any]:
+    """The bytes of all of its storage."""
+    elements = t.untyped_storage().nbytes() // t.element_size()
+    return t.as_strided((elements,), (1,), 0).view(torch.uint8).numpy()
 
 
 # -- CUDA -------------------------------------------------------------------------------------------------------------
@@ -270,7 +296,7 @@ class Cuda:
 
         lrn = LRN.op_args() if work.normalized else (0, 0.0, 0.0, 0.0, 1)
         pool = work.pool.op_args() if work.pool is not None else ([], [], [], [], False)
-        dtype = [torch.float16, torch.bfloat16, torch.float32, torch.float64].index(t["x"].dtype)
+        dtype = _DTYPES.index(t["x"].dtype)
         task = self._module.Task(dtype, list(work.shape), work.channels_last, work.is_tail, lrn, *pool)
         where = {name: add(tensor.dtype, tensor.nbytes) for name, tensor in t.items()}
         out = where["y"] if work.mode == "forward" else add(t["x"].dtype, t["x"].nbytes)
@@ -290,6 +316,29 @@ class Cuda:
             self._launched(memory, *launch)
             for launch in self._module.record(work.name, task, buffers, self._sizes, self._multiprocessors)
         ]
+
+    def run(self, op: str, channels_last: bool, relu: bool, lrn: Any, pool: Any, **tensors: Tensor) -> None:
+        """Execute an operator on CPU tensors; their names are those of ``Task`` in csrc/cuda/kernels.h.
+
+        ``lrn`` and ``pool`` are as the registered operators take them, or None. ``x`` may be on the meta device where
+        the operator does not read it.
+        """
+        memory, x = Memory(), tensors["x"]
+        task = self._module.Task(
+            *(_DTYPES.index(x.dtype), list(x.shape), channels_last, relu),
+            *(lrn or (0, 0.0, 0.0, 0.0, 1), *(pool or ([], [], [], [], False))),
+        )
+        if "dbias" in tensors:
+            rows = self._module.bias_partials(task, self._multiprocessors)
+            tensors["partials"] = torch.empty(rows, x.shape[1])
+        tensors["terms"] = torch.empty(max(1, self._module.lrn_terms(task)))
+        at = {name: memory.add(_raw(t)) for name, t in tensors.items() if t.device.type != "meta"}
+        buffers = [at.get(name, 0) for name in _BUFFERS]
+        for launch in self._module.record(op, task, buffers, self._sizes, self._multiprocessors):
+            launched = self._launched(memory, *launch)
+            execute(launched.launch, memory, range(launched.launch.blocks))
+        for name, address in at.items():
+            _raw(tensors[name])[:] = memory.contents(address)
 
     def _launched(
         self,

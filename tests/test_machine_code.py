@@ -1,0 +1,234 @@
+"""Machine code for a GPU that is not here, executed: the kernels' own is right, and what it costs is counted right."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from promises import FORMATS, assert_bitwise, ident, randn
+
+from fastcnn import LRNParams, PoolParams, backends
+from fastcnn.ops._operator import IMPLEMENTATIONS
+
+pytest.importorskip("triton")
+if backends.INTERPRETING:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from tools.machine_code import launches
+from tools.machine_code.compiled import compiling
+from tools.machine_code.execute import Counts, Launch, Memory, _wavefronts, execute
+from tools.machine_code.sass import instructions
+
+ALEXNET = LRNParams(5, 1e-4, 0.75, 2.0), PoolParams(3, 2)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    if not shutil.which("nvcc"):
+        pytest.skip("there is no nvcc")
+    return launches.Cuda()
+
+
+def by_triton(name, *args):
+    with compiling(90, launches.run):
+        return IMPLEMENTATIONS[name]["triton"](*args)
+
+
+def by_reference(name, *args):
+    return IMPLEMENTATIONS[name]["reference"](*args)
+
+
+def assert_right(got, expected, dtype):
+    """In 16 bits the last may differ, where a sum was in another order."""
+    assert got.dtype == expected.dtype
+    assert got.stride() == expected.stride()
+    tolerance = {"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-6}
+    tolerance = {"rtol": 2e-6, "atol": 2e-6} if dtype == torch.float32 else tolerance
+    torch.testing.assert_close(got, expected, equal_nan=True, **tolerance)
+
+
+def with_nan(x):
+    """Several in a window, and windows of equal values."""
+    x = (2 * x).round() / 2
+    x[..., ::3, 1::4] = float("nan")
+    return x
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------
+
+
+@formats
+@dtypes
+@pytest.mark.parametrize("channels", [24, 7], ids=["vectors", "elements"])
+def test_triton_lrn(channels, dtype, format):
+    x, dy = randn(2, channels, 5, 7, dtype=dtype, format=format), randn(2, channels, 5, 7, dtype=dtype, seed=1)
+    dy = dy.contiguous(memory_format=format)
+    lrn = ALEXNET[0].op_args()
+    assert_right(by_triton("lrn", x, *lrn), by_reference("lrn", x, *lrn), dtype)
+    assert_right(by_triton("lrn_backward", dy, x, *lrn), by_reference("lrn_backward", dy, x, *lrn), dtype)
+
+
+@formats
+@dtypes
+@pytest.mark.parametrize("pool", [PoolParams(3, 2), PoolParams(2), PoolParams(3, 2, 1)], ids=ident)
+def test_triton_max_pool2d(pool, dtype, format):
+    """NaN and equal values included: the packed maximum has a path of its own for them."""
+    x, pool = with_nan(randn(2, 16, 9, 11, dtype=dtype, format=format)), pool.op_args()
+    y, argmax = by_triton("max_pool2d", x, *pool, True)
+    expected, places = by_reference("max_pool2d", x, *pool, True)
+    assert_bitwise(y, expected)
+    assert torch.equal(argmax, places)
+    dy = randn(*y.shape, dtype=dtype, seed=1).contiguous(memory_format=format)
+    channels_last = format == torch.channels_last
+    args = dy, places, [9, 11], channels_last, *pool
+    assert_right(by_triton("max_pool2d_backward", *args), by_reference("max_pool2d_backward", *args), dtype)
+
+
+@formats
+@dtypes
+@pytest.mark.parametrize("parts", [ALEXNET, (None, ALEXNET[1])], ids=["lrn", "no lrn"])
+def test_triton_tail(parts, dtype, format):
+    lrn, pool = parts
+    x, bias = randn(2, 24, 9, 11, dtype=dtype, format=format), randn(24, seed=2)
+    tail = True, *(lrn.op_args() if lrn else (0, 0.0, 0.0, 0.0, 1)), *pool.op_args()
+    y, argmax = by_triton("relu_lrn_max_pool2d", x, bias, *tail, True)
+    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, *tail, True)
+    assert_right(y, expected, dtype)
+    assert torch.equal(argmax, places)
+    dy = randn(*y.shape, dtype=dtype, seed=1).contiguous(memory_format=format)
+    args = dy, x, bias, places, *tail
+    dx, dbias = by_triton("relu_lrn_max_pool2d_backward", *args)
+    expected, sums = by_reference("relu_lrn_max_pool2d_backward", *args)
+    assert_right(dx, expected, dtype)
+    torch.testing.assert_close(dbias, sums, rtol=1e-5, atol=1e-5)
+
+
+# -- CUDA C++ ---------------------------------------------------------------------------------------------------------
+
+
+@formats
+@dtypes
+def test_cuda_tail(cuda, dtype, format):
+    x, bias = randn(2, 24, 9, 11, dtype=dtype, format=format), randn(24, seed=2)
+    lrn, pool, channels_last = ALEXNET[0].op_args(), ALEXNET[1].op_args(), format == torch.channels_last
+    tail = True, *lrn, *pool
+    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, *tail, True)
+    y, argmax = torch.empty_like(expected), torch.empty_like(places)
+    how = channels_last, True, lrn, pool
+    cuda.run("relu_lrn_max_pool2d", *how, x=x, bias=bias, out=y, argmax=argmax)
+    assert_right(y, expected, dtype)
+    assert torch.equal(argmax, places)
+    dy, dx, dbias = randn(*y.shape, dtype=dtype, seed=1), torch.empty_like(x), torch.empty(24)
+    dy = dy.contiguous(memory_format=format)
+    given = {"x": x, "bias": bias, "dy": dy, "argmax": places}
+    cuda.run("relu_lrn_max_pool2d_backward", *how, **given, out=dx, dbias=dbias)
+    reference = by_reference("relu_lrn_max_pool2d_backward", dy, x, bias, places, *tail)
+    assert_right(dx, reference[0], dtype)
+    torch.testing.assert_close(dbias, reference[1], rtol=1e-5, atol=1e-5)
+
+
+@formats
+@dtypes
+def test_cuda_lrn_and_max_pool2d(cuda, dtype, format):
+    x, channels_last = randn(2, 24, 9, 11, dtype=dtype, format=format), format == torch.channels_last
+    lrn, pool = ALEXNET[0].op_args(), ALEXNET[1].op_args()
+    y, dy = torch.empty_like(x), randn(*x.shape, dtype=dtype, seed=1).contiguous(memory_format=format)
+    cuda.run("lrn", channels_last, False, lrn, None, x=x, out=y)
+    assert_right(y, by_reference("lrn", x, *lrn), dtype)
+    cuda.run("lrn_backward", channels_last, False, lrn, None, x=x, dy=dy, out=y)
+    assert_right(y, by_reference("lrn_backward", dy, x, *lrn), dtype)
+    x = with_nan(x)
+    expected, places = by_reference("max_pool2d", x, *pool, True)
+    y, argmax = torch.empty_like(expected), torch.empty_like(places)
+    cuda.run("max_pool2d", channels_last, False, None, pool, x=x, out=y, argmax=argmax)
+    assert_bitwise(y, expected)
+    assert torch.equal(argmax, places)
+    dy, dx = randn(*y.shape, dtype=dtype, seed=1).contiguous(memory_format=format), torch.empty_like(x)
+    nothing = torch.empty(x.shape, dtype=dtype, device="meta")
+    cuda.run("max_pool2d_backward", channels_last, False, None, pool, x=nothing, dy=dy, argmax=places, out=dx)
+    assert_right(dx, by_reference("max_pool2d_backward", dy, places, [9, 11], channels_last, *pool), dtype)
+
+
+# -- counts, and that these tests would fail --------------------------------------------------------------------------
+
+
+@triton.jit
+def scale_kernel(x, y, n, factor, loops, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, at < n, 0.0)
+    by = tl.load(factor)
+    while loops > 0:
+        value *= by
+        loops -= 1
+    tl.store(y + at, value, at < n)
+
+
+def scaled(n, loops, elements=None):
+    """Counts of all of the launch; x has as many ``elements``, or n."""
+    x, y, factor = randn(elements or n), torch.zeros(n), torch.ones(1)
+    counted: list[Counts] = []
+
+    def count(kernel):
+        memory = Memory()
+        places = {id(t): memory.add(t.numpy()) for t in (x, y, factor)}
+        packed = launches.parameters(kernel, lambda t: places[id(t)])
+        launch = Launch(instructions(kernel.sass), (kernel.grid[0], 1, 1), (128, 1, 1), packed, kernel.shared)
+        counted.append(execute(launch, memory, range(launch.blocks)))
+
+    with compiling(90, count):
+        scale_kernel[(triton.cdiv(n, 128),)](x, y, n, factor, loops, 128, num_warps=4)
+    return counted[0]
+
+
+def test_memory_traffic_is_counted():
+    counts = scaled(256, 2)
+    assert counts.warps == 8
+    assert (counts.load_sectors, counts.store_sectors, counts.store_lines) == (
+        32 + 2,
+        32,
+        8,
+    )  # each block has the factor
+    assert (counts.load_touched, counts.load_lines) == (32 + 8, 8 + 8)  # which each of its warps loads
+    assert scaled(200, 2).store_lines == 7  # the last warp has no element
+
+
+def test_loops_are_counted_as_often_as_they_run():
+    products = [scaled(256, loops).issued["FMUL"] for loops in (16, 32, 64)]
+    assert products == [8 * loops for loops in (16, 32, 64)]
+
+
+def test_an_address_outside_of_a_tensor_is_an_error():
+    with pytest.raises(IndexError, match="of a buffer of"):
+        scaled(256, 2, elements=255)
+
+
+def test_an_unknown_instruction_is_an_error():
+    code = instructions("        /*0000*/                   FOO.BAR R1, R2 ;        /* 0x0000000000000000 */")
+    with pytest.raises(NotImplementedError, match=r"FOO\.BAR at 0x0"):
+        execute(Launch(code, (1, 1, 1), (32, 1, 1), b"", 0), Memory(), [0])
+
+
+@pytest.mark.parametrize(
+    ("addresses", "width", "wavefronts"),
+    [
+        (4 * np.arange(32), 4, 1),
+        (0 * np.arange(32), 4, 1),
+        (8 * np.arange(32), 4, 2),
+        (128 * np.arange(32), 4, 32),
+        (2 * np.arange(32), 2, 1),
+        (16 * np.arange(32), 16, 4),
+        (32 * np.arange(32), 16, 8),
+        (8 * np.arange(32), 8, 2),
+    ],
+)
+def test_bank_conflicts_are_counted(addresses, width, wavefronts):
+    assert _wavefronts(addresses, np.ones(32, bool), width) == wavefronts
+    assert _wavefronts(np.tile(addresses, 2), np.arange(64) < 32, width) == wavefronts

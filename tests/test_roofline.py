@@ -1,0 +1,132 @@
+"""``make roofline``: the formula on figures that are known, kernels that keep to their floors, and what follows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from fastcnn import backends
+
+pytest.importorskip("triton")
+if backends.INTERPRETING:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from tools.machine_code import launches, roofline
+from tools.machine_code.roofline import GPU, Needs
+
+GPU_ = GPU("G", 10, 1.0, 100.0, {"issue": 128, "alu": 64, "l1": 32, "l2": 64}, (500, 50))
+NEEDS = Needs("kernel", {"issue": 300.0, "alu": 17.0, "l1": 17.0, "l2": 0.0}, 40, 4, 32, 2.0, 0.1, 0.0)
+
+
+def seconds(**changes):
+    return {name: round(1e9 * s, 3) for name, s in replace(NEEDS, **changes).seconds(GPU_).items()}
+
+
+def test_each_part_needs_its_own_time():
+    # 10 multiprocessors issue 4 instructions to warps in a nanosecond, of which 75% can be used
+    assert seconds()["issue"] == 10.0
+    assert seconds()["alu"] == 1.0  # 17 / 2 / 85%
+    assert seconds()["l1"] == 2.0
+    assert seconds(work={**NEEDS.work, "l2": 64 * 8.5})["l2"] == 1.0
+    assert seconds()["latency"] == 2 * (0.1 * 500 + 0.9 * 50)
+    assert seconds(warps=80)["latency"] == 2 * seconds()["latency"]  # two waves
+
+
+def test_what_takes_longest_binds_and_the_last_wave_stretches_it():
+    launch = replace(NEEDS, waits=0.0, warps=50)  # 1.25 waves
+    bound = roofline.predict(100, [launch], GPU_)
+    assert bound.binds == "issue"
+    assert bound.ms == pytest.approx(1e-5 * 2 / 1.25)
+    memory = roofline.predict(10000, [launch], GPU_)
+    assert (memory.binds, memory.share, memory.ms) == ("memory", 1.0, pytest.approx(1e-4))
+    assert roofline.predict(10000, [launch, launch], GPU_).ms == pytest.approx(1e-4 + bound.ms)
+
+
+def test_calibration_takes_the_place_of_what_is_assumed():
+    figures = [{"what": kind, "lanes_per_clock": 60.0, "ghz": 1.5} for kind in roofline._CALIBRATED]
+    figures += [{"what": "rates", "copy_gb_per_s": 90.0}, {"what": "latency", "idle_clocks": 700.0}]
+    results = {"header": {"gpu": "NVIDIA G"}, "parts": {"calibration": {"figures": figures}}}
+    found = roofline._calibrated(GPU_, [{"header": {"gpu": "another"}, "parts": {}}, results])
+    assert (found.ghz, found.copy_gb_per_s, found.latency, found.source) == (1.5, 90.0, (700.0, 50), "NVIDIA G")
+    assert found.lanes == {**GPU_.lanes, **dict.fromkeys(("fma", "imad", "alu", "mufu", "lsu", "l1"), 60.0)}
+    assert roofline._calibrated(GPU_, [{**results, "parts": {}}]) == GPU_
+
+
+@pytest.mark.parametrize(
+    ("opcode", "pipe"),
+    [
+        *(("FFMA", "fma"), ("IMAD.WIDE.U32", "imad"), ("LOP3.LUT", "alu"), ("MUFU.RSQ", "mufu"), ("LDG.E.128", "lsu")),
+        *(("UIADD3", ""), ("EXIT", ""), ("HSET2.BF16_V2.EQ.AND", "half"), ("FMNMX.NAN", "alu")),
+    ],
+)
+def test_pipes_of_instructions(opcode, pipe):
+    assert roofline.pipe(opcode) == pipe
+
+
+def test_resident_warps_are_limited_by_registers_blocks_and_shared_memory():
+    launched = next(iter(launches.triton(work("lrn", "bf16"))))
+
+    def resident(**changes):
+        return roofline.resident_warps(replace(launched, **changes))
+
+    assert launched.launch.warps == 4
+    assert [resident(registers=r, shared=0) for r in (32, 33, 64, 128, 255)] == [64, 48, 32, 16, 8]
+    assert [resident(registers=32, shared=s << 10) for s in (1, 47, 113)] == [64, 16, 8]
+
+
+def work(op, dtype, format="channels_last", mode="forward", layer="AlexNet conv1"):
+    wanted = op, layer, dtype, format, mode
+    return next(w for w in launches.works() if (w.op, w.layer, w.dtype, w.format, w.mode) == wanted)
+
+
+# -- floors -----------------------------------------------------------------------------------------------------------
+
+CHECKED = [
+    work(*what) for what in product(roofline.OPS, ("bf16", "fp32"), ("channels_last", "NCHW"), ("forward", "backward"))
+]
+
+
+def _shares(pair):
+    row = roofline.row(*pair)
+    return row.key, row.predictions["H100"].share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", roofline.LANGUAGES)
+def test_no_kernel_falls_below_its_floor(language):
+    """With a compiler for which there are floors; they are those of the GPU as it is assumed or was calibrated."""
+    if language == "cuda" and not shutil.which("nvcc"):
+        pytest.skip("there is no nvcc")
+    floors = json.loads(roofline.FLOORS.read_text()).get(roofline.compiler(language))
+    if floors is None:
+        pytest.skip(f"there are no floors for {roofline.compiler(language)}; `make roofline` writes them")
+    if language == "cuda":
+        launches.build(90)
+    with ProcessPoolExecutor() as pool:
+        shares = dict(pool.map(_shares, [(w, language) for w in CHECKED]))
+    assert len(shares) == len(CHECKED)
+    below = {key: (share, floors[key]) for key, share in shares.items() if share < floors[key]}
+    assert not below
+
+
+# -- what follows ------------------------------------------------------------------------------------------------------
+
+
+def test_operators_choose_what_is_predicted_or_was_measured_to_be_faster():
+    document = json.loads(roofline.ROWS.read_text())
+    rows = json.loads(roofline.FASTER.read_text())["rows"]
+    predicted = {
+        (r["op"] + ("_backward" if r["mode"] == "backward" else ""), r["dtype"], r["format"], r["first_elements"])
+        for r in document["rows"]
+        if r["op"] in roofline.OPS
+    }
+    assert len(rows) >= len(predicted)
+    for op, dtype, channels_last, elements, faster, source in rows:
+        assert source in ("predicted", "measured")
+        assert faster in backends._faster(op, getattr(torch, dtype), channels_last, elements.bit_length())[0]
