@@ -203,8 +203,8 @@ def _constants(x: Tensor, tail: Any, most: int) -> dict[str, Any] | None:
     channels_last = is_channels_last(x)
     if channels_last:
         v, width = single_lrn.share(x, window["CHANNELS"], most)
-    else:  # a power of 2, as planes are joined
-        v = width = min(most, 1 << (window["CHANNELS"] - 1).bit_length())
+    else:  # a power of 2, as planes are joined; of more than 8 the windows would not fit into registers
+        v = width = min(8, most, 1 << (window["CHANNELS"] - 1).bit_length())
     return {
         "C": channels,
         "RELU": relu,
