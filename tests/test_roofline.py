@@ -49,13 +49,25 @@ def test_what_takes_longest_binds_and_the_last_wave_stretches_it():
 
 
 def test_calibration_takes_the_place_of_what_is_assumed():
-    figures = [{"what": kind, "lanes_per_clock": 60.0, "ghz": 1.5} for kind in roofline._CALIBRATED]
+    rates = {"FFMA": 1.92, "IMAD": 0.9, "PRMT": 0.96, "MUFU": 0.24, "LDS": 0.48}  # T lanes/s of 10 multiprocessors
+    gpu = replace(
+        GPU_, lanes={"issue": 128, "fma": 128, "imad": 60, "alu": 64, "mufu": 16, "lsu": 32, "l1": 32, "l2": 64}
+    )
+    figures = [{"what": kind, "tera_per_s": rate} for kind, rate in rates.items()]
     figures += [{"what": "rates", "copy_gb_per_s": 90.0}, {"what": "latency", "idle_clocks": 700.0}]
     results = {"header": {"gpu": "NVIDIA G"}, "parts": {"calibration": {"figures": figures}}}
-    found = roofline._calibrated(GPU_, [{"header": {"gpu": "another"}, "parts": {}}, results])
+    found = roofline._calibrated(gpu, [{"header": {"gpu": "another"}, "parts": {}}, results])
     assert (found.ghz, found.copy_gb_per_s, found.latency, found.source) == (1.5, 90.0, (700.0, 50), "NVIDIA G")
-    assert found.lanes == {**GPU_.lanes, **dict.fromkeys(("fma", "imad", "alu", "mufu", "lsu", "l1"), 60.0)}
-    assert roofline._calibrated(GPU_, [{**results, "parts": {}}]) == GPU_
+    assert found.lanes == gpu.lanes
+    figures[1]["tera_per_s"] = 0.6  # IMAD is slower than assumed: so may the clock be, for all that is known
+    slower = roofline._calibrated(gpu, [results])
+    assert slower.ghz == 1.0
+    assert {pipe: lanes * slower.ghz for pipe, lanes in slower.lanes.items() if pipe in ("fma", "imad", "mufu")} == {
+        "fma": 192.0,
+        "imad": 60.0,
+        "mufu": 24.0,
+    }
+    assert roofline._calibrated(gpu, [{**results, "parts": {}}]) == gpu
 
 
 @pytest.mark.parametrize(

@@ -186,10 +186,14 @@ def _backward_compiled(
 
 
 # Of the Triton kernels: lanes in a program, warps that they are spread over, and about how many channels a lane owns;
-# forward also, how many neighbouring outputs where their windows overlap. The first is for NCHW, the second for
-# channels_last, in backward of 16-bit tensors alone; the others are what a GPU test checks too.
+# forward also, how many neighbouring outputs where their windows overlap. The second is for 16-bit tensors in
+# channels_last, the first for all others; the rest are what a GPU test checks too.
 FORWARD_CONFIGS = [(128, 4, 8, 1), (128, 4, 8, 2), (128, 4, 16, 2), (128, 4, 8, 3), (64, 2, 8, 4)]
 BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 24), (64, 2, 16), (128, 4, 16)]
+
+
+def _is_narrow(x: Tensor) -> bool:
+    return is_channels_last(x) and x.element_size() == 2
 
 
 def _constants(x: Tensor, tail: Any, most: int) -> dict[str, Any] | None:
@@ -226,7 +230,7 @@ def triton(
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
     if y.numel() == 0:
         return y, argmax
-    block, num_warps, most, r = config or FORWARD_CONFIGS[is_channels_last(x)]
+    block, num_warps, most, r = config or FORWARD_CONFIGS[_is_narrow(x)]
     constants = _constants(x, tail, most)
     if constants is None:
         return _triton_in_steps(x, bias, *args)
@@ -287,7 +291,7 @@ def triton_backward(
     check_same(op, "grad", dy, like[0])
     check_same(op, "argmax", argmax, like[1]) if tail[6] else None
     wide_bias, format, dx = _wide_bias(bias, x), output_format(x), empty_output(x)
-    block, num_warps, most = config or BACKWARD_CONFIGS[is_channels_last(x) and x.element_size() == 2]
+    block, num_warps, most = config or BACKWARD_CONFIGS[_is_narrow(x)]
     constants = _constants(x, tail, most) if x.numel() else {}
     if constants is None:
         dx, dbias = _triton_backward_in_steps(dy, x, wide_bias, argmax, *tail)

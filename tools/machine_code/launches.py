@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,7 @@ class Work:
 
     @property
     def elements(self) -> int:
-        return self.tensors["x"].numel()
+        return math.prod(self.shape)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -260,7 +261,7 @@ def run(kernel: Kernel) -> None:
         start = t.untyped_storage().data_ptr()
         if start not in known:
             known[start] = memory.add(_raw(t)), t
-        return known[start][0] + t.storage_offset() * t.element_size()
+        return int(known[start][0] + t.storage_offset() * t.element_size())
 
     launch = _launch(kernel, parameters(kernel, address))
     execute(launch, memory, range(launch.blocks))

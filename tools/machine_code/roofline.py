@@ -88,16 +88,25 @@ _CALIBRATED = {"FFMA": ("fma",), "IMAD": ("imad",), "PRMT": ("alu",), "MUFU": ("
 
 
 def _calibrated(gpu: GPU, results: Iterable[dict[str, Any]]) -> GPU:
+    """Rates as they were measured; the clock is that at which the slowest kind was finished as assumed.
+
+    The issue slots, of which there is no measurement, follow the clock.
+    """
     for document in results:
         figures = {f["what"]: f for f in document.get("parts", {}).get("calibration", {}).get("figures", ())}
         if gpu.name not in (document["header"].get("gpu") or "") or not figures.keys() >= _CALIBRATED.keys():
             continue
-        lanes = {pipe: figures[kind]["lanes_per_clock"] for kind, pipes in _CALIBRATED.items() for pipe in pipes}
+        rates = {
+            pipe: 1e3 * figures[kind]["tera_per_s"] / gpu.multiprocessors
+            for kind, pipes in _CALIBRATED.items()
+            for pipe in pipes
+        }
+        ghz = min(rate / gpu.lanes[pipe] for pipe, rate in rates.items())
         return replace(
             gpu,
-            ghz=max(figures[kind]["ghz"] for kind in _CALIBRATED),
+            ghz=ghz,
             copy_gb_per_s=figures["rates"]["copy_gb_per_s"],
-            lanes={**gpu.lanes, **lanes},
+            lanes={**gpu.lanes, **{pipe: rate / ghz for pipe, rate in rates.items()}},
             latency=(figures["latency"]["idle_clocks"], gpu.latency[1]),
             source=document["header"]["gpu"],
         )
