@@ -273,6 +273,39 @@ def test_tuning_checks_and_times_every_candidate(op: str) -> None:
         assert all(row.failure is None and row.median_ms and row.error <= row.tolerance for row in rows)
 
 
+def test_who_loses_the_context_is_left_out_of_the_case_which_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, file = Case("lrn", (2, 96, 27, 27), "bf16"), tmp_path / "rows"
+
+    def run(case: Case, device: str, without: list[str]) -> list[Row]:
+        failures = {"fastcnn": None, "torch.eager": "no such kernel", "torch.compile": "AcceleratorError: CUDA error"}
+        of = {"op": case.op, "shape": case.shape, "dtype": case.dtype, "format": case.format, "mode": case.mode}
+        return [Row(**of, memory="fresh", provider=p, failure=f) for p, f in failures.items() if p not in without]
+
+    starts: list[list[str]] = []
+
+    class Started(Exception):
+        pass
+
+    def execv(program: str, command: list[str]) -> None:
+        starts.append(command[3:])
+        raise Started
+
+    monkeypatch.setitem(measure.PARTS, "kernels", (lambda batch: iter([case, case]), run))
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(measure, "_context_is_lost", lambda: True)
+    with pytest.raises(Started):
+        measure.main("kernels", "cuda", 2, 60.0, file)
+    assert starts[0][0:3] == ["kernels", "cuda", "2"]
+    assert starts[0][-2:] == ["0", "torch.compile"]
+    assert [row.provider for row in read_rows(file)] == ["torch.compile"]
+    monkeypatch.setattr(measure, "_context_is_lost", lambda: False)
+    measure.main("kernels", "cuda", 2, 60.0, file, 0, ["torch.compile"])
+    rest = ["fastcnn", "torch.eager", "fastcnn", "torch.eager", "torch.compile"]
+    assert [row.provider for row in read_rows(file)][1:] == rest
+
+
 def test_rows_that_are_half_written_are_left_out(tmp_path: Path) -> None:
     file = tmp_path / "rows"
     assert read_rows(file) == []
@@ -298,6 +331,18 @@ def test_the_report_compares_with_torch_in_its_better_format(tmp_path: Path) -> 
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[3:5] == ["fastcnn.triton channels_last", "1.000"]
     assert cells[-3:] == ["3.000 channels_last", "3.00x", "1.50x"]
+
+
+def test_the_report_has_what_was_predicted_beside_what_was_measured(tmp_path: Path) -> None:
+    report = Report(tmp_path, "cpu", "test", {})
+    of = {"op": "lrn", "shape": (256, 96, 55, 55), "dtype": "bf16", "mode": "forward", "memory": "fresh"}
+    report.rows["kernels"].append(Row(**of, provider="fastcnn.triton", format="NCHW", median_ms=2.0))
+    lines = report.markdown({"gpu": "NVIDIA H200"}).splitlines()
+    line = next(line for line in lines if "fastcnn.triton | 2.000" in line)
+    document = json.loads((carry.ROOT / "docs" / "roofline.json").read_text())
+    wanted = {"op": "lrn", "layer": "AlexNet conv1", "dtype": "bf16", "format": "NCHW", "language": "triton"}
+    row = next(r for r in document["rows"] if {**r, **wanted, "mode": "forward"} == r)
+    assert f"| {row['predictions']['H200']['ms']:.3f} |" in line
 
 
 # -- what is taken along ----------------------------------------------------------------------------------------------

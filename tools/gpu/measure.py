@@ -202,12 +202,13 @@ def main(
             rows = [Row(**asdict(case), provider="every", failure=reason(error))]
         failed = [row for row in rows if row.failure]
         lost = device != "cpu" and bool(failed) and _context_is_lost()
-        again = lost and part == "kernels" and failed[0].provider not in ("every", *without)
+        culprit = next((row for row in failed if "CUDA error" in (row.failure or "")), (failed or rows)[0])
+        again = lost and part == "kernels" and culprit.provider not in ("every", *without)
         with file.open("a") as lines:
-            lines.writelines(json.dumps(asdict(row)) + "\n" for row in (failed[:1] if again else rows))
+            lines.writelines(json.dumps(asdict(row)) + "\n" for row in ([culprit] if again else rows))
         if lost:
             rest = [part, device, str(batch), str(clock.left()), str(file), str(i if again else i + 1)]
-            rest += [*without, failed[0].provider] if again else []
+            rest += [*without, culprit.provider] if again else []
             os.execv(sys.executable, [sys.executable, "-m", "tools.gpu.measure", *rest])
         without = ()
 
