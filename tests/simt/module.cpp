@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include "../../csrc/cuda/kernels.h"
+#include "../../tools/machine_code/cuda_task.h"
 #include "planted.h"
 
 namespace {
@@ -35,22 +35,7 @@ struct Buffer {
 
 void* data(const Buffer* buffer) { return buffer ? buffer->data() : nullptr; }
 
-using Ints = std::vector<int64_t>;
-
-Task task(int dtype, const Ints& shape, bool channels_last, bool relu,
-          std::tuple<int64_t, double, double, double, int64_t> lrn, const Ints& kernel, const Ints& stride,
-          const Ints& padding, const Ints& dilation, bool ceil_mode) {
-  Task t{};
-  t.dtype = static_cast<DType>(dtype);
-  t.shape = {shape[0], shape[1], shape[2], shape[3], channels_last};
-  t.relu = relu;
-  std::apply([&](auto... part) { t.lrn = {part...}; }, lrn);
-  const auto axis = [&](int i) {
-    return fastcnn::PoolAxis::of(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
-  };
-  if (!kernel.empty()) t.pool = {axis(0), axis(1)};
-  return t;
-}
+using fastcnn::cuda::Ints;
 
 template <void (*op)(const Task&, fastcnn::cuda::Stream)>
 void forward(Task t, const Buffer& x, const Buffer* bias, const Buffer& y, const Buffer* argmax) {
@@ -98,7 +83,7 @@ PYBIND11_MODULE(FASTCNN_MODULE, m) {
       .def(py::init<const std::string&, int64_t>(), py::arg("bytes"), py::arg("offset") = 0)
       .def(py::init<int64_t, int64_t>(), py::arg("size"), py::arg("offset") = 0)
       .def("bytes", [](const Buffer& b) { return py::bytes(reinterpret_cast<char*>(b.data()), b.size); });
-  py::class_<Task>(m, "Task").def(py::init(&task));
+  py::class_<Task>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
   py::class_<ConvTask>(m, "ConvTask").def(py::init(&conv_task));
   m.def("conv2d_relu", &conv2d_relu);
   m.def("lrn", &forward<fastcnn::cuda::lrn>);
