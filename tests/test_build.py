@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_unknown_cuda_architecture_fails_and_says_what_there_is(tmp_path):
 @needs_nvcc
 def test_cuda_library_needs_neither_a_gpu_nor_a_cuda_build_of_torch(tmp_path):
     """It loads and registers its ops beside a CPU build, given the one symbol of torch's CUDA half that it uses."""
-    (library,) = (ROOT / "fastcnn").glob("_C_cuda*.so")
+    (library,) = (ROOT / "fastcnn").glob(f"_C_cuda*{sysconfig.get_config_var('EXT_SUFFIX')}")
     (tmp_path / "half.c").write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }")
     subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "half.c", "-o", tmp_path / "half.so"], check=True)
     code = f"""
@@ -95,6 +96,7 @@ def test_wheel_holds_every_package_under_fastcnn(pure_wheel):
     assert set(sources) <= set(names)
     assert not [n for n in names if n.startswith("kernels/")]
     assert [n for n in names if n.startswith("fastcnn/data/photographs/") and n.endswith(".jpg")]
+    assert "fastcnn/faster.json" in names
 
 
 def test_without_cpp_the_package_works_and_says_so_once(pure_wheel, tmp_path):
@@ -122,6 +124,7 @@ print(fastcnn.__file__)
     # the wheel's files, and nothing of an editable install of the source tree
     isolate = f"""
 import sys
+import sysconfig
 sys.path.insert(0, {str(tmp_path)!r})
 sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
 """

@@ -201,8 +201,8 @@ def test_memory_traffic_is_counted():
 
 
 def test_loops_are_counted_as_often_as_they_run():
-    products = [scaled(256, loops).issued["FMUL"] for loops in (16, 32, 64)]
-    assert products == [8 * loops for loops in (16, 32, 64)]
+    few, more, most = (scaled(256, loops).issued["FMUL"] for loops in (16, 32, 64))
+    assert (more - few, most - more) == (8 * 16, 8 * 32)  # beside those of the unrolled loop's rest
 
 
 def test_an_address_outside_of_a_tensor_is_an_error():

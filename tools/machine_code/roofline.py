@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -33,10 +34,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastcnn.bench.cases import DTYPES, Case
 
 from .execute import Counts, execute
-from .launches import BATCH, ROOT, Cuda, Launched, Work, triton, works
+from .launches import BATCH, ROOT, Cuda, Launched, Work, build, triton, works
 
 TABLE, ROWS = ROOT / "docs" / "roofline.md", ROOT / "docs" / "roofline.json"
 FASTER = ROOT / "fastcnn" / "faster.json"  # from it the operators choose
@@ -71,11 +74,16 @@ class GPU:
 
 
 @cache
+def assumed() -> dict[str, GPU]:
+    """Those of ``gpus.json``."""
+    found = json.loads(Path(__file__).with_name("gpus.json").read_text())
+    return {name: GPU(name, **fields) for name, fields in found.items() if name != "comment"}
+
+
+@cache
 def gpus() -> tuple[GPU, ...]:
-    """Those of ``gpus.json``, with what ``make gpu`` measured in the place of what is assumed."""
-    assumed = json.loads(Path(__file__).with_name("gpus.json").read_text())
-    found = [GPU(name, **fields) for name, fields in assumed.items() if name != "comment"]
-    return tuple(_calibrated(gpu, _results()) for gpu in found)
+    """With what ``make gpu`` measured in the place of what is assumed."""
+    return tuple(_calibrated(gpu, _results()) for gpu in assumed().values())
 
 
 def _results() -> list[dict[str, Any]]:
@@ -295,11 +303,14 @@ def _row(pair: tuple[Work, str]) -> Row:
     return row(*pair)
 
 
-def rows(languages: Sequence[str]) -> list[Row]:
-    pairs = [(work, language) for work in works() for language in languages if language in work.languages]
+def rows(languages: Sequence[str], of: Iterable[Work] = ()) -> list[Row]:
+    """Of all works, or those given, on all processors."""
+    pairs = [(work, language) for work in of or works() for language in languages if language in work.languages]
     if "cuda" in languages:
-        _cuda()  # built once, before the others
-    with ProcessPoolExecutor() as pool:
+        build(90)  # once, before the others ask for it
+    # Processes that are forked must not use the threads that torch may have started here.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(_row, pairs))
 
 
@@ -315,12 +326,16 @@ def document(found: Sequence[Row], languages: Sequence[str]) -> dict[str, Any]:
 
 
 def floors(found: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Compiler -> row -> the share of a copy on an H100 that is predicted."""
+    """Compiler -> row -> its :func:`floor`."""
     by_compiler: dict[str, dict[str, float]] = {}
     for row in found:
-        share = row.predictions["H100"].share
-        by_compiler.setdefault(compiler(row.language), {})[row.key] = math.floor(1000 * share) / 1000
+        by_compiler.setdefault(compiler(row.language), {})[row.key] = math.floor(1000 * floor(row)) / 1000
     return by_compiler
+
+
+def floor(row: Row) -> float:
+    """The share of a copy that is predicted for an H100 as it is assumed, whatever is measured later."""
+    return predict(row.bytes, row.launches, assumed()["H100"]).share
 
 
 def faster(found: Sequence[Row]) -> dict[str, Any]:
