@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
+
 _NOTHING = contextlib.nullcontext()
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
@@ -76,6 +78,17 @@ def _on_device_of(x: Tensor) -> torch.cuda.device:
 def processors(device: torch.device) -> int:
     """Number of multiprocessors; those of an H100 in the interpreter, so that it runs what a GPU would."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    """Compute capability of the GPU of ``x``; without one, of that which is compiled for, in the interpreter 9.0."""
+    if x.is_cuda:
+        return torch.cuda.get_device_capability(x.device)
+    if backends.INTERPRETING:
+        return 9, 0
+    driver = importlib.import_module("triton.runtime").driver
+    major, minor = divmod(driver.active.get_current_target().arch, 10)
+    return major, minor
 
 
 def acc_dtype(dtype: torch.dtype) -> Any:

@@ -14,7 +14,7 @@ from . import lrn as single_lrn
 from . import max_pool2d as single_pool
 from ._layout import dense, empty_output, is_channels_last, kept, output, output_format
 from ._operator import define, double_backward, fold_batch, needs_grad, unfold_batch
-from ._triton import acc_dtype, cdiv, check_same, index_dtype, kernels, launch, processors
+from ._triton import acc_dtype, capability, cdiv, check_same, index_dtype, kernels, launch, processors
 from .lrn import local_response_norm
 from .max_pool2d import empty_argmax, max_pool2d
 
@@ -187,13 +187,13 @@ def _backward_compiled(
 
 # Of the Triton kernels: lanes in a program, warps that they are spread over, and about how many channels a lane owns;
 # forward also, how many neighbouring outputs where their windows overlap. The second is for 16-bit tensors in
-# channels_last, the first for all others; the rest are what a GPU test checks too.
+# channels_last from sm_90 on, the first for all others; the rest are what a GPU test checks too.
 FORWARD_CONFIGS = [(128, 4, 8, 1), (128, 4, 8, 2), (128, 4, 16, 2), (128, 4, 8, 3), (64, 2, 8, 4)]
 BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 24), (64, 2, 16), (128, 4, 16)]
 
 
 def _is_narrow(x: Tensor) -> bool:
-    return is_channels_last(x) and x.element_size() == 2
+    return is_channels_last(x) and x.element_size() == 2 and capability(x) >= (9, 0)  # see kernels/packed.py
 
 
 def _constants(x: Tensor, tail: Any, most: int) -> dict[str, Any] | None:

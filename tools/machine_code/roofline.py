@@ -424,8 +424,10 @@ def _cells(row: Row | None) -> list[str]:
 
 def _compact(document: dict[str, Any]) -> str:
     """A line for each row."""
-    rows = ",\n".join(json.dumps(row) for row in document["rows"])
-    return f'{{"columns": {json.dumps(document["columns"])}, "rows": [\n{rows}\n]}}\n'
+    *others, rows = document.items()
+    lines = ",\n".join(json.dumps(row) for row in rows[1])
+    head = "".join(f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in others)
+    return f'{{\n{head} "{rows[0]}": [\n{lines}\n]}}\n'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -440,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     TABLE.write_text(markdown(found, languages))
     FASTER.write_text(_compact(faster(found)))
-    ROWS.write_text(json.dumps(document(found, languages), indent=1) + "\n")
+    ROWS.write_text(_compact(document(found, languages)))
     print(markdown(found, languages))
 
 
