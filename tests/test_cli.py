@@ -16,6 +16,7 @@ import fastcnn
 from fastcnn.bench.environment import convolution_precision
 from fastcnn.cli import app
 from fastcnn.ops import _conv2d_relu_cuda as on_gpu
+from fastcnn.ops._operator import what_runs
 
 HAS_CPU = "cpu" in fastcnn.backends.available()
 BEST = "cpu" if HAS_CPU else "reference"
@@ -79,6 +80,17 @@ def test_what_runs_convolutions_on_a_gpu(
     monkeypatch.setenv("FASTCNN_TUNE", tune)
     with convolution_precision("tf32"):
         assert on_gpu.engine(forced or "triton") == expected
+
+
+def test_both_are_named_where_the_size_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    def preferred(op: str, x: torch.Tensor) -> tuple[str, ...]:
+        return ("triton", "cuda") if x.numel() >= 2**20 else ("cuda", "triton")
+
+    monkeypatch.setattr(fastcnn.backends, "_preferred", preferred)
+    monkeypatch.setattr(fastcnn.backends, "why_not", lambda name, device: "")
+    assert what_runs("lrn", "cpu") == "triton; cuda on small tensors"
+    monkeypatch.setattr(fastcnn.backends, "_forced", "cuda")
+    assert what_runs("lrn", "cpu") == "cuda"
 
 
 def test_info_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

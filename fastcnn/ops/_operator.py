@@ -94,8 +94,11 @@ def what_runs(name: str, device: str) -> str:
     Raises:
         RuntimeError: the backend that is forced cannot run there.
     """
-    backend = backends.choose(name, IMPLEMENTATIONS[name], torch.empty(0, device=device))
-    return _ENGINES[name](backend, torch.device(device)) if name in _ENGINES else backend
+    one = torch.empty(1, device=device)
+    small, large = (backends.choose(name, IMPLEMENTATIONS[name], one.expand(n)) for n in (1, 2**24))
+    if name in _ENGINES:
+        return _ENGINES[name](large, torch.device(device))
+    return large if large == small else f"{large}; {small} on small tensors"
 
 
 def needs_grad(*args: Any) -> bool:
