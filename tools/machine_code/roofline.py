@@ -404,7 +404,51 @@ def markdown(found: Sequence[Row], languages: Sequence[str]) -> str:
         for language in languages:
             cells += _cells(members.get(language))
         lines.append(cells)
-    return text + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return text + _table(lines) + _details(found)
+
+
+def _table(lines: Iterable[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+_COUNTED = "issue", "fma", "imad", "alu", "half", "mufu", "lsu", "l1"
+
+
+def _details(found: Sequence[Row]) -> str:
+    """What a row's kernels take of a multiprocessor, and do for an element."""
+    head = [
+        "operator",
+        "layer",
+        "dtype",
+        "format",
+        "language",
+        "kernel",
+        "registers",
+        "resident warps",
+        "KiB in flight",
+    ]
+    head += [f"waves, {gpu.name}" for gpu in gpus()] + [*_COUNTED, "L2 bytes"]
+    lines = [head, ["---"] * len(head)]
+    for row in found:
+        for launch in row.launches:
+            lines.append(
+                [
+                    *(f"{row.op} {row.mode}", row.layer, row.dtype, row.format),
+                    *(row.language, re.sub(r".*::(\w+)<.*", r"\1", launch.kernel), str(launch.registers)),
+                    *(str(launch.resident), f"{launch.in_flight / 1024:.0f}"),
+                    *(f"{launch.waves(gpu):.1f}" for gpu in gpus()),
+                    *(f"{32 * launch.work.get(part, 0) / row.elements:.1f}" for part in _COUNTED),
+                    f"{launch.work['l2'] / row.elements:.1f}",
+                ]
+            )
+    return "\n## Counts\n\n" + _DETAILS + _table(lines)
+
+
+_DETAILS = """For an element of the input: instructions, those of lanes without an element included; under l1 wavefronts of 32
+words, of the L1 cache and of shared memory; and bytes between L2 cache and multiprocessors. In flight are the bytes of
+loads that are under way in a multiprocessor before a warp waits for one.
+
+"""
 
 
 def _constants(gpu: GPU) -> str:
