@@ -444,9 +444,9 @@ def _details(found: Sequence[Row]) -> str:
     return "\n## Counts\n\n" + _DETAILS + _table(lines)
 
 
-_DETAILS = """For an element of the input: instructions, those of lanes without an element included; under l1 wavefronts of
-32 words, of the L1 cache and of shared memory; and bytes between L2 cache and multiprocessors. In flight are the bytes
-of loads that are under way in a multiprocessor before a warp waits for one.
+_DETAILS = """For an element of the input: instructions, those of lanes without an element included; under l1
+wavefronts of 32 words, of the L1 cache and of shared memory; and bytes between L2 cache and multiprocessors. In flight
+are the bytes of loads that are under way in a multiprocessor before a warp waits for one.
 
 """
 
