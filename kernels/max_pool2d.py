@@ -1,6 +1,6 @@
 """Max pooling: ``y[oh, ow] = max(x[oh*SH - PH + kh*DH, ow*SW - PW + kw*DW])``, and ``kh*KW + kw``, where it was.
 
-Forward reads x once (what windows share comes from the cache) and writes y and, where asked for, a byte an output.
+Forward reads x once (what windows share comes from the cache) and writes y and, where asked for, one byte per output.
 Backward reads dy and the byte and writes dx: each element of dx gathers from the windows that hold it, so there are no
 atomics and the order is fixed.
 

@@ -1,12 +1,12 @@
 """The tail of an AlexNet stage: ``y = max_pool2d(lrn(relu(x + bias)))``, any part of which may be absent.
 
-Forward reads x once and writes the pooled map and, where asked for, a byte an output for the place of its maximum: at
-stride 2, 1 + 1/4 elements and 1/4 byte an element of x. Backward reads x, dy and the byte and writes dx, 2 + 1/4
-elements and 1/4 byte; with a bias also one partial sum a lane and channel. Nothing else is kept or written in between.
+Forward reads x once and writes the pooled map and, where asked for, one byte per output for the place of its maximum:
+at stride 2, 1 + 1/4 elements and 1/4 byte per element of x. Backward reads x, dy and the byte and writes dx, 2 + 1/4
+elements and 1/4 byte; with a bias also one partial sum per lane and channel. Nothing else is written in between.
 
 Forward: a lane owns V channels of R neighbouring outputs and walks down a segment of the map. Of each row it keeps the
 maximum of each window's columns, so that rows that windows share are normalized once, as are the columns that the R
-windows share: at 3x3/2 with R = 2, 5/4 normalizations an element instead of 9/4.
+windows share: at 3x3/2 with R = 2, 5/4 normalizations per element instead of 9/4.
 Backward: a lane owns V channels of a block of inputs between two windows, in every few images. It gathers the gradient
 of the normalized map, also of the neighbouring channels, and normalizes again.
 """

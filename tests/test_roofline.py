@@ -19,12 +19,12 @@ if backends.INTERPRETING:
 from tools.machine_code import launches, roofline
 from tools.machine_code.roofline import GPU, Needs
 
-GPU_ = GPU("G", 10, 1.0, 100.0, {"issue": 128, "alu": 64, "l1": 32, "l2": 64}, (500, 50))
+TINY = GPU("G", 10, 1.0, 100.0, {"issue": 128, "alu": 64, "l1": 32, "l2": 64}, (500, 50))
 NEEDS = Needs("kernel", {"issue": 300.0, "alu": 17.0, "l1": 17.0, "l2": 0.0}, 40, 4, 32, 2.0, 0.1, 0.0)
 
 
 def seconds(**changes):
-    return {name: round(1e9 * s, 3) for name, s in replace(NEEDS, **changes).seconds(GPU_).items()}
+    return {name: round(1e9 * s, 3) for name, s in replace(NEEDS, **changes).seconds(TINY).items()}
 
 
 def test_each_part_needs_its_own_time():
@@ -39,18 +39,18 @@ def test_each_part_needs_its_own_time():
 
 def test_what_takes_longest_binds_and_the_last_wave_stretches_it():
     launch = replace(NEEDS, waits=0.0, warps=50)  # 1.25 waves
-    bound = roofline.predict(100, [launch], GPU_)
+    bound = roofline.predict(100, [launch], TINY)
     assert bound.binds == "issue"
     assert bound.ms == pytest.approx(1e-5 * 2 / 1.25)
-    memory = roofline.predict(10000, [launch], GPU_)
+    memory = roofline.predict(10000, [launch], TINY)
     assert (memory.binds, memory.share, memory.ms) == ("memory", 1.0, pytest.approx(1e-4))
-    assert roofline.predict(10000, [launch, launch], GPU_).ms == pytest.approx(1e-4 + bound.ms)
+    assert roofline.predict(10000, [launch, launch], TINY).ms == pytest.approx(1e-4 + bound.ms)
 
 
 def test_calibration_takes_the_place_of_what_is_assumed():
     rates = {"FFMA": 1.92, "IMAD": 0.9, "PRMT": 0.96, "MUFU": 0.24, "LDS": 0.48}  # T lanes/s of 10 multiprocessors
     gpu = replace(
-        GPU_, lanes={"issue": 128, "fma": 128, "imad": 60, "alu": 64, "mufu": 16, "lsu": 32, "l1": 32, "l2": 64}
+        TINY, lanes={"issue": 128, "fma": 128, "imad": 60, "alu": 64, "mufu": 16, "lsu": 32, "l1": 32, "l2": 64}
     )
     figures = [{"what": kind, "tera_per_s": rate} for kind, rate in rates.items()]
     figures += [{"what": "rates", "copy_gb_per_s": 90.0}, {"what": "latency", "idle_clocks": 700.0}]
@@ -93,7 +93,7 @@ def test_resident_warps_are_limited_by_registers_blocks_and_shared_memory():
 
 def work(op, dtype, format="channels_last", mode="forward", layer="AlexNet conv1"):
     wanted = op, layer, dtype, format, mode
-    return next(w for w in launches.works() if (w.op, w.layer, w.dtype, w.format, w.mode) == wanted)
+    return next(w for w in launches.workloads() if (w.op, w.layer, w.dtype, w.format, w.mode) == wanted)
 
 
 # -- floors -----------------------------------------------------------------------------------------------------------

@@ -306,12 +306,11 @@ class _Execution:
         if operand.base is not None:
             offsets = operand.offset + self.r[operand.base.number].view(np.int32).astype(np.int64)
             offsets = np.clip(offsets, 0, len(self.constants) - width)
-        if width < 4:
-            return [self.constants[offsets].astype(np.uint32)] if width == 1 else [self._part(offsets)]
+        if width == 1:
+            return [self.constants[offsets].astype(np.uint32)]
+        if width == 2:
+            return [self.constants.view(np.uint16)[offsets // 2].astype(np.uint32)]
         return [self.constants.view(np.uint32)[offsets // 4 + k] for k in range(width // 4)]
-
-    def _part(self, offsets: Array) -> Array:
-        return self.constants.view(np.uint16)[offsets // 2].astype(np.uint32)
 
     def _int(self, operand: Operand) -> Array:
         """As an integer modulo 2**32."""

@@ -36,9 +36,9 @@ from fastcnn.params import PoolParams
 from . import compiled_cuda
 from .compiled import Kernel, compiling
 from .execute import PARAMETERS, Launch, Memory, execute
+from .kernels_table import BATCH, HALVED, NORMALIZED, POOLED
 from .sass import instructions
 
-BATCH = 256
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 _BESIDE_CUDNN = ("bias_relu", "relu_backward", "mask_backward")
@@ -48,19 +48,8 @@ _BUFFERS = "x", "bias", "dy", "out", "argmax", "partials", "dbias", "terms"
 _TILE = 1 << 20  # bytes of a buffer that stands for a tensor
 
 
-# Channels and height of the input, and the window.
-_POOLED = {"AlexNet conv1": (96, 55), "AlexNet conv2": (256, 27), "AlexNet conv5": (256, 13)}
-_HALVED = {
-    "VGG-16 pool1": (64, 224),
-    "VGG-16 pool2": (128, 112),
-    "VGG-16 pool3": (256, 56),
-    "VGG-16 pool4": (512, 28),
-    "VGG-16 pool5": (512, 14),
-}
-
-
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """A call of an operator.
 
     Args:
@@ -156,24 +145,24 @@ class Work:
         return (t["x"], t["bias"], *tail, True) if forward else (t["y"], t["x"], t["bias"], t["argmax"], *tail)
 
 
-def works(batch: int = BATCH) -> Iterator[Work]:
+def workloads(batch: int = BATCH) -> Iterator[Workload]:
     """Every memory-bound operator at the shapes of AlexNet and VGG-16."""
     for dtype, format, mode in product(("bf16", "fp16", "fp32"), FORMATS, ("forward", "backward")):
         common = dtype, format, mode
-        for layer, (c, size) in _POOLED.items():
+        for layer, (c, size) in POOLED.items():
             shape = batch, c, size, size
-            normalized = layer != "AlexNet conv5"
-            yield Work("relu_lrn_max_pool2d", layer, *common, shape, normalized, POOL)
+            normalized = layer in NORMALIZED
+            yield Workload("relu_lrn_max_pool2d", layer, *common, shape, normalized, POOL)
             if normalized:
-                yield Work("lrn", layer, *common, shape, True, None)
-            yield Work("max_pool2d", layer, *common, shape, False, POOL)
+                yield Workload("lrn", layer, *common, shape, True, None)
+            yield Workload("max_pool2d", layer, *common, shape, False, POOL)
         if mode == "forward":
-            yield Work("bias_relu", "AlexNet conv1", *common, (batch, 96, 55, 55), False, None)
+            yield Workload("bias_relu", "AlexNet conv1", *common, (batch, 96, 55, 55), False, None)
         else:
             for op in ("relu_backward", "mask_backward"):
-                yield Work(op, "AlexNet conv1", *common, (batch, 96, 55, 55), False, None)
-        for layer, (c, size) in _HALVED.items():
-            yield Work("max_pool2d", layer, *common, (batch, c, size, size), False, PoolParams(2))
+                yield Workload(op, "AlexNet conv1", *common, (batch, 96, 55, 55), False, None)
+        for layer, (c, size) in HALVED.items():
+            yield Workload("max_pool2d", layer, *common, (batch, c, size, size), False, PoolParams(2))
 
 
 @dataclass(frozen=True)
@@ -195,6 +184,7 @@ class Launched:
     shared: int
 
 
+@functools.cache
 def _tile(dtype: torch.dtype) -> np.ndarray[Any, Any]:
     """Contents that repeat: places in a window of up to nine elements, or numbers."""
     generator = torch.Generator().manual_seed(0)
@@ -202,9 +192,6 @@ def _tile(dtype: torch.dtype) -> np.ndarray[Any, Any]:
         return torch.randint(0, 9, (_TILE,), generator=generator, dtype=dtype).numpy()
     values = torch.randn(_TILE // dtype.itemsize, generator=generator).to(dtype)
     return values.view(torch.uint8).numpy()
-
-
-_tiles = functools.cache(_tile)
 
 
 # -- Triton -----------------------------------------------------------------------------------------------------------
@@ -221,7 +208,7 @@ def parameters(kernel: Kernel, address: Callable[[Tensor], int]) -> bytes:
     return packed + bytes(-len(packed) % 8) + bytes(16)  # two pointers to Triton's own memory, which no kernel uses
 
 
-def triton(work: Work, arch: int = 90, **options: Any) -> list[Launched]:
+def triton(work: Workload, arch: int = 90, **options: Any) -> list[Launched]:
     """``options`` are the launcher's, such as ``config``."""
     t = work.tensors
     with compiling(arch) as kernels:
@@ -241,7 +228,7 @@ def _launched(kernel: Kernel) -> Launched:
 
     def address(t: Tensor) -> int:
         if id(t) not in known:
-            known[id(t)] = memory.add(_tiles(t.dtype), max(t.nbytes, 1))
+            known[id(t)] = memory.add(_tile(t.dtype), max(t.nbytes, 1))
         return known[id(t)]
 
     launch = _launch(kernel, parameters(kernel, address))
@@ -289,11 +276,11 @@ class Cuda:
         self._sizes = {symbol: kernel.constants - PARAMETERS for symbol, kernel in self._kernels.items()}
         self._multiprocessors = multiprocessors
 
-    def launches(self, work: Work) -> list[Launched]:
+    def launches(self, work: Workload) -> list[Launched]:
         memory, t = Memory(), work.tensors
 
         def add(dtype: torch.dtype, size: int) -> int:
-            return memory.add(_tiles(dtype), size)
+            return memory.add(_tile(dtype), size)
 
         lrn = LRN.op_args() if work.normalized else (0, 0.0, 0.0, 0.0, 1)
         pool = work.pool.op_args() if work.pool is not None else ([], [], [], [], False)

@@ -39,7 +39,7 @@ import torch
 from fastcnn.bench.cases import DTYPES, Case
 
 from .execute import Counts, execute
-from .launches import BATCH, ROOT, Cuda, Launched, Work, build, triton, works
+from .launches import BATCH, ROOT, Cuda, Launched, Workload, build, triton, workloads
 
 TABLE, ROWS = ROOT / "docs" / "roofline.md", ROOT / "docs" / "roofline.json"
 FASTER = ROOT / "fastcnn" / "faster.json"  # from it the operators choose
@@ -270,7 +270,7 @@ def predict(bytes_moved: int, launches: Sequence[Needs], gpu: GPU) -> Prediction
     return Prediction(1e3 * total, copy / total, binds)
 
 
-def row(work: Work, language: str) -> Row:
+def row(work: Workload, language: str) -> Row:
     launched = triton(work) if language == "triton" else _cuda().launches(work)
     launches = [needs(launch) for launch in launched]
     predictions = {gpu.name: predict(work.bytes, launches, gpu) for gpu in gpus()}
@@ -299,13 +299,13 @@ def compiler(language: str) -> str:
     return f"nvcc {found[1] if found else told}"
 
 
-def _row(pair: tuple[Work, str]) -> Row:
+def _row(pair: tuple[Workload, str]) -> Row:
     return row(*pair)
 
 
-def rows(languages: Sequence[str], of: Iterable[Work] = ()) -> list[Row]:
-    """Of all works, or those given, on all processors."""
-    pairs = [(work, language) for work in of or works() for language in languages if language in work.languages]
+def rows(languages: Sequence[str], of: Iterable[Workload] = ()) -> list[Row]:
+    """Of all workloads, or those given, on all processors."""
+    pairs = [(work, language) for work in of or workloads() for language in languages if language in work.languages]
     if "cuda" in languages:
         build(90)  # once, before the others ask for it
     # Processes that are forked must not use the threads that torch may have started here.
@@ -444,9 +444,9 @@ def _details(found: Sequence[Row]) -> str:
     return "\n## Counts\n\n" + _DETAILS + _table(lines)
 
 
-_DETAILS = """For an element of the input: instructions, those of lanes without an element included; under l1
+_DETAILS = """Per element of the input: instructions, including those of lanes without an element; under l1
 wavefronts of 32 words, of the L1 cache and of shared memory; and bytes between L2 cache and multiprocessors. In flight
-are the bytes of loads that are under way in a multiprocessor before a warp waits for one.
+are the bytes that a multiprocessor's warps have loads under way for when they wait.
 
 """
 

@@ -44,7 +44,7 @@ class Predicate:
 
 @dataclass(frozen=True)
 class Constant:
-    """A word of a constant bank; of bank 0, the launch's parameters are behind the first bytes."""
+    """A word of a constant bank; in bank 0, the launch's parameters follow what the system has there."""
 
     bank: int
     offset: int
@@ -106,7 +106,7 @@ class Instruction:
     @property
     def uniform(self) -> bool:
         """Whether it is done once for a warp, not by its lanes."""
-        return self.name.startswith("U") and self.name != "UNDEF"
+        return self.name.startswith("U")
 
 
 def instructions(sass: str) -> list[Instruction]:
