@@ -65,6 +65,8 @@ def test_no_spills_tensor_cores_in_convolutions_and_wide_loads(compilations, cas
         if kernel.name == "conv2d_relu_kernel":
             assert kernel.tensor_cores
             assert all(op.startswith(TENSOR_CORES[arch]) for op in kernel.tensor_cores)
+            # tensor cores would truncate
+            assert (case.dtype == "tf32") == ("cvt.rna.tf32.f32" in kernel.assembly["ptx"])
         if case.format == "channels_last":
             assert 16 in kernel.loads
             assert 16 in kernel.stores or kernel.name == "bias_gradient_kernel"
