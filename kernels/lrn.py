@@ -55,6 +55,26 @@ def width(channels, V):
 
 
 @triton.jit
+def in_group(first, mask, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, V: tl.constexpr):
+    """Whether channel ``first + OFFSET`` is in the lane's group and ``mask`` is true; None where both always are.
+
+    The lane's own channels are 0 ... V - 1. A mask that is None is true.
+    """
+    if OFFSET < 0:
+        inside = first + OFFSET >= 0
+    elif OFFSET >= V or CHANNELS % V != 0:
+        inside = first + OFFSET < CHANNELS
+    else:
+        inside = None
+    if inside is None:
+        return mask
+    elif mask is None:
+        return inside
+    else:
+        return mask & inside
+
+
+@triton.jit
 def load_vector(
     x,
     at,
@@ -63,11 +83,16 @@ def load_vector(
     OFFSET: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
+    V: tl.constexpr,
     OTHER: tl.constexpr,
 ):
     """Channels ``first + OFFSET`` and following; all of them are inside the group, or none."""
-    inside = mask & (first + OFFSET >= 0) & (first + OFFSET < CHANNELS)
-    return tl.load(x + (at + OFFSET)[:, None] + tl.arange(0, WIDTH)[None, :], inside[:, None], OTHER)
+    pointers = x + (at + OFFSET)[:, None] + tl.arange(0, WIDTH)[None, :]
+    inside = in_group(first, mask, OFFSET, CHANNELS, V)
+    if inside is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, inside[:, None], OTHER)
 
 
 @triton.jit
@@ -95,15 +120,18 @@ def load_parts(
         BEHIND: tl.constexpr = width(BEFORE, VECTOR)
         AHEAD: tl.constexpr = width(AFTER, VECTOR)
         for i in tl.static_range(-((BEFORE + BEHIND - 1) // BEHIND), 0):
-            parts = parts + (load_vector(x, at, first, mask, i * BEHIND, BEHIND, CHANNELS, OTHER),)
+            parts = parts + (load_vector(x, at, first, mask, i * BEHIND, BEHIND, CHANNELS, V, OTHER),)
         for i in tl.static_range(V // VECTOR):
-            parts = parts + (load_vector(x, at, first, mask, i * VECTOR, VECTOR, CHANNELS, OTHER),)
+            parts = parts + (load_vector(x, at, first, mask, i * VECTOR, VECTOR, CHANNELS, V, OTHER),)
         for i in tl.static_range((AFTER + AHEAD - 1) // AHEAD):
-            parts = parts + (load_vector(x, at, first, mask, V + i * AHEAD, AHEAD, CHANNELS, OTHER),)
+            parts = parts + (load_vector(x, at, first, mask, V + i * AHEAD, AHEAD, CHANNELS, V, OTHER),)
     else:
         for i in tl.static_range(-BEFORE, V + AFTER):
-            inside = mask & (first + i >= 0) & (first + i < CHANNELS)
-            parts = parts + (tl.load(x + at + i * stride, inside, OTHER),)
+            inside = in_group(first, mask, i, CHANNELS, V)
+            if inside is None:
+                parts = parts + (tl.load(x + at + i * stride),)
+            else:
+                parts = parts + (tl.load(x + at + i * stride, inside, OTHER),)
     return parts
 
 
@@ -150,21 +178,18 @@ def to_planes(
 
 
 @triton.jit
-def store_vector(y, part, at, first, mask, OFFSET: tl.constexpr, CHANNELS: tl.constexpr):
-    """The inverse of :func:`load_vector`."""
-    inside = mask & (first + OFFSET < CHANNELS)
-    pointers = y + (at + OFFSET)[:, None] + tl.arange(0, part.shape[1])[None, :]
-    tl.store(pointers, rounded(part, y.dtype.element_ty), inside[:, None])
-
-
-@triton.jit
-def store_parts(y, parts, at, first, mask, stride, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def store_parts(
+    y, parts, at, first, mask, stride, CHANNELS: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
     """Store each lane's own channels: vectors, or planes."""
     for i in tl.static_range(len(parts)):
+        part = rounded(parts[i], y.dtype.element_ty)
         if CHANNELS_LAST:
-            store_vector(y, parts[i], at, first, mask, i * parts[0].shape[1], CHANNELS)
+            inside = in_group(first, mask, i * part.shape[1], CHANNELS, V)
+            pointers = y + (at + i * part.shape[1])[:, None] + tl.arange(0, part.shape[1])[None, :]
+            tl.store(pointers, part, None if inside is None else inside[:, None])
         else:
-            tl.store(y + at + i * stride, rounded(parts[i], y.dtype.element_ty), mask & (first + i < CHANNELS))
+            tl.store(y + at + i * stride, part, in_group(first, mask, i, CHANNELS, V))
 
 
 @triton.jit
@@ -181,10 +206,19 @@ def to_parts(planes, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def store_planes(
-    y, planes, at, first, mask, stride, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    y,
+    planes,
+    at,
+    first,
+    mask,
+    stride,
+    CHANNELS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
 ):
     """Store each lane's own channels."""
-    store_parts(y, to_parts(planes, VECTOR, CHANNELS_LAST), at, first, mask, stride, CHANNELS, CHANNELS_LAST)
+    parts = to_parts(planes, VECTOR, CHANNELS_LAST)
+    store_parts(y, parts, at, first, mask, stride, CHANNELS, len(planes), CHANNELS_LAST)
 
 
 @triton.jit
@@ -206,23 +240,34 @@ def powers(s, QUARTERS: tl.constexpr, REST: tl.constexpr):
 
 
 @triton.jit
-def window_sums(x, SIZE: tl.constexpr, SQUARES: tl.constexpr):
-    """Of all windows of SIZE neighbouring planes, or of their squares: each adds up pairs that windows share."""
+def plus(total, x, SQUARES: tl.constexpr):
+    """``x`` or its square, added to a tuple of one total, or of none."""
+    term = x * x if SQUARES else x
+    return (total[0] + term,) if len(total) > 0 else (term,)
+
+
+@triton.jit
+def window_sums(x, SIZE: tl.constexpr, SQUARES: tl.constexpr, START: tl.constexpr = 0.0):
+    """START and the sum, of all windows of SIZE neighbouring planes, or of their squares.
+
+    Of windows 2i and 2i + 1 all planes but the outermost are the same; they are added once, in pairs that are shared.
+    Of the pairs that a window has one holds START.
+    """
+    PAIRS: tl.constexpr = (SIZE - 1) // 2
     pairs = ()
-    for i in tl.static_range(len(x) - 1):
-        pairs = pairs + (x[i] * x[i] + x[i + 1] * x[i + 1] if SQUARES else x[i] + x[i + 1],)
+    for i in tl.static_range((len(x) - 1) // 2):
+        first = (START,) if START != 0 and PAIRS > 0 and i % PAIRS == 0 else ()
+        pairs = pairs + plus(plus(first, x[2 * i + 1], SQUARES), x[2 * i + 2], SQUARES)
     sums = ()
-    for c in tl.static_range(len(x) - SIZE + 1):
-        last = x[c + SIZE - 1]
-        if SIZE == 1:
-            total = last * last if SQUARES else last
-        else:
-            total = pairs[c]
-            for i in tl.static_range(2, SIZE - 1, 2):
-                total += pairs[c + i]
-            if SIZE % 2 == 1:
-                total += last * last if SQUARES else last
-        sums = sums + (total,)
+    for i in tl.static_range(0, len(x) - SIZE + 1, 2):
+        inner = (START,) if START != 0 and PAIRS == 0 else ()
+        for j in tl.static_range(PAIRS):
+            inner = plus(inner, pairs[i // 2 + j], False)
+        if SIZE % 2 == 0:
+            inner = plus(inner, x[i + SIZE - 1], SQUARES)
+        sums = sums + plus(inner, x[i], SQUARES)
+        if i + SIZE < len(x):
+            sums = sums + plus(inner, x[i + SIZE] if SIZE > 1 else x[i + 1], SQUARES)
     return sums
 
 
@@ -291,20 +336,20 @@ def lanes(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What each lane owns: ``at`` in memory, ``first`` channel in its group, and whether it owns anything."""
+    """What each lane owns: ``at`` in memory, and ``first`` channel in its group; too many lanes own the last pixel."""
     PARTS: tl.constexpr = (CHANNELS + V - 1) // V  # of a group
     TOTAL: tl.constexpr = C // CHANNELS * PARTS
     pid = tl.program_id(0).to(INDEX)
     if CHANNELS_LAST:
-        lane = pid * BLOCK + tl.arange(0, BLOCK)
-        return lane.to(tl.int64) * V, lane % PARTS * V, lane < pixels * TOTAL
+        lane = tl.minimum(pid * BLOCK + tl.arange(0, BLOCK), tl.cast(pixels, INDEX) * TOTAL - 1)
+        return lane.to(tl.int64) * V, lane % PARTS * V
     else:
         part = (pid % TOTAL).to(tl.int32)
         first = part % PARTS * V
-        pixel = pid // TOTAL * BLOCK + tl.arange(0, BLOCK)
+        pixel = tl.minimum(pid // TOTAL * BLOCK + tl.arange(0, BLOCK), pixels - 1)
         n = pixel // S
         at = (n.to(tl.int64) * C + (part // PARTS * CHANNELS + first)) * S + (pixel - n * S)
-        return at, first + tl.zeros([BLOCK], tl.int32), pixel < pixels
+        return at, first + tl.zeros([BLOCK], tl.int32)
 
 
 @triton.jit
@@ -328,12 +373,12 @@ def forward(
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    at, first, mask = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
+    at, first = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(S, tl.int64)
-    parts = load_parts(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    parts = load_parts(x, at, first, None, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
     planes = to_planes(parts, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
     planes = normalize(planes, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST)
-    store_planes(y, planes, at, first, mask, stride, CHANNELS, VECTOR, CHANNELS_LAST)
+    store_planes(y, planes, at, first, None, stride, CHANNELS, VECTOR, CHANNELS_LAST)
 
 
 @triton.jit
@@ -359,14 +404,14 @@ def backward(
     ACC: tl.constexpr,
 ):
     REACH: tl.constexpr = BEFORE + AFTER
-    at, first, mask = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
+    at, first = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(S, tl.int64)
-    xs = load_parts(x, at, first, mask, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
-    dys = load_parts(dy, at, first, mask, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    xs = load_parts(x, at, first, None, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    dys = load_parts(dy, at, first, None, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
     xs = to_planes(xs, REACH, REACH, V, VECTOR, CHANNELS_LAST, ACC)
     dys = to_planes(dys, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC)
     planes = normalize_backward(dys, xs, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
-    store_planes(dx, planes, at, first, mask, stride, CHANNELS, VECTOR, CHANNELS_LAST)
+    store_planes(dx, planes, at, first, None, stride, CHANNELS, VECTOR, CHANNELS_LAST)
 
 
 @triton.jit

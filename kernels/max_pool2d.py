@@ -21,6 +21,7 @@ from .packed import maximum, packs, where_place, widened
 
 @triton.jit
 def lanes(
+    program,
     batch,
     rows,
     columns,
@@ -31,14 +32,14 @@ def lanes(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of each lane: image, row, column, first channel, that channel's number in its group, and whether there is any.
+    """Of each lane of a program: image, row, column, first channel, and that channel's number in its group.
 
-    Consecutive lanes are consecutive in memory: channels first where they are last, else columns.
+    Too many lanes do what the last one does. Consecutive lanes are consecutive in memory: channels first where they are last, else columns.
     """
     PARTS: tl.constexpr = (CHANNELS + V - 1) // V  # of a group
     TOTAL: tl.constexpr = C // CHANNELS * PARTS
-    lane = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    mask = lane < batch * TOTAL * tl.cast(rows, INDEX) * columns
+    last = batch * TOTAL * tl.cast(rows, INDEX) * columns - 1
+    lane = tl.minimum(program.to(INDEX) * BLOCK + tl.arange(0, BLOCK), last)
     if CHANNELS_LAST:
         part = lane % TOTAL
         column = lane // TOTAL % columns
@@ -50,7 +51,7 @@ def lanes(
         part = lane // columns // rows % TOTAL
         n = lane // columns // rows // TOTAL
     first = part % PARTS * V
-    return n, row, column, part // PARTS * CHANNELS + first, first, mask
+    return n, row, column, part // PARTS * CHANNELS + first, first
 
 
 @triton.jit
@@ -84,7 +85,6 @@ def step(
     first,
     h,
     w,
-    mask,
     H,
     W,
     kh,
@@ -92,6 +92,7 @@ def step(
     KW: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
+    PADDED: tl.constexpr,
     C: tl.constexpr,
     V: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -100,7 +101,7 @@ def step(
     """Element (kh, kw) of the windows that start at (h, w); elements outside of the map never win."""
     h += kh * DH
     w += kw * DW
-    inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) if PADDED else None
     at += (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
     values = load_parts(x, at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, C, V, V, CHANNELS_LAST, float("-inf"))
     bests = ()
@@ -117,7 +118,6 @@ def packed_maximum(
     x,
     at,
     first,
-    mask,
     H,
     W,
     KH: tl.constexpr,
@@ -134,7 +134,7 @@ def packed_maximum(
     for kh in tl.static_range(KH):
         for kw in tl.static_range(KW):
             to = (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
-            parts = load_parts(x, at + to, first, mask, stride, 0, 0, C, V, V, CHANNELS_LAST)
+            parts = load_parts(x, at + to, first, None, stride, 0, 0, C, V, V, CHANNELS_LAST)
             values = values + (parts[0] if CHANNELS_LAST else join(parts, V),)
     value, place = maximum(values)
     if CHANNELS_LAST:
@@ -171,11 +171,11 @@ def forward(
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    n, oh, ow, channel, first, mask = lanes(batch, OH, OW, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
+    n, oh, ow, channel, first = lanes(tl.program_id(0), batch, OH, OW, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
     h, w = oh * SH - PH, ow * SW - PW
     at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
     if UNROLL and not PADDED and packs(x.dtype.element_ty, V):
-        best, place = packed_maximum(x, at, first, mask, H, W, KH, KW, DH, DW, C, V, CHANNELS_LAST)
+        best, place = packed_maximum(x, at, first, H, W, KH, KW, DH, DW, C, V, CHANNELS_LAST)
     else:
         place = (first_inside(h, DH) * KW + first_inside(w, DW)).to(tl.int32)
         if CHANNELS_LAST:
@@ -188,19 +188,19 @@ def forward(
             for kh in tl.static_range(KH):
                 for kw in tl.static_range(KW):
                     best, place = step(
-                        x, best, place, at, first, h, w, mask, H, W, kh, kw, KW, DH, DW, C, V, CHANNELS_LAST, ACC
+                        x, best, place, at, first, h, w, H, W, kh, kw, KW, DH, DW, PADDED, C, V, CHANNELS_LAST, ACC
                     )
         else:
             for kh in range(KH):
                 for kw in range(KW):
                     best, place = step(
-                        x, best, place, at, first, h, w, mask, H, W, kh, kw, KW, DH, DW, C, V, CHANNELS_LAST, ACC
+                        x, best, place, at, first, h, w, H, W, kh, kw, KW, DH, DW, PADDED, C, V, CHANNELS_LAST, ACC
                     )
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     stride = tl.cast(OH, tl.int64) * OW
-    store_parts(y, best, at, first, mask, stride, C, CHANNELS_LAST)
+    store_parts(y, best, at, first, None, stride, C, V, CHANNELS_LAST)
     if WITH_ARGMAX:
-        store_parts(argmax, place, at, first, mask, stride, C, CHANNELS_LAST)
+        store_parts(argmax, place, at, first, None, stride, C, V, CHANNELS_LAST)
 
 
 @triton.jit
@@ -264,7 +264,9 @@ def load_windows(
     for i in tl.static_range((KH - 1) * DH // SH + 1):
         for j in tl.static_range((KW - 1) * DW // SW + 1):
             to = at - (tl.cast(OW, tl.int64) * i + j) * (C if CHANNELS_LAST else 1)
-            inside = mask & (oh >= i) & (oh - i < OH) & (ow >= j) & (ow - j < OW)
+            inside = (oh >= i) & (oh - i < OH) & (ow >= j) & (ow - j < OW)
+            if mask is not None:
+                inside = inside & mask
             loaded = loaded + load_parts(
                 dy, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST
             )
@@ -342,19 +344,19 @@ def backward(
     ACC: tl.constexpr,
 ):
     rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
-    n, oh, ow, channel, first, mask = lanes(batch, rows, columns, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
+    n, oh, ow, channel, first = lanes(tl.program_id(0), batch, rows, columns, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     windows = load_windows(
-        *(dy, argmax, at, first, oh, ow, mask, OH, OW),
+        *(dy, argmax, at, first, oh, ow, None, OH, OW),
         *(KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, V, CHANNELS_LAST),
     )
     for i in tl.static_range(SH):
         for j in tl.static_range(SW):
             parts = gradient(windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, 0, 0, V, V, CHANNELS_LAST, ACC)
             h, w = oh * SH + (i - PH), ow * SW + (j - PW)
-            inside = mask & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
             to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-            store_parts(dx, parts, to, first, inside, tl.cast(H, tl.int64) * W, C, CHANNELS_LAST)
+            store_parts(dx, parts, to, first, inside, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
 
 
 @triton.jit
@@ -383,17 +385,17 @@ def backward_far(
     ACC: tl.constexpr,
 ):
     """For windows or strides too large to unroll: a lane owns one input element and loops over the window."""
-    n, h, w, channel, first, mask = lanes(batch, H, W, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
+    n, h, w, channel, first = lanes(tl.program_id(0), batch, H, W, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(OH, tl.int64) * OW
     total = zero_parts(BLOCK, 0, 0, V, V, CHANNELS_LAST, ACC)
     for kh in range(KH):
         for kw in range(KW):
             row, column = h + PH - kh * DH, w + PW - kw * DW
             oh, ow = row // SH, column // SW
-            inside = mask & (row >= 0) & (column >= 0) & (row % SH == 0) & (column % SW == 0) & (oh < OH) & (ow < OW)
+            inside = (row >= 0) & (column >= 0) & (row % SH == 0) & (column % SW == 0) & (oh < OH) & (ow < OW)
             at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
             total = add_where_place(
                 total, dy, argmax, at, first, inside, stride, kh * KW + kw, 0, 0, C, V, V, CHANNELS_LAST, ACC
             )
     to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-    store_parts(dx, total, to, first, mask, tl.cast(H, tl.int64) * W, C, CHANNELS_LAST)
+    store_parts(dx, total, to, first, None, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)

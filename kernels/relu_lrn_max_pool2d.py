@@ -29,6 +29,18 @@ from .max_pool2d import address, first_inside, gradient, lanes, load_windows, ta
 from .packed import widened
 
 
+@triton.constexpr_function
+def start(K, SCALE, QUARTERS, REST):
+    """What sums of squares start from, so that they are s/SCALE; 0 where its power might not be in float32's range."""
+    return K / SCALE if K > 0 and SCALE >= 1e-9 and 0 < QUARTERS <= 4 and REST == 0 else 0.0
+
+
+@triton.constexpr_function
+def unscaled(K, SCALE, QUARTERS, REST):
+    """What makes powers of s from those of the sums that :func:`start` begins."""
+    return SCALE ** (-QUARTERS / 4) if start(K, SCALE, QUARTERS, REST) else 1.0
+
+
 @triton.jit
 def rectified(
     x,
@@ -63,12 +75,10 @@ def rectified(
 def row_maxima(
     x,
     bias,
-    n,
-    channel,
+    at,
     first,
     h,
     w,
-    mask,
     H,
     W,
     C: tl.constexpr,
@@ -93,25 +103,25 @@ def row_maxima(
 ):
     """For V channels of each of R windows from column w on: the maximum over their columns of row h, its number kw.
 
-    In vectors, in both memory formats.
+    In vectors, in both memory formats. Element (h, w), which may be outside of the map, would be at ``at``.
     """
     values = ()
     stride = tl.cast(H, tl.int64) * W
-    at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
     for j in tl.static_range((R - 1) * SW + KW):
-        inside = mask & (h < H) & (w + j * DW < W)
-        if PADDED:
-            inside = inside & (h >= 0) & (w + j * DW >= 0)
+        inside = (h >= 0) & (h < H) & (w + j * DW >= 0) & (w + j * DW < W) if PADDED else None
         pixel = at + j * DW * (C if CHANNELS_LAST else 1)
         z = rectified(
             x, bias, pixel, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, ACC
         )
         if LRN:
-            sums = window_sums(z, BEFORE + 1 + AFTER, True)
+            sums = window_sums(z, BEFORE + 1 + AFTER, True, start(K, SCALE, QUARTERS, REST))
         for i in tl.static_range(V // VECTOR):
             value = join(z[BEFORE + i * VECTOR : BEFORE + i * VECTOR + VECTOR], VECTOR)
             if LRN:
-                p, _ = powers(K + SCALE * join(sums[i * VECTOR : i * VECTOR + VECTOR], VECTOR), QUARTERS, REST)
+                s = join(sums[i * VECTOR : i * VECTOR + VECTOR], VECTOR)
+                if start(K, SCALE, QUARTERS, REST) == 0:
+                    s = K + SCALE * s
+                p, _ = powers(s, QUARTERS, REST)
                 value *= p
             values = values + ((tl.where(inside[:, None], value, float("-inf")) if PADDED else value),)
     best = ()
@@ -141,7 +151,8 @@ def forward(
     W,
     OH,
     OW,
-    segment,
+    rows,
+    run,
     C: tl.constexpr,
     RELU: tl.constexpr,
     LRN: tl.constexpr,
@@ -171,59 +182,68 @@ def forward(
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    """A program walks down ``run`` rows of outputs, with all its lanes, and goes on in the next lanes' maps."""
     VECTORS: tl.constexpr = V // VECTOR
     SHARED: tl.constexpr = KH - SH if DH == 1 and KH > SH else 0  # rows of a window that are also the next one's
-    n, part, block, channel, first, mask = lanes(
-        batch, (OH + segment - 1) // segment, (OW + (R - 1)) // R, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK
-    )
-    oh, left = part * segment, block * R
-    w = left * SW - PW
-    b = ()
-    if WITH_BIAS:
-        b = load_parts(bias, channel, first, mask, 1, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
-    values = ()
-    places = ()
-    for i in tl.static_range(SHARED):
-        best, place = row_maxima(
-            *(x, b, n, channel, first, oh * SH - PH + i, w, mask, H, W, C),
-            *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
-            *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, VECTOR, ACC),
+    PIXEL: tl.constexpr = C if CHANNELS_LAST else 1  # from a pixel to the next
+    down, down_y = tl.cast(W, tl.int64) * PIXEL, tl.cast(OW, tl.int64) * PIXEL  # from a row to the next
+    stride_y = tl.cast(OH, tl.int64) * OW
+    row = tl.program_id(0).to(INDEX) * run
+    end = tl.minimum(row + run, rows)
+    while row < end:
+        n, _, block, channel, first = lanes(
+            row // OH, batch, 1, (OW + (R - 1)) // R, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK
         )
-        values = values + best
-        places = places + place
-    row = 0
-    while row != segment:
-        h = oh * SH - PH
-        for i in tl.static_range(SHARED, KH):
+        oh, left = (row % OH).to(tl.int32), tl.minimum(block * R, OW - R)
+        h, w = oh * SH - PH, left * SW - PW
+        at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
+        to = address(n, channel, oh, left, C, OH, OW, CHANNELS_LAST)
+        b = ()
+        if WITH_BIAS:
+            b = load_parts(bias, channel, first, None, 1, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+        values = ()
+        places = ()
+        for i in tl.static_range(SHARED):
             best, place = row_maxima(
-                *(x, b, n, channel, first, h + i * DH, w, mask, H, W, C),
+                *(x, b, at + i * down, first, h + i, w, H, W, C),
                 *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
                 *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, VECTOR, ACC),
             )
             values = values + best
             places = places + place
-        at = address(n, channel, oh, left, C, OH, OW, CHANNELS_LAST)
-        stride = tl.cast(OH, tl.int64) * OW
-        for r in tl.static_range(R):
-            maxima = ()
-            argmaxima = ()
-            for v in tl.static_range(r * VECTORS, r * VECTORS + VECTORS):
-                value, k = values[v], places[v]
-                if PADDED:
-                    k += (first_inside(h, DH).to(tl.int32) * KW)[:, None]
-                for i in tl.static_range(1, KH):
-                    value, k = take(value, k, values[i * R * VECTORS + v], i * KW + places[i * R * VECTORS + v])
-                maxima = maxima + ((value,) if CHANNELS_LAST else split(value, V))
-                argmaxima = argmaxima + ((k,) if CHANNELS_LAST else split(k, V))
-            inside = mask & (oh < OH) & (left + r < OW)
-            to = at + r * (C if CHANNELS_LAST else 1)
-            store_parts(y, maxima, to, first, inside, stride, CHANNELS, CHANNELS_LAST)
-            if WITH_ARGMAX:
-                store_parts(argmax, argmaxima, to, first, inside, stride, CHANNELS, CHANNELS_LAST)
-        values = values[(KH - SHARED) * R * VECTORS :]
-        places = places[(KH - SHARED) * R * VECTORS :]
-        row += 1
-        oh += 1
+        last = tl.minimum(row + (OH - oh), end)  # of this map
+        while row < last:
+            for i in tl.static_range(SHARED, KH):
+                best, place = row_maxima(
+                    *(x, b, at + i * DH * down, first, h + i * DH, w, H, W, C),
+                    *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
+                    *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, VECTOR, ACC),
+                )
+                values = values + best
+                places = places + place
+            for r in tl.static_range(R):
+                maxima = ()
+                argmaxima = ()
+                for v in tl.static_range(r * VECTORS, r * VECTORS + VECTORS):
+                    value, k = values[v], places[v]
+                    if PADDED:
+                        k += first_inside(h, DH).to(tl.int32) * KW
+                    for i in tl.static_range(1, KH):
+                        value, k = take(value, k, values[i * R * VECTORS + v], i * KW + places[i * R * VECTORS + v])
+                    if LRN:
+                        value = value * unscaled(K, SCALE, QUARTERS, REST)
+                    maxima = maxima + ((value,) if CHANNELS_LAST else split(value, V))
+                    argmaxima = argmaxima + ((k,) if CHANNELS_LAST else split(k, V))
+                pixel = to + r * PIXEL
+                store_parts(y, maxima, pixel, first, None, stride_y, CHANNELS, V, CHANNELS_LAST)
+                if WITH_ARGMAX:
+                    store_parts(argmax, argmaxima, pixel, first, None, stride_y, CHANNELS, V, CHANNELS_LAST)
+            values = values[(KH - SHARED) * R * VECTORS :]
+            places = places[(KH - SHARED) * R * VECTORS :]
+            row += 1
+            h += SH
+            at += SH * down
+            to += down_y
 
 
 @triton.jit
@@ -273,16 +293,16 @@ def backward(
     """
     REACH: tl.constexpr = BEFORE + AFTER
     rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
-    split, oh, ow, channel, first, mask = lanes(splits, rows, columns, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
+    split, oh, ow, channel, first = lanes(tl.program_id(0), splits, rows, columns, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     b = ()
     if WITH_BIAS:
-        b = load_parts(bias, channel, first, mask, 1, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
+        b = load_parts(bias, channel, first, None, 1, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
     stride = tl.cast(H, tl.int64) * W
     total = (tl.zeros([BLOCK], ACC),) * V
     images = batch  # left to do
     while images > 0:
         n = split + (batch - images)
-        mine = mask & (split < images)
+        mine = split < images
         if POOL:
             windows = load_windows(
                 *(dy, argmax, address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST), first, oh, ow, mine, OH, OW),
@@ -318,4 +338,4 @@ def backward(
         images -= splits
     if WITH_BIAS:
         to = address(split, channel, oh, ow, C, rows, columns, True)
-        store_planes(sums, total, to, first, mask, 1, CHANNELS, VECTOR, CHANNELS_LAST)
+        store_planes(sums, total, to, first, None, 1, CHANNELS, VECTOR, CHANNELS_LAST)

@@ -188,7 +188,7 @@ def _backward_compiled(
 # Of the Triton kernels: lanes in a program, warps that they are spread over, and about how many channels a lane owns;
 # forward also, how many neighbouring outputs where their windows overlap. The second is for 16-bit tensors in
 # channels_last from sm_90 on, the first for all others; the rest are what a GPU test checks too.
-FORWARD_CONFIGS = [(128, 4, 8, 1), (128, 4, 8, 2), (128, 4, 16, 2), (128, 4, 8, 3), (64, 2, 8, 4)]
+FORWARD_CONFIGS = [(128, 4, 8, 1, 4), (128, 4, 8, 3, 3), (128, 4, 8, 2, 4), (128, 4, 16, 2, 2), (64, 2, 8, 4, 4)]
 BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 24), (64, 2, 16), (128, 4, 16)]
 
 
@@ -223,37 +223,36 @@ def _constants(x: Tensor, tail: Any, most: int) -> dict[str, Any] | None:
 
 
 def triton(
-    x: Tensor, bias: Tensor | None, *args: Any, config: tuple[int, int, int, int] | None = None
+    x: Tensor, bias: Tensor | None, *args: Any, config: tuple[int, int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     *tail, with_argmax = args
     bias = _wide_bias(bias, x)
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
     if y.numel() == 0:
         return y, argmax
-    block, num_warps, most, r = config or FORWARD_CONFIGS[_is_narrow(x)]
+    block, num_warps, most, r, programs = config or FORWARD_CONFIGS[_is_narrow(x)]
     constants = _constants(x, tail, most)
     if constants is None:
         return _triton_in_steps(x, bias, *args)
     (h, w), (oh, ow) = x.shape[2:], y.shape[2:]
-    if constants["KW"] <= constants["SW"] or constants["DW"] > 1:
+    if constants["KW"] <= constants["SW"] or constants["DW"] > 1 or ow < r:
         r = 1
-    columns = (
-        x.shape[0] * x.shape[1] // constants["CHANNELS"] * cdiv(constants["CHANNELS"], constants["V"]) * cdiv(ow, r)
-    )
-    # As long as all multiprocessors are busy: the longer a segment, the fewer rows are normalized twice.
-    segment = cdiv(oh, min(oh, cdiv(4 * 512 * processors(x.device), columns)))
-    lanes = columns * cdiv(oh, segment)
+    channels = constants["CHANNELS"]
+    lanes = x.shape[0] * x.shape[1] // channels * cdiv(channels, constants["V"]) * cdiv(ow, r)
+    rows = cdiv(lanes, block) * oh
+    run = cdiv(rows, programs * processors(x.device))
     launch(
         kernels("relu_lrn_max_pool2d").forward,
-        cdiv(lanes, block),
-        *(dense(x, output_format(x)), x if bias is None else bias, y, argmax, x.shape[0], h, w, oh, ow, segment),
+        cdiv(rows, run),
+        *(dense(x, output_format(x)), x if bias is None else bias, y, argmax, x.shape[0], h, w, oh, ow, rows, run),
         PADDED=not single_pool.is_inside(constants, (h, w), (oh, ow)),
         WITH_BIAS=bias is not None,
         WITH_ARGMAX=argmax.numel() > 0,
         R=r,
         BLOCK=block,
-        INDEX=index_dtype(lanes),
+        INDEX=index_dtype(max(lanes, rows)),
         num_warps=num_warps,
+        maxnreg=65536 // (32 * num_warps * programs) // 8 * 8,  # so that a multiprocessor has room for all of its
         **constants,
     )
     return y, argmax
