@@ -76,8 +76,7 @@ def in_group(first, mask, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, V: tl.co
 
 @triton.jit
 def load_vector(
-    x,
-    at,
+    pointers,
     first,
     mask,
     OFFSET: tl.constexpr,
@@ -87,7 +86,7 @@ def load_vector(
     OTHER: tl.constexpr,
 ):
     """Channels ``first + OFFSET`` and following; all of them are inside the group, or none."""
-    pointers = x + (at + OFFSET)[:, None] + tl.arange(0, WIDTH)[None, :]
+    pointers = (pointers + OFFSET)[:, None] + tl.arange(0, WIDTH)[None, :]
     inside = in_group(first, mask, OFFSET, CHANNELS, V)
     if inside is None:
         return tl.load(pointers)
@@ -97,8 +96,7 @@ def load_vector(
 
 @triton.jit
 def load_parts(
-    x,
-    at,
+    pointers,
     first,
     mask,
     stride,
@@ -120,18 +118,18 @@ def load_parts(
         BEHIND: tl.constexpr = width(BEFORE, VECTOR)
         AHEAD: tl.constexpr = width(AFTER, VECTOR)
         for i in tl.static_range(-((BEFORE + BEHIND - 1) // BEHIND), 0):
-            parts = parts + (load_vector(x, at, first, mask, i * BEHIND, BEHIND, CHANNELS, V, OTHER),)
+            parts = parts + (load_vector(pointers, first, mask, i * BEHIND, BEHIND, CHANNELS, V, OTHER),)
         for i in tl.static_range(V // VECTOR):
-            parts = parts + (load_vector(x, at, first, mask, i * VECTOR, VECTOR, CHANNELS, V, OTHER),)
+            parts = parts + (load_vector(pointers, first, mask, i * VECTOR, VECTOR, CHANNELS, V, OTHER),)
         for i in tl.static_range((AFTER + AHEAD - 1) // AHEAD):
-            parts = parts + (load_vector(x, at, first, mask, V + i * AHEAD, AHEAD, CHANNELS, V, OTHER),)
+            parts = parts + (load_vector(pointers, first, mask, V + i * AHEAD, AHEAD, CHANNELS, V, OTHER),)
     else:
         for i in tl.static_range(-BEFORE, V + AFTER):
             inside = in_group(first, mask, i, CHANNELS, V)
             if inside is None:
-                parts = parts + (tl.load(x + at + i * stride),)
+                parts = parts + (tl.load(pointers + i * stride),)
             else:
-                parts = parts + (tl.load(x + at + i * stride, inside, OTHER),)
+                parts = parts + (tl.load(pointers + i * stride, inside, OTHER),)
     return parts
 
 
@@ -179,17 +177,17 @@ def to_planes(
 
 @triton.jit
 def store_parts(
-    y, parts, at, first, mask, stride, CHANNELS: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr
+    pointers, parts, first, mask, stride, CHANNELS: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):
     """Store each lane's own channels: vectors, or planes."""
     for i in tl.static_range(len(parts)):
-        part = rounded(parts[i], y.dtype.element_ty)
+        part = rounded(parts[i], pointers.dtype.element_ty)
         if CHANNELS_LAST:
             inside = in_group(first, mask, i * part.shape[1], CHANNELS, V)
-            pointers = y + (at + i * part.shape[1])[:, None] + tl.arange(0, part.shape[1])[None, :]
-            tl.store(pointers, part, None if inside is None else inside[:, None])
+            to = (pointers + i * part.shape[1])[:, None] + tl.arange(0, part.shape[1])[None, :]
+            tl.store(to, part, None if inside is None else inside[:, None])
         else:
-            tl.store(y + at + i * stride, part, in_group(first, mask, i, CHANNELS, V))
+            tl.store(pointers + i * stride, part, in_group(first, mask, i, CHANNELS, V))
 
 
 @triton.jit
@@ -206,9 +204,8 @@ def to_parts(planes, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def store_planes(
-    y,
+    pointers,
     planes,
-    at,
     first,
     mask,
     stride,
@@ -218,7 +215,7 @@ def store_planes(
 ):
     """Store each lane's own channels."""
     parts = to_parts(planes, VECTOR, CHANNELS_LAST)
-    store_parts(y, parts, at, first, mask, stride, CHANNELS, len(planes), CHANNELS_LAST)
+    store_parts(pointers, parts, first, mask, stride, CHANNELS, len(planes), CHANNELS_LAST)
 
 
 @triton.jit
@@ -375,10 +372,10 @@ def forward(
 ):
     at, first = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(S, tl.int64)
-    parts = load_parts(x, at, first, None, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    parts = load_parts(x + at, first, None, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
     planes = to_planes(parts, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
     planes = normalize(planes, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST)
-    store_planes(y, planes, at, first, None, stride, CHANNELS, VECTOR, CHANNELS_LAST)
+    store_planes(y + at, planes, first, None, stride, CHANNELS, VECTOR, CHANNELS_LAST)
 
 
 @triton.jit
@@ -406,12 +403,12 @@ def backward(
     REACH: tl.constexpr = BEFORE + AFTER
     at, first = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
     stride = tl.cast(S, tl.int64)
-    xs = load_parts(x, at, first, None, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
-    dys = load_parts(dy, at, first, None, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    xs = load_parts(x + at, first, None, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    dys = load_parts(dy + at, first, None, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
     xs = to_planes(xs, REACH, REACH, V, VECTOR, CHANNELS_LAST, ACC)
     dys = to_planes(dys, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC)
     planes = normalize_backward(dys, xs, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
-    store_planes(dx, planes, at, first, None, stride, CHANNELS, VECTOR, CHANNELS_LAST)
+    store_planes(dx + at, planes, first, None, stride, CHANNELS, VECTOR, CHANNELS_LAST)
 
 
 @triton.jit

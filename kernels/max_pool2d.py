@@ -20,8 +20,14 @@ from .packed import maximum, packs, where_place, widened
 
 
 @triton.jit
+def block_of_lanes(program, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """The numbers of a program's lanes."""
+    return program.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def lanes(
-    program,
+    lane,
     batch,
     rows,
     columns,
@@ -30,16 +36,16 @@ def lanes(
     V: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     INDEX: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Of each lane of a program: image, row, column, first channel, and that channel's number in its group.
+    """Of each lane: image, row, column, first channel, and that channel's number in its group.
 
-    Too many lanes do what the last one does. Consecutive lanes are consecutive in memory: channels first where they are last, else columns.
+    Consecutive lanes are consecutive in memory: channels first where they are last, else columns. What comes after the
+    last lane does as it does.
     """
     PARTS: tl.constexpr = (CHANNELS + V - 1) // V  # of a group
     TOTAL: tl.constexpr = C // CHANNELS * PARTS
     last = batch * TOTAL * tl.cast(rows, INDEX) * columns - 1
-    lane = tl.minimum(program.to(INDEX) * BLOCK + tl.arange(0, BLOCK), last)
+    lane = tl.minimum(lane, last)
     if CHANNELS_LAST:
         part = lane % TOTAL
         column = lane // TOTAL % columns
@@ -103,7 +109,7 @@ def step(
     w += kw * DW
     inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) if PADDED else None
     at += (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
-    values = load_parts(x, at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, C, V, V, CHANNELS_LAST, float("-inf"))
+    values = load_parts(x + at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, C, V, V, CHANNELS_LAST, float("-inf"))
     bests = ()
     places = ()
     for c in tl.static_range(len(values)):
@@ -134,7 +140,7 @@ def packed_maximum(
     for kh in tl.static_range(KH):
         for kw in tl.static_range(KW):
             to = (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
-            parts = load_parts(x, at + to, first, None, stride, 0, 0, C, V, V, CHANNELS_LAST)
+            parts = load_parts(x + at + to, first, None, stride, 0, 0, C, V, V, CHANNELS_LAST)
             values = values + (parts[0] if CHANNELS_LAST else join(parts, V),)
     value, place = maximum(values)
     if CHANNELS_LAST:
@@ -171,7 +177,8 @@ def forward(
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    n, oh, ow, channel, first = lanes(tl.program_id(0), batch, OH, OW, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
+    lane = block_of_lanes(tl.program_id(0), INDEX, BLOCK)
+    n, oh, ow, channel, first = lanes(lane, batch, OH, OW, C, C, V, CHANNELS_LAST, INDEX)
     h, w = oh * SH - PH, ow * SW - PW
     at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
     if UNROLL and not PADDED and packs(x.dtype.element_ty, V):
@@ -198,9 +205,9 @@ def forward(
                     )
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     stride = tl.cast(OH, tl.int64) * OW
-    store_parts(y, best, at, first, None, stride, C, V, CHANNELS_LAST)
+    store_parts(y + at, best, first, None, stride, C, V, CHANNELS_LAST)
     if WITH_ARGMAX:
-        store_parts(argmax, place, at, first, None, stride, C, V, CHANNELS_LAST)
+        store_parts(argmax + at, place, first, None, stride, C, V, CHANNELS_LAST)
 
 
 @triton.jit
@@ -222,8 +229,8 @@ def add_where_place(
     ACC: tl.constexpr,
 ):
     """Add the parts of dy at ``at`` where the maximum was at ``place`` of its window."""
-    places = load_parts(argmax, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
-    values = load_parts(dy, at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    places = load_parts(argmax + at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    values = load_parts(dy + at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
     more = ()
     for c in tl.static_range(len(values)):
         more = more + (total[c] + tl.where(places[c] == place, values[c].to(ACC), 0.0),)
@@ -234,7 +241,6 @@ def add_where_place(
 def load_windows(
     dy,
     argmax,
-    at,
     first,
     oh,
     ow,
@@ -257,21 +263,22 @@ def load_windows(
 ):
     """dy and argmax, in parts, of all windows that may hold an element of a block.
 
-    Block and window (oh, ow) start together; that window's dy is at ``at``. The other windows start earlier.
+    Block and window (oh, ow) start together; ``dy`` and ``argmax`` point to that window's. The others start earlier.
     """
     loaded = ()
     stride = tl.cast(OH, tl.int64) * OW
+    PIXEL: tl.constexpr = C if CHANNELS_LAST else 1
     for i in tl.static_range((KH - 1) * DH // SH + 1):
         for j in tl.static_range((KW - 1) * DW // SW + 1):
-            to = at - (tl.cast(OW, tl.int64) * i + j) * (C if CHANNELS_LAST else 1)
             inside = (oh >= i) & (oh - i < OH) & (ow >= j) & (ow - j < OW)
             if mask is not None:
                 inside = inside & mask
+            back = tl.cast(OW, tl.int64) * (i * PIXEL)
             loaded = loaded + load_parts(
-                dy, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST
+                dy - back - j * PIXEL, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST
             )
             loaded = loaded + load_parts(
-                argmax, to, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST
+                argmax - back - j * PIXEL, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST
             )
     return loaded
 
@@ -343,20 +350,24 @@ def backward(
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):
+    PIXEL: tl.constexpr = C if CHANNELS_LAST else 1
     rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
-    n, oh, ow, channel, first = lanes(tl.program_id(0), batch, rows, columns, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
+    lane = block_of_lanes(tl.program_id(0), INDEX, BLOCK)
+    n, oh, ow, channel, first = lanes(lane, batch, rows, columns, C, C, V, CHANNELS_LAST, INDEX)
     at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     windows = load_windows(
-        *(dy, argmax, at, first, oh, ow, None, OH, OW),
-        *(KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, V, CHANNELS_LAST),
+        *(dy + at, argmax + at, first, oh, ow),
+        None,
+        *(OH, OW, KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, V, CHANNELS_LAST),
     )
+    h, w = oh * SH - PH, ow * SW - PW
+    to = dx + address(n, channel, h, w, C, H, W, CHANNELS_LAST)
     for i in tl.static_range(SH):
         for j in tl.static_range(SW):
             parts = gradient(windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, 0, 0, V, V, CHANNELS_LAST, ACC)
-            h, w = oh * SH + (i - PH), ow * SW + (j - PW)
-            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-            store_parts(dx, parts, to, first, inside, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
+            inside = (h + i >= 0) & (h + i < H) & (w + j >= 0) & (w + j < W)
+            pointers = to + tl.cast(W, tl.int64) * (i * PIXEL) + j * PIXEL
+            store_parts(pointers, parts, first, inside, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
 
 
 @triton.jit
@@ -385,7 +396,8 @@ def backward_far(
     ACC: tl.constexpr,
 ):
     """For windows or strides too large to unroll: a lane owns one input element and loops over the window."""
-    n, h, w, channel, first = lanes(tl.program_id(0), batch, H, W, C, C, V, CHANNELS_LAST, INDEX, BLOCK)
+    lane = block_of_lanes(tl.program_id(0), INDEX, BLOCK)
+    n, h, w, channel, first = lanes(lane, batch, H, W, C, C, V, CHANNELS_LAST, INDEX)
     stride = tl.cast(OH, tl.int64) * OW
     total = zero_parts(BLOCK, 0, 0, V, V, CHANNELS_LAST, ACC)
     for kh in range(KH):
@@ -398,4 +410,4 @@ def backward_far(
                 total, dy, argmax, at, first, inside, stride, kh * KW + kw, 0, 0, C, V, V, CHANNELS_LAST, ACC
             )
     to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-    store_parts(dx, total, to, first, None, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
+    store_parts(dx + to, total, first, None, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)

@@ -14,9 +14,10 @@ _TYPES = {"bf16": "bf16x2", "fp16": "f16x2"}
 
 
 @triton.constexpr_function
-def packs(dtype, elements):
-    """Whether so many neighbouring elements of each lane are packed, four at a time."""
-    return not INTERPRETING and cuda_capability_geq(9) and dtype.primitive_bitwidth == 16 and elements % 4 == 0
+def packs(dtype, elements, at_once=4):
+    """Whether so many neighbouring elements of each lane are packed, so many at once."""
+    wide = dtype.primitive_bitwidth != 16 or elements % at_once != 0
+    return not wide and not INTERPRETING and cuda_capability_geq(9)
 
 
 @triton.jit
@@ -29,6 +30,29 @@ def widened(x, ACC: tl.constexpr):
         )
     else:
         return x.to(ACC)
+
+
+@triton.jit
+def opaque(x, CHANNELS_LAST: tl.constexpr):
+    """``x``, int64, as a number of which the compiler knows nothing.
+
+    Of offsets that a loop adds to, it else keeps a sum for each load and store, and runs out of registers.
+    """
+    if _INTERPRETING or CHANNELS_LAST:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [x], tl.int64, is_pure=True, pack=1)
+
+
+@triton.constexpr_function
+def _at_least(dtype):
+    return f"max.NaN.{_TYPES[dtype]} $0, $1, $2;"
+
+
+@triton.jit
+def at_least(x, least):
+    """The larger of two, [BLOCK, W] and of 16 bits. Only for what :func:`packs` allows."""
+    return tl.inline_asm_elementwise(_at_least(x.dtype.name), "=r,r,r", [x, least], x.dtype, is_pure=True, pack=2)
 
 
 @triton.constexpr_function

@@ -15,18 +15,17 @@ import triton
 import triton.language as tl
 
 from .lrn import (
-    join,
     load_parts,
     normalize_backward,
     powers,
-    split,
     store_parts,
     store_planes,
+    to_parts,
     to_planes,
     window_sums,
 )
-from .max_pool2d import address, first_inside, gradient, lanes, load_windows, take
-from .packed import widened
+from .max_pool2d import address, block_of_lanes, first_inside, gradient, lanes, load_windows, take
+from .packed import at_least, opaque, packs, widened
 
 
 @triton.constexpr_function
@@ -41,11 +40,38 @@ def unscaled(K, SCALE, QUARTERS, REST):
     return SCALE ** (-QUARTERS / 4) if start(K, SCALE, QUARTERS, REST) else 1.0
 
 
+@triton.constexpr_function
+def lowest(dtype):
+    """The least finite number of a 16-bit dtype."""
+    return -65504.0 if dtype == tl.float16 else -3.3895313892515355e38
+
+
+@triton.jit
+def rectified_part(x, bias, RELU: tl.constexpr, FINITE: tl.constexpr, ACC: tl.constexpr):
+    """``relu(x + bias)`` in ACC; ``bias`` is a tuple of one or none.
+
+    In 16 bits it is ``max(x, -bias) + bias``, whose maximum is of two elements at once. It is 0 where x is less, so
+    that a bias of -inf must be a finite number instead; only an infinite x would tell, of which LRN makes NaN anyway.
+    """
+    PACKED: tl.constexpr = RELU and FINITE and len(x.shape) == 2 and packs(x.dtype, x.shape[1], 2)
+    if PACKED and len(bias) == 0:
+        return widened(at_least(x, tl.zeros(x.shape, x.dtype)), ACC)
+    elif PACKED and bias[0].dtype == x.dtype:
+        b = at_least(bias[0], tl.full(x.shape, lowest(x.dtype), x.dtype))
+        return widened(at_least(x, -b), ACC) + widened(b, ACC)
+    else:
+        z = widened(x, ACC)
+        if len(bias) > 0:
+            z += bias[0].to(ACC)
+        if RELU:
+            z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return z
+
+
 @triton.jit
 def rectified(
-    x,
+    pointers,
     bias,
-    at,
     first,
     mask,
     stride,
@@ -56,27 +82,31 @@ def rectified(
     VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     RELU: tl.constexpr,
+    FINITE: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """``relu(x + bias)``, in planes; ``bias`` is in parts, or an empty tuple."""
-    x = load_parts(x, at, first, mask, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    x = load_parts(pointers, first, mask, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
     parts = ()
     for i in tl.static_range(len(x)):
-        z = widened(x[i], ACC)
-        if len(bias) > 0:
-            z += bias[i].to(ACC)
-        if RELU:
-            z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        parts = parts + (z,)
+        parts = parts + (rectified_part(x[i], bias[i : i + 1], RELU, FINITE, ACC),)
     return to_planes(parts, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
 
 
 @triton.jit
+def of_next_lane(x):
+    """What the next lane has in [BLOCK]; the last of a warp has no next lane."""
+    WARPS: tl.constexpr = x.shape[0] // 32
+    following = tl.minimum(tl.arange(0, 32) + 1, 31)[None, :] + tl.zeros([WARPS, 32], tl.int32)
+    return tl.reshape(tl.gather(tl.reshape(x, [WARPS, 32]), following, 1), [32 * WARPS])
+
+
+@triton.jit
 def row_maxima(
-    x,
+    pointers,
     bias,
-    at,
     first,
+    shift,
     h,
     w,
     H,
@@ -96,6 +126,7 @@ def row_maxima(
     DW: tl.constexpr,
     PADDED: tl.constexpr,
     R: tl.constexpr,
+    EXCHANGED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     V: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -103,36 +134,48 @@ def row_maxima(
 ):
     """For V channels of each of R windows from column w on: the maximum over their columns of row h, its number kw.
 
-    In vectors, in both memory formats. Element (h, w), which may be outside of the map, would be at ``at``.
+    In parts; with EXCHANGED a lane only normalizes SW columns, and those that follow come from the next one. Element (h, w), which may be outside of the map, would be at ``at``.
     """
+    START: tl.constexpr = start(K, SCALE, QUARTERS, REST) if LRN else 0.0
+    FINITE: tl.constexpr = START != 0
+    VECTORS: tl.constexpr = V // VECTOR
     values = ()
     stride = tl.cast(H, tl.int64) * W
-    for j in tl.static_range((R - 1) * SW + KW):
-        inside = (h >= 0) & (h < H) & (w + j * DW >= 0) & (w + j * DW < W) if PADDED else None
-        pixel = at + j * DW * (C if CHANNELS_LAST else 1)
+    for j in tl.static_range(SW if EXCHANGED else (R - 1) * SW + KW):
+        inside = None
+        if PADDED:
+            inside = (h >= 0) & (h < H) & (w + j * DW >= 0) & (w + j * DW < W)
         z = rectified(
-            x, bias, pixel, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, ACC
+            *(pointers + j * DW * (C if CHANNELS_LAST else 1), bias, first),
+            inside,
+            *(stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, FINITE, ACC),
         )
+        own = to_parts(z[BEFORE : BEFORE + V], VECTOR, CHANNELS_LAST)
         if LRN:
-            sums = window_sums(z, BEFORE + 1 + AFTER, True, start(K, SCALE, QUARTERS, REST))
-        for i in tl.static_range(V // VECTOR):
-            value = join(z[BEFORE + i * VECTOR : BEFORE + i * VECTOR + VECTOR], VECTOR)
+            sums = to_parts(window_sums(z, BEFORE + 1 + AFTER, True, START), VECTOR, CHANNELS_LAST)
+        for i in tl.static_range(VECTORS):
+            value = own[i]
             if LRN:
-                s = join(sums[i * VECTOR : i * VECTOR + VECTOR], VECTOR)
-                if start(K, SCALE, QUARTERS, REST) == 0:
-                    s = K + SCALE * s
-                p, _ = powers(s, QUARTERS, REST)
+                p, _ = powers(sums[i] if START != 0 else K + SCALE * sums[i], QUARTERS, REST)
                 value *= p
-            values = values + ((tl.where(inside[:, None], value, float("-inf")) if PADDED else value),)
+            if PADDED:
+                value = tl.where(inside[:, None] if CHANNELS_LAST else inside, value, float("-inf"))
+            values = values + (value,)
+    if EXCHANGED:
+        for i in tl.static_range(VECTORS):
+            first_column = values[i]
+            for j in tl.static_range(1, 1 if PADDED else SW):
+                first_column = tl.where(shift == j, values[j * VECTORS + i], first_column)
+            values = values + (of_next_lane(first_column),)
     best = ()
     place = ()
-    VECTORS: tl.constexpr = V // VECTOR
     for r in tl.static_range(R):
         for i in tl.static_range(VECTORS):
             value = values[r * SW * VECTORS + i]
             kw = tl.zeros(value.shape, tl.int32)
             if PADDED:
-                kw += first_inside(w + r * SW, DW).to(tl.int32)[:, None]
+                before = first_inside(w + r * SW, DW).to(tl.int32)
+                kw += before[:, None] if CHANNELS_LAST else before
             for j in tl.static_range(1, KW):
                 value, kw = take(value, kw, values[(r * SW + j) * VECTORS + i], j)
             best = best + (value,)
@@ -176,6 +219,7 @@ def forward(
     WITH_ARGMAX: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     R: tl.constexpr,
+    EXCHANGED: tl.constexpr,
     V: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -191,23 +235,33 @@ def forward(
     row = tl.program_id(0).to(INDEX) * run
     end = tl.minimum(row + run, rows)
     while row < end:
-        n, _, block, channel, first = lanes(
-            row // OH, batch, 1, (OW + (R - 1)) // R, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK
-        )
-        oh, left = (row % OH).to(tl.int32), tl.minimum(block * R, OW - R)
+        lane = block_of_lanes(row // OH, INDEX, BLOCK)
+        if EXCHANGED:
+            n, _, left, channel, first = lanes(
+                lane // 32 * 31 + lane % 32, batch, 1, OW + 1, C, CHANNELS, V, CHANNELS_LAST, INDEX
+            )
+            stored = (left < OW) & (lane % 32 != 31)
+        else:
+            n, _, block, channel, first = lanes(
+                lane, batch, 1, (OW + (R - 1)) // R, C, CHANNELS, V, CHANNELS_LAST, INDEX
+            )
+            left = tl.minimum(block * R, OW - R)
+            stored = None
+        oh = (row % OH).to(tl.int32)
         h, w = oh * SH - PH, left * SW - PW
-        at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
+        shift = tl.maximum(w + SW - W, 0) if EXCHANGED and not PADDED else 0
+        at = address(n, channel, h, w - shift, C, H, W, CHANNELS_LAST)
         to = address(n, channel, oh, left, C, OH, OW, CHANNELS_LAST)
         b = ()
         if WITH_BIAS:
-            b = load_parts(bias, channel, first, None, 1, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+            b = load_parts(bias + channel, first, None, 1, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
         values = ()
         places = ()
         for i in tl.static_range(SHARED):
             best, place = row_maxima(
-                *(x, b, at + i * down, first, h + i, w, H, W, C),
+                *(x + at + i * down, b, first, shift, h + i, w, H, W, C),
                 *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
-                *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, VECTOR, ACC),
+                *(KW, SW, DW, PADDED, R, EXCHANGED, CHANNELS_LAST, V, VECTOR, ACC),
             )
             values = values + best
             places = places + place
@@ -215,9 +269,9 @@ def forward(
         while row < last:
             for i in tl.static_range(SHARED, KH):
                 best, place = row_maxima(
-                    *(x, b, at + i * DH * down, first, h + i * DH, w, H, W, C),
+                    *(x + opaque(at + i * DH * down, CHANNELS_LAST), b, first, shift, h + i * DH, w, H, W, C),
                     *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
-                    *(KW, SW, DW, PADDED, R, CHANNELS_LAST, V, VECTOR, ACC),
+                    *(KW, SW, DW, PADDED, R, EXCHANGED, CHANNELS_LAST, V, VECTOR, ACC),
                 )
                 values = values + best
                 places = places + place
@@ -232,12 +286,12 @@ def forward(
                         value, k = take(value, k, values[i * R * VECTORS + v], i * KW + places[i * R * VECTORS + v])
                     if LRN:
                         value = value * unscaled(K, SCALE, QUARTERS, REST)
-                    maxima = maxima + ((value,) if CHANNELS_LAST else split(value, V))
-                    argmaxima = argmaxima + ((k,) if CHANNELS_LAST else split(k, V))
-                pixel = to + r * PIXEL
-                store_parts(y, maxima, pixel, first, None, stride_y, CHANNELS, V, CHANNELS_LAST)
+                    maxima = maxima + (value,)
+                    argmaxima = argmaxima + (k,)
+                pixel = opaque(to, CHANNELS_LAST) + r * PIXEL
+                store_parts(y + pixel, maxima, first, stored, stride_y, CHANNELS, V, CHANNELS_LAST)
                 if WITH_ARGMAX:
-                    store_parts(argmax, argmaxima, pixel, first, None, stride_y, CHANNELS, V, CHANNELS_LAST)
+                    store_parts(argmax + pixel, argmaxima, first, stored, stride_y, CHANNELS, V, CHANNELS_LAST)
             values = values[(KH - SHARED) * R * VECTORS :]
             places = places[(KH - SHARED) * R * VECTORS :]
             row += 1
@@ -292,36 +346,44 @@ def backward(
     They have the shape (splits, rows, columns, C).
     """
     REACH: tl.constexpr = BEFORE + AFTER
+    PIXEL: tl.constexpr = C if CHANNELS_LAST else 1  # from a pixel to the next
+    FINITE: tl.constexpr = LRN and start(K, SCALE, QUARTERS, REST) != 0
     rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
-    split, oh, ow, channel, first = lanes(tl.program_id(0), splits, rows, columns, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
+    lane = block_of_lanes(tl.program_id(0), INDEX, BLOCK)
+    split, oh, ow, channel, first = lanes(lane, splits, rows, columns, C, CHANNELS, V, CHANNELS_LAST, INDEX)
     b = ()
     if WITH_BIAS:
-        b = load_parts(bias, channel, first, None, 1, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
+        b = load_parts(bias + channel, first, None, 1, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
     stride = tl.cast(H, tl.int64) * W
+    top, left = oh * SH - PH, ow * SW - PW
+    at = address(split, channel, top, left, C, H, W, CHANNELS_LAST)
+    to = address(split, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
     total = (tl.zeros([BLOCK], ACC),) * V
     images = batch  # left to do
     while images > 0:
-        n = split + (batch - images)
         mine = split < images
         if POOL:
+            window = opaque(to, CHANNELS_LAST)
             windows = load_windows(
-                *(dy, argmax, address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST), first, oh, ow, mine, OH, OW),
+                *(dy + window, argmax + window, first, oh, ow, mine, OH, OW),
                 *(KH, KW, SH, SW, DH, DW, AFTER, BEFORE, C, CHANNELS, V, VECTOR, CHANNELS_LAST),
             )
+        block = opaque(at, CHANNELS_LAST)
         for i in tl.static_range(SH):
             for j in tl.static_range(SW):
-                h, w = oh * SH + (i - PH), ow * SW + (j - PW)
+                h, w = top + i, left + j
                 inside = mine & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
+                pixel = block + tl.cast(W, tl.int64) * (i * PIXEL) + j * PIXEL
                 if POOL:
                     d = gradient(
                         windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC
                     )
                 else:
-                    d = load_parts(dy, at, first, inside, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
+                    d = load_parts(dy + pixel, first, inside, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
                 d = to_planes(d, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC)
                 z = rectified(
-                    x, b, at, first, inside, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, ACC
+                    *(x + pixel, b, first, inside, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST),
+                    *(RELU, FINITE, ACC),
                 )
                 if LRN:
                     d = normalize_backward(d, z, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
@@ -333,9 +395,11 @@ def backward(
                     if LRN and (K <= 0 or SCALE < 0):  # outside of the map d = 0, but s**-beta need not be finite
                         value = tl.where(inside, value, 0.0)
                     new_total = new_total + (total[c] + value,)
-                store_planes(dx, out, at, first, inside, stride, CHANNELS, VECTOR, CHANNELS_LAST)
+                store_planes(dx + pixel, out, first, inside, stride, CHANNELS, VECTOR, CHANNELS_LAST)
                 total = new_total
         images -= splits
+        at += splits * C * stride
+        to += splits * C * (tl.cast(OH, tl.int64) * OW)
     if WITH_BIAS:
         to = address(split, channel, oh, ow, C, rows, columns, True)
-        store_planes(sums, total, to, first, None, 1, CHANNELS, VECTOR, CHANNELS_LAST)
+        store_planes(sums + to, total, first, None, 1, CHANNELS, VECTOR, CHANNELS_LAST)

@@ -116,10 +116,10 @@ def _backward_compiled(
     return dx
 
 
-# Of the Triton kernels: lanes in a program, and warps that they are spread over. The first is for channels_last, the
-# second for NCHW; the others are what a GPU test checks too.
-FORWARD_CONFIGS = [(128, 4), (128, 4), (256, 4), (256, 8)]
-BACKWARD_CONFIGS = [(128, 4), (128, 4), (64, 2), (256, 8)]
+# Of the Triton kernels: lanes in a program, warps that they are spread over, and most channels of a lane in NCHW. The
+# first is for channels_last, the second for NCHW; the others are what a GPU test checks too.
+FORWARD_CONFIGS = [(128, 4, 8), (128, 4, 8), (256, 4, 8), (256, 8, 8)]
+BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 16), (64, 2, 8), (256, 8, 8)]
 
 
 def triton_pool(pool: Any) -> dict[str, int]:
@@ -143,12 +143,11 @@ def is_inside(pool: dict[str, int], size: Sequence[int], out: Sequence[int]) -> 
 
 
 def _run(
-    kernel: Any, config: tuple[int, int], x: Tensor, items: int, *args: Any, channels_last: bool, **constants: Any
+    kernel: Any, config: tuple[int, int, int], x: Tensor, items: int, *args: Any, channels_last: bool, **constants: Any
 ) -> None:
     """Launch a kernel over ``items`` places in each map of ``x``, at which it reads vectors of the channels."""
-    channels = x.shape[1]
-    v = vector(channels, x) if channels_last else min(channels, 8)
-    block, num_warps = config
+    (block, num_warps, most), channels = config, x.shape[1]
+    v = vector(channels, x) if channels_last else min(channels, most)
     lanes = x.shape[0] * cdiv(channels, v) * items
     launch(
         kernel,
@@ -165,7 +164,7 @@ def _run(
     )
 
 
-def triton(x: Tensor, *args: Any, config: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+def triton(x: Tensor, *args: Any, config: tuple[int, int, int] | None = None) -> tuple[Tensor, Tensor]:
     *pool, with_argmax = args
     y, argmax = _fake(x, *args)
     channels_last = is_channels_last(x)
@@ -192,7 +191,7 @@ def triton_backward(
     size: list[int],
     channels_last: bool,
     *pool: Any,
-    config: tuple[int, int] | None = None,
+    config: tuple[int, int, int] | None = None,
 ) -> Tensor:
     (h, w), (oh, ow), format = size, dy.shape[2:], format_of(channels_last)
     check_same("max_pool2d_backward", "argmax", argmax, empty_argmax(dy, list(dy.shape), pool[0]))

@@ -128,6 +128,11 @@ def _wide_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(opmath(x.dtype)).contiguous()
 
 
+def _narrow_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """In the dtype of ``x`` where it is, which Triton's kernels make use of."""
+    return bias.contiguous() if bias is not None and bias.dtype == x.dtype else _wide_bias(bias, x)
+
+
 def _compiled(library: str, x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     *tail, with_argmax = args
     format = output_format(x)
@@ -188,7 +193,7 @@ def _backward_compiled(
 # Of the Triton kernels: lanes in a program, warps that they are spread over, and about how many channels a lane owns;
 # forward also, how many neighbouring outputs where their windows overlap. The second is for 16-bit tensors in
 # channels_last from sm_90 on, the first for all others; the rest are what a GPU test checks too.
-FORWARD_CONFIGS = [(128, 4, 8, 1, 4), (128, 4, 8, 3, 3), (128, 4, 8, 2, 4), (128, 4, 16, 2, 2), (64, 2, 8, 4, 4)]
+FORWARD_CONFIGS = [(128, 4, 12, 1, 3), (128, 4, 8, 3, 3), (128, 4, 8, 2, 4), (128, 4, 16, 2, 2), (64, 2, 8, 4, 4)]
 BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 24), (64, 2, 16), (128, 4, 16)]
 
 
@@ -205,10 +210,7 @@ def _constants(x: Tensor, tail: Any, most: int) -> dict[str, Any] | None:
     if not single_lrn.is_near(window) or not single_pool.is_near(pooling):
         return None
     channels_last = is_channels_last(x)
-    if channels_last:
-        v, width = single_lrn.share(x, window["CHANNELS"], most)
-    else:  # a power of 2, as planes are joined; of more than 8 the windows would not fit into registers
-        v = width = min(8, most, 1 << (window["CHANNELS"] - 1).bit_length())
+    v, width = single_lrn.share(x, window["CHANNELS"], most)
     return {
         "C": channels,
         "RELU": relu,
@@ -226,7 +228,7 @@ def triton(
     x: Tensor, bias: Tensor | None, *args: Any, config: tuple[int, int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     *tail, with_argmax = args
-    bias = _wide_bias(bias, x)
+    bias = _narrow_bias(bias, x)
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
     if y.numel() == 0:
         return y, argmax
@@ -238,8 +240,9 @@ def triton(
     if constants["KW"] <= constants["SW"] or constants["DW"] > 1 or ow < r:
         r = 1
     channels = constants["CHANNELS"]
-    lanes = x.shape[0] * x.shape[1] // channels * cdiv(channels, constants["V"]) * cdiv(ow, r)
-    rows = cdiv(lanes, block) * oh
+    exchanged = not is_channels_last(x) and constants["KW"] == constants["SW"] + 1
+    lanes = x.shape[0] * x.shape[1] // channels * cdiv(channels, constants["V"]) * (ow + 1 if exchanged else cdiv(ow, r))
+    rows = cdiv(lanes, block // 32 * 31 if exchanged else block) * oh
     run = cdiv(rows, programs * processors(x.device))
     launch(
         kernels("relu_lrn_max_pool2d").forward,
@@ -249,6 +252,7 @@ def triton(
         WITH_BIAS=bias is not None,
         WITH_ARGMAX=argmax.numel() > 0,
         R=r,
+        EXCHANGED=exchanged,
         BLOCK=block,
         INDEX=index_dtype(max(lanes, rows)),
         num_warps=num_warps,
@@ -289,11 +293,11 @@ def triton_backward(
     op, like = "relu_lrn_max_pool2d_backward", _empty_outputs(x, *tail, with_argmax=True)
     check_same(op, "grad", dy, like[0])
     check_same(op, "argmax", argmax, like[1]) if tail[6] else None
-    wide_bias, format, dx = _wide_bias(bias, x), output_format(x), empty_output(x)
+    own_bias, format, dx = _narrow_bias(bias, x), output_format(x), empty_output(x)
     block, num_warps, most = config or BACKWARD_CONFIGS[_is_narrow(x)]
     constants = _constants(x, tail, most) if x.numel() else {}
     if constants is None:
-        dx, dbias = _triton_backward_in_steps(dy, x, wide_bias, argmax, *tail)
+        dx, dbias = _triton_backward_in_steps(dy, x, bias, argmax, *tail)
         return dx, dbias if bias is None else dbias.to(bias.dtype)
     rows = columns = splits = 0
     if constants:
@@ -311,7 +315,7 @@ def triton_backward(
             *(
                 dense(dy, format),
                 dense(x, format),
-                x if wide_bias is None else wide_bias,
+                x if own_bias is None else own_bias,
                 dense(argmax, format) if tail[6] else argmax,
                 dx,
                 sums,

@@ -436,6 +436,11 @@ class _Execution:
         result, a, b, which = i.operands
         self._set(result, self._least(i, self._int(a), self._int(b), which), lanes)
 
+    def _VIMNMX3(self, i: Instruction, lanes: Array) -> None:
+        result, a, b, c, which = i.operands
+        first = self._least(i, self._int(a), self._int(b), which).astype(np.uint32)
+        self._set(result, self._least(i, first, self._int(c), which), lanes)
+
     def _VIADDMNMX(self, i: Instruction, lanes: Array) -> None:
         result, a, b, c, which = i.operands
         self._set(result, self._least(i, self._int(a) + self._int(b), self._int(c), which), lanes)
@@ -705,9 +710,9 @@ class _Execution:
         self._set_halves(result, x[0] * y[0], x[1] * y[1], bf16, lanes)
 
     def _HMNMX2(self, i: Instruction, lanes: Array) -> None:
-        result, a, b, which = i.operands
+        result, a, *bs, which = i.operands
         bf16 = "BF16_V2" in i.modifiers or "BF16" in i.modifiers
-        x, y = self._halves(a, bf16), self._halves(b, bf16)
+        x, y = self._halves(a, bf16), self._halves(bs[0], bf16)
         low, high = (np.minimum, np.maximum) if "NAN" in i.modifiers else (np.fmin, np.fmax)
         values = [np.where(self._predicate(which), low(x[k], y[k]), high(x[k], y[k])) for k in (0, 1)]
         self._set_halves(result, values[0], values[1], bf16, lanes)

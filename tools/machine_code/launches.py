@@ -108,11 +108,10 @@ class Workload:
             shape = [*self.shape[:2], *self.pool.output_size(*self.shape[2:])]
             found["y"] = torch.empty(shape, dtype=x.dtype, **options)
             found["argmax"] = torch.empty(shape, dtype=torch.uint8, **options)
+        if self.is_tail or self.op in _BESIDE_CUDNN:
+            found["bias"] = torch.empty(self.shape[1], dtype=x.dtype, device="meta")
         if self.op in _BESIDE_CUDNN:
             found["mask"] = torch.empty(x.numel() // 8, dtype=torch.uint8, device="meta")
-            found["bias"] = torch.empty(self.shape[1], dtype=x.dtype, device="meta")
-        if self.is_tail:
-            found["bias"] = torch.empty(self.shape[1], dtype=torch.float32, device="meta")
         return found
 
     @property
@@ -287,6 +286,8 @@ class Cuda:
         dtype = _DTYPES.index(t["x"].dtype)
         task = self._module.Task(dtype, list(work.shape), work.channels_last, work.is_tail, lrn, *pool)
         where = {name: add(tensor.dtype, tensor.nbytes) for name, tensor in t.items()}
+        if work.is_tail:
+            where["bias"] = add(torch.float32, 4 * work.shape[1])  # the operator makes it that
         out = where["y"] if work.mode == "forward" else add(t["x"].dtype, t["x"].nbytes)
         dy = partials = dbias = 0
         if work.mode == "backward":
