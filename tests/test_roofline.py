@@ -20,7 +20,7 @@ from tools.machine_code import launches, roofline
 from tools.machine_code.roofline import GPU, Needs
 
 TINY = GPU("G", 10, 1.0, 100.0, {"issue": 128, "alu": 64, "l1": 32, "l2": 64}, (500, 50))
-NEEDS = Needs("kernel", {"issue": 300.0, "alu": 17.0, "l1": 17.0, "l2": 0.0}, 40, 4, 32, 2.0, 0.1, 0.0)
+NEEDS = Needs("kernel", {"issue": 300.0, "alu": 17.0, "l1": 17.0, "l2": 0.0}, 10, 40, 4, 32, 2.0, 0.1, 0.0)
 
 
 def seconds(**changes):
@@ -42,6 +42,7 @@ def test_what_takes_longest_binds_and_the_last_wave_stretches_it():
     bound = roofline.predict(100, [launch], TINY)
     assert bound.binds == "issue"
     assert bound.ms == pytest.approx(1e-5 * 2 / 1.25)
+    assert replace(launch, blocks=15, warps=30).stretch(TINY) == pytest.approx(2 / 1.5)  # all at once, two on some
     memory = roofline.predict(10000, [launch], TINY)
     assert (memory.binds, memory.share, memory.ms) == ("memory", 1.0, pytest.approx(1e-4))
     assert roofline.predict(10000, [launch, launch], TINY).ms == pytest.approx(1e-4 + bound.ms)

@@ -11,7 +11,7 @@ need for it alone::
     latency clocks that a warp waits for its loads, as often as warps follow each other on a multiprocessor
 
 They overlap, so that the longest is the prediction; unless it is memory's, it is stretched by the last wave of blocks,
-which leaves multiprocessors idle. 75% and 85% leave what dependent instructions, barriers and an uneven mix of warps
+which leaves multiprocessors idle, or where all blocks run at once, by those that have a block more than others. 75% and 85% leave what dependent instructions, barriers and an uneven mix of warps
 cost. Sources: NVIDIA's Nsight Compute documentation (pipes, wavefronts, sectors); Williams, Waterman, Patterson,
 "Roofline", 2009; Little's law for latency.
 """
@@ -155,6 +155,7 @@ class Needs:
     Args:
         kernel: name of its function.
         work: pipe, or "issue", "l1" -> instructions or wavefronts of all warps; "l2" -> bytes.
+        blocks: of the launch.
         warps: of the launch.
         resident: warps that a multiprocessor has room for.
         registers: of a thread.
@@ -165,6 +166,7 @@ class Needs:
 
     kernel: str
     work: dict[str, float]
+    blocks: int
     warps: int
     resident: int
     registers: int
@@ -185,6 +187,11 @@ class Needs:
     def waves(self, gpu: GPU) -> float:
         return self.warps / (self.resident * gpu.multiprocessors)
 
+    def stretch(self, gpu: GPU) -> float:
+        """How much longer it takes as some multiprocessors idle at the end."""
+        share = self.waves(gpu) if self.waves(gpu) > 1 else self.blocks / gpu.multiprocessors
+        return math.ceil(share) / share
+
 
 def needs(launched: Launched) -> Needs:
     launch = launched.launch
@@ -194,6 +201,7 @@ def needs(launched: Launched) -> Needs:
     return Needs(
         launched.kernel,
         {name: scale * n for name, n in _work(counts).items()},
+        launch.blocks,
         launch.blocks * launch.warps,
         resident,
         launched.registers,
@@ -261,8 +269,7 @@ def predict(bytes_moved: int, launches: Sequence[Needs], gpu: GPU) -> Prediction
     for i, launch in enumerate(launches):
         seconds = launch.seconds(gpu)
         longest = max(seconds, key=lambda part: seconds[part])
-        waves = launch.waves(gpu)
-        time = seconds[longest] * (1 if longest == "latency" else math.ceil(waves) / waves)
+        time = seconds[longest] * (1 if longest == "latency" else launch.stretch(gpu))
         if i == 0:
             binds = longest if time > copy else "memory"
             time = max(time, copy)
