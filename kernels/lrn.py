@@ -110,8 +110,8 @@ def load_parts(
 ):
     """What holds channels ``first - BEFORE ... first + V - 1 + AFTER`` of each lane; OTHER outside its group.
 
-    Where channels are last, vectors of VECTOR channels between vectors of their neighbours; else planes. ``at`` is
-    where the lane's first own channel is, ``first`` its number among the ``CHANNELS`` of its group.
+    Where channels are last, vectors of VECTOR channels between vectors of their neighbours; else planes. The pointers
+    are to the lane's first own channel, ``first`` is its number among the ``CHANNELS`` of its group.
     """
     parts = ()
     if CHANNELS_LAST:

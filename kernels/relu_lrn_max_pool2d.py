@@ -4,9 +4,14 @@ Forward reads x once and writes the pooled map and, where asked for, one byte pe
 at stride 2, 1 + 1/4 elements and 1/4 byte per element of x. Backward reads x, dy and the byte and writes dx, 2 + 1/4
 elements and 1/4 byte; with a bias also one partial sum per lane and channel. Nothing else is written in between.
 
-Forward: a lane owns V channels of R neighbouring outputs and walks down a segment of the map. Of each row it keeps the
-maximum of each window's columns, so that rows that windows share are normalized once, as are the columns that the R
-windows share: at 3x3/2 with R = 2, 5/4 normalizations per element instead of 9/4.
+Forward: a program walks down the map, all programs as many rows, so that none waits for another at the end. Of each
+row it keeps the maximum of each window's columns: rows that windows share are normalized once. Columns that they share:
+
+- channels_last: a lane owns V channels of R neighbouring outputs, and normalizes what they share once: at 3x3/2 with
+  R = 3, 7/6 normalizations per element instead of 3/2.
+- NCHW: a lane owns V channels of one output and normalizes SW columns; the next one is that of the next lane of its
+  warp (``EXCHANGED``). The last lane of a warp has no next one, and is the first of the next warp again.
+
 Backward: a lane owns V channels of a block of inputs between two windows, in every few images. It gathers the gradient
 of the normalized map, also of the neighbouring channels, and normalizes again.
 """
@@ -134,7 +139,9 @@ def row_maxima(
 ):
     """For V channels of each of R windows from column w on: the maximum over their columns of row h, its number kw.
 
-    In parts; with EXCHANGED a lane only normalizes SW columns, and those that follow come from the next one. Element (h, w), which may be outside of the map, would be at ``at``.
+    In parts. The pointers are to element (h, w), or ``shift`` columns before it, which may be outside of the map. With
+    EXCHANGED a lane normalizes SW columns, and the next one comes from the next lane; at the end of a row, where the
+    map has fewer, ``shift`` says which of the SW columns is w.
     """
     START: tl.constexpr = start(K, SCALE, QUARTERS, REST) if LRN else 0.0
     FINITE: tl.constexpr = START != 0
@@ -142,9 +149,7 @@ def row_maxima(
     values = ()
     stride = tl.cast(H, tl.int64) * W
     for j in tl.static_range(SW if EXCHANGED else (R - 1) * SW + KW):
-        inside = None
-        if PADDED:
-            inside = (h >= 0) & (h < H) & (w + j * DW >= 0) & (w + j * DW < W)
+        inside = (w + j * DW >= 0) & (w + j * DW < W) & (h >= 0) & (h < H) if PADDED else None
         z = rectified(
             *(pointers + j * DW * (C if CHANNELS_LAST else 1), bias, first),
             inside,
@@ -163,10 +168,10 @@ def row_maxima(
             values = values + (value,)
     if EXCHANGED:
         for i in tl.static_range(VECTORS):
-            first_column = values[i]
+            column = values[i]
             for j in tl.static_range(1, 1 if PADDED else SW):
-                first_column = tl.where(shift == j, values[j * VECTORS + i], first_column)
-            values = values + (of_next_lane(first_column),)
+                column = tl.where(shift == j, values[j * VECTORS + i], column)
+            values = values + (of_next_lane(column),)
     best = ()
     place = ()
     for r in tl.static_range(R):
@@ -247,7 +252,8 @@ def forward(
             )
             left = tl.minimum(block * R, OW - R)
             stored = None
-        oh = (row % OH).to(tl.int32)
+        done = (row % OH).to(tl.int32)  # of the rows of these maps
+        oh = done + tl.zeros([BLOCK], tl.int32)
         h, w = oh * SH - PH, left * SW - PW
         shift = tl.maximum(w + SW - W, 0) if EXCHANGED and not PADDED else 0
         at = address(n, channel, h, w - shift, C, H, W, CHANNELS_LAST)
@@ -265,7 +271,7 @@ def forward(
             )
             values = values + best
             places = places + place
-        last = tl.minimum(row + (OH - oh), end)  # of this map
+        last = tl.minimum(row + (OH - done), end)
         while row < last:
             for i in tl.static_range(SHARED, KH):
                 best, place = row_maxima(
@@ -281,7 +287,8 @@ def forward(
                 for v in tl.static_range(r * VECTORS, r * VECTORS + VECTORS):
                     value, k = values[v], places[v]
                     if PADDED:
-                        k += first_inside(h, DH).to(tl.int32) * KW
+                        above = first_inside(h, DH).to(tl.int32) * KW
+                        k += above[:, None] if CHANNELS_LAST else above
                     for i in tl.static_range(1, KH):
                         value, k = take(value, k, values[i * R * VECTORS + v], i * KW + places[i * R * VECTORS + v])
                     if LRN:

@@ -191,8 +191,9 @@ def _backward_compiled(
 
 
 # Of the Triton kernels: lanes in a program, warps that they are spread over, and about how many channels a lane owns;
-# forward also, how many neighbouring outputs where their windows overlap. The second is for 16-bit tensors in
-# channels_last from sm_90 on, the first for all others; the rest are what a GPU test checks too.
+# forward also, how many neighbouring outputs where their windows overlap, in channels_last, and how many programs a
+# multiprocessor runs. The second is for 16-bit tensors in channels_last from sm_90 on, the first for all others; the
+# rest are what a GPU test checks too.
 FORWARD_CONFIGS = [(128, 4, 12, 1, 3), (128, 4, 8, 3, 3), (128, 4, 8, 2, 4), (128, 4, 16, 2, 2), (64, 2, 8, 4, 4)]
 BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 24), (64, 2, 16), (128, 4, 16)]
 
@@ -237,11 +238,12 @@ def triton(
     if constants is None:
         return _triton_in_steps(x, bias, *args)
     (h, w), (oh, ow) = x.shape[2:], y.shape[2:]
-    if constants["KW"] <= constants["SW"] or constants["DW"] > 1 or ow < r:
+    channels, kw, sw, dw = (constants[name] for name in ("CHANNELS", "KW", "SW", "DW"))
+    exchanged = not is_channels_last(x) and kw == sw + 1 and dw == 1
+    if exchanged or kw <= sw or dw > 1 or ow < r:
         r = 1
-    channels = constants["CHANNELS"]
-    exchanged = not is_channels_last(x) and constants["KW"] == constants["SW"] + 1
-    lanes = x.shape[0] * x.shape[1] // channels * cdiv(channels, constants["V"]) * (ow + 1 if exchanged else cdiv(ow, r))
+    columns = ow + 1 if exchanged else cdiv(ow, r)
+    lanes = x.shape[0] * x.shape[1] // channels * cdiv(channels, constants["V"]) * columns
     rows = cdiv(lanes, block // 32 * 31 if exchanged else block) * oh
     run = cdiv(rows, programs * processors(x.device))
     launch(
@@ -256,7 +258,7 @@ def triton(
         BLOCK=block,
         INDEX=index_dtype(max(lanes, rows)),
         num_warps=num_warps,
-        maxnreg=65536 // (32 * num_warps * programs) // 8 * 8,  # so that a multiprocessor has room for all of its
+        maxnreg=min(255, 65536 // (32 * num_warps * programs) // 8 * 8),  # so that there is room for all programs
         **constants,
     )
     return y, argmax
