@@ -34,9 +34,10 @@ def widened(x, ACC: tl.constexpr):
 
 @triton.jit
 def opaque(x, CHANNELS_LAST: tl.constexpr):
-    """``x``, int64, as a number of which the compiler knows nothing.
+    """``x``, int64, as a number of which the compiler knows nothing; in channels_last just ``x``.
 
-    Of offsets that a loop adds to, it else keeps a sum for each load and store, and runs out of registers.
+    In NCHW each plane is a load or a store of its own. Where a loop adds to their common offset, the compiler would
+    keep a sum for each of them and run out of registers.
     """
     if _INTERPRETING or CHANNELS_LAST:
         return x

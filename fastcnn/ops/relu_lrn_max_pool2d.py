@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -225,6 +225,11 @@ def _constants(x: Tensor, tail: Any, most: int) -> dict[str, Any] | None:
     }
 
 
+def _registers(lanes: int) -> int:
+    """For each of so many lanes of a multiprocessor. Left alone, ptxas uses more, or spills to use fewer."""
+    return min(255, 65536 // lanes // 8 * 8)
+
+
 def triton(
     x: Tensor, bias: Tensor | None, *args: Any, config: tuple[int, int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -258,7 +263,7 @@ def triton(
         BLOCK=block,
         INDEX=index_dtype(max(lanes, rows)),
         num_warps=num_warps,
-        maxnreg=min(255, 65536 // (32 * num_warps * programs) // 8 * 8),  # so that there is room for all programs
+        maxnreg=_registers(32 * num_warps * programs),
         **constants,
     )
     return y, argmax
@@ -289,6 +294,16 @@ def _triton_backward_in_steps(
     return output(dz.to(x.dtype), output_format(x)), dz.sum((0, 2, 3)) if bias is not None else x.new_empty(0)
 
 
+@lru_cache
+def _splits(batch: int, lanes: int, at_once: int) -> int:
+    """How often so many lanes share the images, where a GPU runs so many at once.
+
+    Few, so that there are few partial sums, of those with which it is soonest done.
+    """
+    most = min(batch, max(1, 8 * at_once // lanes))
+    return min(range(1, most + 1), key=lambda splits: cdiv(batch, splits) * cdiv(splits * lanes, at_once))
+
+
 def triton_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, *tail: Any, config: tuple[int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -301,14 +316,14 @@ def triton_backward(
     if constants is None:
         dx, dbias = _triton_backward_in_steps(dy, x, bias, argmax, *tail)
         return dx, dbias if bias is None else dbias.to(bias.dtype)
+    resident = 256 if tail[1] else 384  # lanes that a multiprocessor runs at once
     rows = columns = splits = 0
     if constants:
         rows = cdiv(x.shape[2] + constants["PH"], constants["SH"])
         columns = cdiv(x.shape[3] + constants["PW"], constants["SW"])
         channels = constants["CHANNELS"]
         lanes = rows * columns * x.shape[1] // channels * cdiv(channels, constants["V"])
-        # As long as all multiprocessors are busy: the fewer, the fewer partial sums.
-        splits = min(x.shape[0], max(1, 4 * 512 * processors(x.device) // lanes))
+        splits = _splits(x.shape[0], lanes, resident * processors(x.device))
     sums = x.new_empty((splits * rows * columns, x.shape[1]) if bias is not None else 0, dtype=opmath(x.dtype))
     if constants:
         launch(
@@ -331,7 +346,7 @@ def triton_backward(
             BLOCK=block,
             INDEX=index_dtype(splits * lanes),
             num_warps=num_warps,
-            maxnreg=255,  # left alone, ptxas spills a few to make do with 128
+            maxnreg=_registers(resident),
             **constants,
         )
     return dx, sums if bias is None else sums.sum(0).to(bias.dtype)

@@ -11,9 +11,9 @@ need for it alone::
     latency clocks that a warp waits for its loads, as often as warps follow each other on a multiprocessor
 
 They overlap, so that the longest is the prediction; unless it is memory's, it is stretched by the last wave of blocks,
-which leaves multiprocessors idle, or where all blocks run at once, by those that have a block more than others. 75% and 85% leave what dependent instructions, barriers and an uneven mix of warps
-cost. Sources: NVIDIA's Nsight Compute documentation (pipes, wavefronts, sectors); Williams, Waterman, Patterson,
-"Roofline", 2009; Little's law for latency.
+which leaves multiprocessors idle, or where all blocks run at once, by those that have a block more than others. 75%
+and 85% leave what dependent instructions, barriers and an uneven mix of warps cost. Sources: NVIDIA's Nsight Compute
+documentation (pipes, wavefronts, sectors); Williams, Waterman, Patterson, "Roofline", 2009; Little's law for latency.
 """
 
 from __future__ import annotations
