@@ -56,22 +56,19 @@ def width(channels, V):
 
 @triton.jit
 def in_group(first, mask, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, V: tl.constexpr):
-    """Whether channel ``first + OFFSET`` is in the lane's group and ``mask`` is true; None where both always are.
+    """Whether channel ``first + OFFSET`` is in the lane's group and ``mask`` is true; () where both always are.
 
-    The lane's own channels are 0 ... V - 1. A mask that is None is true.
+    A tuple of one. The lane's own channels are 0 ... V - 1. A mask that is None is true.
     """
+    conditions = () if mask is None else (mask,)
     if OFFSET < 0:
-        inside = first + OFFSET >= 0
+        conditions = conditions + (first + OFFSET >= 0,)
     elif OFFSET >= V or CHANNELS % V != 0:
-        inside = first + OFFSET < CHANNELS
+        conditions = conditions + (first + OFFSET < CHANNELS,)
+    if len(conditions) == 2:
+        return (conditions[0] & conditions[1],)
     else:
-        inside = None
-    if inside is None:
-        return mask
-    elif mask is None:
-        return inside
-    else:
-        return mask & inside
+        return conditions
 
 
 @triton.jit
@@ -88,10 +85,10 @@ def load_vector(
     """Channels ``first + OFFSET`` and following; all of them are inside the group, or none."""
     pointers = (pointers + OFFSET)[:, None] + tl.arange(0, WIDTH)[None, :]
     inside = in_group(first, mask, OFFSET, CHANNELS, V)
-    if inside is None:
+    if len(inside) == 0:
         return tl.load(pointers)
     else:
-        return tl.load(pointers, inside[:, None], OTHER)
+        return tl.load(pointers, inside[0][:, None], OTHER)
 
 
 @triton.jit
@@ -126,10 +123,10 @@ def load_parts(
     else:
         for i in tl.static_range(-BEFORE, V + AFTER):
             inside = in_group(first, mask, i, CHANNELS, V)
-            if inside is None:
+            if len(inside) == 0:
                 parts = parts + (tl.load(pointers + i * stride),)
             else:
-                parts = parts + (tl.load(pointers + i * stride, inside, OTHER),)
+                parts = parts + (tl.load(pointers + i * stride, inside[0], OTHER),)
     return parts
 
 
@@ -182,12 +179,12 @@ def store_parts(
     """Store each lane's own channels: vectors, or planes."""
     for i in tl.static_range(len(parts)):
         part = rounded(parts[i], pointers.dtype.element_ty)
+        inside = in_group(first, mask, i * part.shape[1] if CHANNELS_LAST else i, CHANNELS, V)
         if CHANNELS_LAST:
-            inside = in_group(first, mask, i * part.shape[1], CHANNELS, V)
             to = (pointers + i * part.shape[1])[:, None] + tl.arange(0, part.shape[1])[None, :]
-            tl.store(to, part, None if inside is None else inside[:, None])
+            tl.store(to, part, None if len(inside) == 0 else inside[0][:, None])
         else:
-            tl.store(pointers + i * stride, part, in_group(first, mask, i, CHANNELS, V))
+            tl.store(pointers + i * stride, part, None if len(inside) == 0 else inside[0])
 
 
 @triton.jit

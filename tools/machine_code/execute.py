@@ -436,11 +436,6 @@ class _Execution:
         result, a, b, which = i.operands
         self._set(result, self._least(i, self._int(a), self._int(b), which), lanes)
 
-    def _VIMNMX3(self, i: Instruction, lanes: Array) -> None:
-        result, a, b, c, which = i.operands
-        first = self._least(i, self._int(a), self._int(b), which).astype(np.uint32)
-        self._set(result, self._least(i, first, self._int(c), which), lanes)
-
     def _VIADDMNMX(self, i: Instruction, lanes: Array) -> None:
         result, a, b, c, which = i.operands
         self._set(result, self._least(i, self._int(a) + self._int(b), self._int(c), which), lanes)
