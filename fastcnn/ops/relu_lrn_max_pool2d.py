@@ -192,14 +192,17 @@ def _backward_compiled(
 
 # Of the Triton kernels: lanes in a program, warps that they are spread over, and about how many channels a lane owns;
 # forward also, how many neighbouring outputs where their windows overlap, in channels_last, and how many programs a
-# multiprocessor runs. The second is for 16-bit tensors in channels_last from sm_90 on, the first for all others; the
-# rest are what a GPU test checks too.
-FORWARD_CONFIGS = [(128, 4, 12, 1, 3), (128, 4, 8, 3, 3), (128, 4, 8, 2, 4), (128, 4, 16, 2, 2), (64, 2, 8, 4, 4)]
-BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 24), (64, 2, 16), (128, 4, 16)]
+# multiprocessor runs. For 16-bit tensors in channels_last the second is for sm_90, and the third, of fewer registers,
+# from sm_100 on; the first is for all others, and the rest are what a GPU test checks too.
+FORWARD_CONFIGS = [(128, 4, 12, 1, 3), (128, 4, 8, 3, 3), (128, 4, 8, 2, 3), (128, 4, 16, 2, 2), (64, 2, 8, 4, 4)]
+BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 24), (128, 4, 16), (64, 2, 16)]
 
 
-def _is_narrow(x: Tensor) -> bool:
-    return is_channels_last(x) and x.element_size() == 2 and capability(x) >= (9, 0)  # see kernels/packed.py
+def _config(x: Tensor) -> int:
+    """Number of the configuration for ``x``."""
+    if not is_channels_last(x) or x.element_size() != 2:
+        return 0
+    return sum(capability(x) >= least for least in ((9, 0), (10, 0)))  # see kernels/packed.py
 
 
 def _constants(x: Tensor, tail: Any, most: int) -> dict[str, Any] | None:
@@ -238,7 +241,7 @@ def triton(
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
     if y.numel() == 0:
         return y, argmax
-    block, num_warps, most, r, programs = config or FORWARD_CONFIGS[_is_narrow(x)]
+    block, num_warps, most, r, programs = config or FORWARD_CONFIGS[_config(x)]
     constants = _constants(x, tail, most)
     if constants is None:
         return _triton_in_steps(x, bias, *args)
@@ -311,7 +314,7 @@ def triton_backward(
     check_same(op, "grad", dy, like[0])
     check_same(op, "argmax", argmax, like[1]) if tail[6] else None
     own_bias, format, dx = _narrow_bias(bias, x), output_format(x), empty_output(x)
-    block, num_warps, most = config or BACKWARD_CONFIGS[_is_narrow(x)]
+    block, num_warps, most = config or BACKWARD_CONFIGS[_config(x)]
     constants = _constants(x, tail, most) if x.numel() else {}
     if constants is None:
         dx, dbias = _triton_backward_in_steps(dy, x, bias, argmax, *tail)
