@@ -128,8 +128,9 @@ def _wide_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(opmath(x.dtype)).contiguous()
 
 
-def _narrow_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    """In the dtype of ``x`` where it is, which Triton's kernels make use of."""
+def _triton_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """As it is, where it has the dtype of ``x``: Triton's kernels then do with two elements at once what they can."""
+    check_bias("relu_lrn_max_pool2d", bias, x)
     return bias.contiguous() if bias is not None and bias.dtype == x.dtype else _wide_bias(bias, x)
 
 
@@ -237,7 +238,7 @@ def triton(
     x: Tensor, bias: Tensor | None, *args: Any, config: tuple[int, int, int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     *tail, with_argmax = args
-    bias = _narrow_bias(bias, x)
+    bias = _triton_bias(bias, x)
     y, argmax = _empty_outputs(x, *tail, with_argmax=with_argmax)
     if y.numel() == 0:
         return y, argmax
@@ -313,7 +314,7 @@ def triton_backward(
     op, like = "relu_lrn_max_pool2d_backward", _empty_outputs(x, *tail, with_argmax=True)
     check_same(op, "grad", dy, like[0])
     check_same(op, "argmax", argmax, like[1]) if tail[6] else None
-    own_bias, format, dx = _narrow_bias(bias, x), output_format(x), empty_output(x)
+    own_bias, format, dx = _triton_bias(bias, x), output_format(x), empty_output(x)
     block, num_warps, most = config or BACKWARD_CONFIGS[_config(x)]
     constants = _constants(x, tail, most) if x.numel() else {}
     if constants is None:
