@@ -56,9 +56,9 @@ def width(channels, V):
 
 @triton.jit
 def in_group(first, mask, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, V: tl.constexpr):
-    """Whether channel ``first + OFFSET`` is in the lane's group and ``mask`` is true; () where both always are.
+    """Whether channel ``first + OFFSET`` is in the lane's group and ``mask`` is true: one condition, in a tuple.
 
-    A tuple of one. The lane's own channels are 0 ... V - 1. A mask that is None is true.
+    The tuple is empty where that is always so. Offsets 0 ... V - 1 are the lane's own channels; None is no mask.
     """
     conditions = () if mask is None else (mask,)
     if OFFSET < 0:
@@ -235,17 +235,17 @@ def powers(s, QUARTERS: tl.constexpr, REST: tl.constexpr):
 
 @triton.jit
 def plus(total, x, SQUARES: tl.constexpr):
-    """``x`` or its square, added to a tuple of one total, or of none."""
+    """The total and ``x``, or its square, in a tuple; a tuple without a total stands for 0."""
     term = x * x if SQUARES else x
     return (total[0] + term,) if len(total) > 0 else (term,)
 
 
 @triton.jit
 def window_sums(x, SIZE: tl.constexpr, SQUARES: tl.constexpr, START: tl.constexpr = 0.0):
-    """START and the sum, of all windows of SIZE neighbouring planes, or of their squares.
+    """START plus the sum of each window of SIZE neighbouring planes, or of their squares.
 
-    Of windows 2i and 2i + 1 all planes but the outermost are the same; they are added once, in pairs that are shared.
-    Of the pairs that a window has one holds START.
+    Windows 2i and 2i + 1 share all planes but their outermost, which are added up once, in pairs that further windows
+    share. START is in one of the pairs of each window.
     """
     PAIRS: tl.constexpr = (SIZE - 1) // 2
     pairs = ()
@@ -330,7 +330,7 @@ def lanes(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What each lane owns: ``at`` in memory, and ``first`` channel in its group; too many lanes own the last pixel."""
+    """What each lane owns: ``at`` in memory, and ``first`` channel in its group; lanes past the end repeat the last."""
     PARTS: tl.constexpr = (CHANNELS + V - 1) // V  # of a group
     TOTAL: tl.constexpr = C // CHANNELS * PARTS
     pid = tl.program_id(0).to(INDEX)

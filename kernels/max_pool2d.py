@@ -39,8 +39,8 @@ def lanes(
 ):
     """Of each lane: image, row, column, first channel, and that channel's number in its group.
 
-    Consecutive lanes are consecutive in memory: channels first where they are last, else columns. What comes after the
-    last lane does as it does.
+    Consecutive lanes are consecutive in memory: channels first where they are last, else columns. Lanes past
+    the end repeat the last.
     """
     PARTS: tl.constexpr = (CHANNELS + V - 1) // V  # of a group
     TOTAL: tl.constexpr = C // CHANNELS * PARTS

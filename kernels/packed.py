@@ -34,10 +34,10 @@ def widened(x, ACC: tl.constexpr):
 
 @triton.jit
 def opaque(x, CHANNELS_LAST: tl.constexpr):
-    """``x``, int64, as a number of which the compiler knows nothing; in channels_last just ``x``.
+    """``x``, int64, hidden from the compiler's loop optimizations; in channels_last just ``x``.
 
-    In NCHW each plane is a load or a store of its own. Where a loop adds to their common offset, the compiler would
-    keep a sum for each of them and run out of registers.
+    In NCHW each plane has a load or a store of its own. Where a loop increments their common offset, the compiler
+    would keep a 64-bit pointer for each of them and run out of registers.
     """
     if _INTERPRETING or CHANNELS_LAST:
         return x

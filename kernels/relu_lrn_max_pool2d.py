@@ -4,13 +4,14 @@ Forward reads x once and writes the pooled map and, where asked for, one byte pe
 at stride 2, 1 + 1/4 elements and 1/4 byte per element of x. Backward reads x, dy and the byte and writes dx, 2 + 1/4
 elements and 1/4 byte; with a bias also one partial sum per lane and channel. Nothing else is written in between.
 
-Forward: a program walks down the map, all programs as many rows, so that none waits for another at the end. Of each
-row it keeps the maximum of each window's columns: rows that windows share are normalized once. Columns that they share:
+Forward: programs walk down maps, each the same number of rows, so that all are done at the same time. Of each row a
+program keeps the maximum over each window's columns, so that rows which windows share are normalized once. Columns
+which windows share are, too:
 
-- channels_last: a lane owns V channels of R neighbouring outputs, and normalizes what they share once: at 3x3/2 with
-  R = 3, 7/6 normalizations per element instead of 3/2.
-- NCHW: a lane owns V channels of one output and normalizes SW columns; the next one is that of the next lane of its
-  warp (``EXCHANGED``). The last lane of a warp has no next one, and is the first of the next warp again.
+- channels_last: a lane owns V channels of R neighbouring outputs. At 3x3/2 with R = 3 that makes 7/6 normalizations
+  per element instead of 3/2.
+- NCHW: a lane owns V channels of one output and normalizes SW columns; the next column comes from the next lane of its
+  warp (``EXCHANGED``). The last lane of a warp has no next lane; the first of the next warp does its work.
 
 Backward: a lane owns V channels of a block of inputs between two windows, in every few images. It gathers the gradient
 of the normalized map, also of the neighbouring channels, and normalizes again.
@@ -35,13 +36,13 @@ from .packed import at_least, opaque, packs, widened
 
 @triton.constexpr_function
 def start(K, SCALE, QUARTERS, REST):
-    """What sums of squares start from, so that they are s/SCALE; 0 where its power might not be in float32's range."""
+    """What sums of squares start from to become s/SCALE; 0 where powers of that might leave float32's range."""
     return K / SCALE if K > 0 and SCALE >= 1e-9 and 0 < QUARTERS <= 4 and REST == 0 else 0.0
 
 
 @triton.constexpr_function
 def unscaled(K, SCALE, QUARTERS, REST):
-    """What makes powers of s from those of the sums that :func:`start` begins."""
+    """The factor between s**-beta and the same power of the sums that begin with :func:`start`."""
     return SCALE ** (-QUARTERS / 4) if start(K, SCALE, QUARTERS, REST) else 1.0
 
 
@@ -52,13 +53,14 @@ def lowest(dtype):
 
 
 @triton.jit
-def rectified_part(x, bias, RELU: tl.constexpr, FINITE: tl.constexpr, ACC: tl.constexpr):
+def rectified_part(x, bias, RELU: tl.constexpr, NORMALIZED: tl.constexpr, ACC: tl.constexpr):
     """``relu(x + bias)`` in ACC; ``bias`` is a tuple of one or none.
 
-    In 16 bits it is ``max(x, -bias) + bias``, whose maximum is of two elements at once. It is 0 where x is less, so
-    that a bias of -inf must be a finite number instead; only an infinite x would tell, of which LRN makes NaN anyway.
+    In 16 bits it is ``max(x, -bias) + bias``: the maximum of two elements takes one instruction. For this to be 0
+    where x is smaller, a bias of -inf becomes the lowest finite number. That changes the result only where x is inf,
+    and there LRN, which must follow (NORMALIZED), makes NaN of either.
     """
-    PACKED: tl.constexpr = RELU and FINITE and len(x.shape) == 2 and packs(x.dtype, x.shape[1], 2)
+    PACKED: tl.constexpr = RELU and NORMALIZED and len(x.shape) == 2 and packs(x.dtype, x.shape[1], 2)
     if PACKED and len(bias) == 0:
         return widened(at_least(x, tl.zeros(x.shape, x.dtype)), ACC)
     elif PACKED and bias[0].dtype == x.dtype:
@@ -87,20 +89,20 @@ def rectified(
     VECTOR: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     RELU: tl.constexpr,
-    FINITE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """``relu(x + bias)``, in planes; ``bias`` is in parts, or an empty tuple."""
     x = load_parts(pointers, first, mask, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
     parts = ()
     for i in tl.static_range(len(x)):
-        parts = parts + (rectified_part(x[i], bias[i : i + 1], RELU, FINITE, ACC),)
+        parts = parts + (rectified_part(x[i], bias[i : i + 1], RELU, NORMALIZED, ACC),)
     return to_planes(parts, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
 
 
 @triton.jit
 def of_next_lane(x):
-    """What the next lane has in [BLOCK]; the last of a warp has no next lane."""
+    """``x``, [BLOCK], of the next lane; in the last lane of a warp, its own."""
     WARPS: tl.constexpr = x.shape[0] // 32
     following = tl.minimum(tl.arange(0, 32) + 1, 31)[None, :] + tl.zeros([WARPS, 32], tl.int32)
     return tl.reshape(tl.gather(tl.reshape(x, [WARPS, 32]), following, 1), [32 * WARPS])
@@ -139,12 +141,12 @@ def row_maxima(
 ):
     """For V channels of each of R windows from column w on: the maximum over their columns of row h, its number kw.
 
-    In parts. The pointers are to element (h, w), or ``shift`` columns before it, which may be outside of the map. With
-    EXCHANGED a lane normalizes SW columns, and the next one comes from the next lane; at the end of a row, where the
-    map has fewer, ``shift`` says which of the SW columns is w.
+    In parts. The pointers are to element (h, w), which may be outside of the map. With EXCHANGED a lane normalizes SW
+    columns, and the next column comes from the next lane. Where a row ends before w + SW, the pointers are ``shift``
+    columns earlier, so that all SW columns exist.
     """
     START: tl.constexpr = start(K, SCALE, QUARTERS, REST) if LRN else 0.0
-    FINITE: tl.constexpr = START != 0
+    NORMALIZED: tl.constexpr = START != 0
     VECTORS: tl.constexpr = V // VECTOR
     values = ()
     stride = tl.cast(H, tl.int64) * W
@@ -153,7 +155,7 @@ def row_maxima(
         z = rectified(
             *(pointers + j * DW * (C if CHANNELS_LAST else 1), bias, first),
             inside,
-            *(stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, FINITE, ACC),
+            *(stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, NORMALIZED, ACC),
         )
         own = to_parts(z[BEFORE : BEFORE + V], VECTOR, CHANNELS_LAST)
         if LRN:
@@ -231,7 +233,10 @@ def forward(
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program walks down ``run`` rows of outputs, with all its lanes, and goes on in the next lanes' maps."""
+    """A program walks down ``run`` rows of outputs with all its lanes; at the end of a map it goes on in another.
+
+    ``rows`` is the total for all programs.
+    """
     VECTORS: tl.constexpr = V // VECTOR
     SHARED: tl.constexpr = KH - SH if DH == 1 and KH > SH else 0  # rows of a window that are also the next one's
     PIXEL: tl.constexpr = C if CHANNELS_LAST else 1  # from a pixel to the next
@@ -354,7 +359,7 @@ def backward(
     """
     REACH: tl.constexpr = BEFORE + AFTER
     PIXEL: tl.constexpr = C if CHANNELS_LAST else 1  # from a pixel to the next
-    FINITE: tl.constexpr = LRN and start(K, SCALE, QUARTERS, REST) != 0
+    NORMALIZED: tl.constexpr = LRN and start(K, SCALE, QUARTERS, REST) != 0
     rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
     lane = block_of_lanes(tl.program_id(0), INDEX, BLOCK)
     split, oh, ow, channel, first = lanes(lane, splits, rows, columns, C, CHANNELS, V, CHANNELS_LAST, INDEX)
@@ -390,7 +395,7 @@ def backward(
                 d = to_planes(d, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC)
                 z = rectified(
                     *(x + pixel, b, first, inside, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST),
-                    *(RELU, FINITE, ACC),
+                    *(RELU, NORMALIZED, ACC),
                 )
                 if LRN:
                     d = normalize_backward(d, z, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)

@@ -179,7 +179,7 @@ def triton(x: Tensor, *args: Any, config: tuple[int, int, int] | None = None) ->
         UNROLL=pool[0][0] * pool[0][1] <= 32,
         PADDED=not is_inside(constants, (h, w), (oh, ow)),
         WITH_ARGMAX=with_argmax,
-        **({} if channels_last else {"maxnreg": 96}),  # left alone, ptxas makes do with few, and few loads at once
+        **({} if channels_last else {"maxnreg": 96}),  # left alone, ptxas uses fewer, and has fewer loads in flight
         **constants,
     )
     return y, argmax

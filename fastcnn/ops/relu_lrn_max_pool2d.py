@@ -129,9 +129,11 @@ def _wide_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _triton_bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    """As it is, where it has the dtype of ``x``: Triton's kernels then do with two elements at once what they can."""
+    """In the dtype of ``x`` if it has that, so that the kernels rectify two 16-bit elements at once; else wide."""
+    if bias is None or bias.dtype != x.dtype:
+        return _wide_bias(bias, x)
     check_bias("relu_lrn_max_pool2d", bias, x)
-    return bias.contiguous() if bias is not None and bias.dtype == x.dtype else _wide_bias(bias, x)
+    return bias.contiguous()
 
 
 def _compiled(library: str, x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -200,7 +202,7 @@ BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 24), (128, 4, 16), (64, 2, 16)]
 
 
 def _config(x: Tensor) -> int:
-    """Number of the configuration for ``x``."""
+    """Index of the configuration for ``x``."""
     if not is_channels_last(x) or x.element_size() != 2:
         return 0
     return sum(capability(x) >= least for least in ((9, 0), (10, 0)))  # see kernels/packed.py
@@ -230,7 +232,7 @@ def _constants(x: Tensor, tail: Any, most: int) -> dict[str, Any] | None:
 
 
 def _registers(lanes: int) -> int:
-    """For each of so many lanes of a multiprocessor. Left alone, ptxas uses more, or spills to use fewer."""
+    """Per lane, for a multiprocessor to run so many at once. Left alone, ptxas uses more, or spills to use fewer."""
     return min(255, 65536 // lanes // 8 * 8)
 
 
@@ -253,7 +255,8 @@ def triton(
         r = 1
     columns = ow + 1 if exchanged else cdiv(ow, r)
     lanes = x.shape[0] * x.shape[1] // channels * cdiv(channels, constants["V"]) * columns
-    rows = cdiv(lanes, block // 32 * 31 if exchanged else block) * oh
+    blocks = cdiv(lanes, block // 32 * 31 if exchanged else block)
+    rows = blocks * oh
     run = cdiv(rows, programs * processors(x.device))
     launch(
         kernels("relu_lrn_max_pool2d").forward,
@@ -265,7 +268,7 @@ def triton(
         R=r,
         EXCHANGED=exchanged,
         BLOCK=block,
-        INDEX=index_dtype(max(lanes, rows)),
+        INDEX=index_dtype(max(blocks * block, rows + run)),
         num_warps=num_warps,
         maxnreg=_registers(32 * num_warps * programs),
         **constants,
@@ -300,9 +303,9 @@ def _triton_backward_in_steps(
 
 @lru_cache
 def _splits(batch: int, lanes: int, at_once: int) -> int:
-    """How often so many lanes share the images, where a GPU runs so many at once.
+    """Into how many groups to split the images, each group done by so many lanes, of which a GPU runs some at once.
 
-    Few, so that there are few partial sums, of those with which it is soonest done.
+    Of the numbers that finish soonest, the smallest: each group leaves partial sums.
     """
     most = min(batch, max(1, 8 * at_once // lanes))
     return min(range(1, most + 1), key=lambda splits: cdiv(batch, splits) * cdiv(splits * lanes, at_once))
@@ -314,7 +317,7 @@ def triton_backward(
     op, like = "relu_lrn_max_pool2d_backward", _empty_outputs(x, *tail, with_argmax=True)
     check_same(op, "grad", dy, like[0])
     check_same(op, "argmax", argmax, like[1]) if tail[6] else None
-    own_bias, format, dx = _triton_bias(bias, x), output_format(x), empty_output(x)
+    kernel_bias, format, dx = _triton_bias(bias, x), output_format(x), empty_output(x)
     block, num_warps, most = config or BACKWARD_CONFIGS[_config(x)]
     constants = _constants(x, tail, most) if x.numel() else {}
     if constants is None:
@@ -336,7 +339,7 @@ def triton_backward(
             *(
                 dense(dy, format),
                 dense(x, format),
-                x if own_bias is None else own_bias,
+                x if kernel_bias is None else kernel_bias,
                 dense(argmax, format) if tail[6] else argmax,
                 dx,
                 sums,

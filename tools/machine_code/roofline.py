@@ -11,7 +11,7 @@ need for it alone::
     latency clocks that a warp waits for its loads, as often as warps follow each other on a multiprocessor
 
 They overlap, so that the longest is the prediction; unless it is memory's, it is stretched by the last wave of blocks,
-which leaves multiprocessors idle, or where all blocks run at once, by those that have a block more than others. 75%
+which leaves multiprocessors idle, or, where all blocks run at once, by those that have one more than others. 75%
 and 85% leave what dependent instructions, barriers and an uneven mix of warps cost. Sources: NVIDIA's Nsight Compute
 documentation (pipes, wavefronts, sectors); Williams, Waterman, Patterson, "Roofline", 2009; Little's law for latency.
 """
@@ -188,7 +188,7 @@ class Needs:
         return self.warps / (self.resident * gpu.multiprocessors)
 
     def stretch(self, gpu: GPU) -> float:
-        """How much longer it takes as some multiprocessors idle at the end."""
+        """By what factor the launch takes longer because multiprocessors idle at its end."""
         share = self.waves(gpu) if self.waves(gpu) > 1 else self.blocks / gpu.multiprocessors
         return math.ceil(share) / share
 
