@@ -2,7 +2,7 @@
 
 ``cpu`` are the C++ kernels, ``triton`` and ``cuda`` the GPU ones, ``reference`` is plain PyTorch and always there.
 The environment variable ``FASTCNN_BACKEND`` or :class:`use` forces one; otherwise the fastest that can run is chosen,
-inside each op, on real tensors.
+inside each op, on real tensors. Convolutions also have ``cudnn``, which runs on GPUs where no backend is forced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops._layout import is_channels_last
+from .memory_format import is_channels_last
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -79,10 +79,11 @@ def _faster(op: str, dtype: torch.dtype, channels_last: bool, bits: int) -> tupl
 
 def _preferred(op: str, tensor: Tensor) -> tuple[str, ...]:
     """The backends that are made for tensors like this one, the fastest first."""
-    if tensor.device.type != "cuda":
-        return ("cpu",) if tensor.device.type == "cpu" else ()
+    device = tensor.device.type
+    if device != "cuda":
+        return ("cpu",) if device == "cpu" else ()
     if op.startswith("conv2d_relu"):
-        return ("triton", "cuda")  # with cuDNN beside them; it chooses by itself
+        return ("cudnn", "triton", "cuda")
     if tensor.numel() < _SMALL:
         return ("cuda", "triton")
     return _faster(op, tensor.dtype, is_channels_last(tensor), tensor.numel().bit_length())
@@ -102,6 +103,8 @@ def why_not(name: str, device: torch.device) -> str:
         return ""
     if name == "cpu":
         return _why_no_cpu if device.type == "cpu" else "it is for CPU tensors"
+    if name == "cudnn":
+        return "" if device.type == "cuda" else "it is for tensors on a GPU"
     if name == "triton":
         return _why_no_triton(device.type, device.index)
     return _why_no_cuda(device.type, device.index)
@@ -180,6 +183,11 @@ def _check(name: str) -> str:
     if why:
         raise RuntimeError(f"backend {name!r} cannot run here: {why}. Available are {', '.join(available())}")
     return name
+
+
+def forced() -> str | None:
+    """The backend that all operators must run, None where each chooses."""
+    return _forced
 
 
 _forced: str | None = None

@@ -18,7 +18,7 @@ from .bench.cli import bench
 from .bench.environment import environment
 from .models import list_models
 from .models.summary import layer_table
-from .ops._operator import IMPLEMENTATIONS, what_runs
+from .ops.register import IMPLEMENTATIONS, what_runs
 from .predict import predict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)

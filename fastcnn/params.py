@@ -1,11 +1,16 @@
-"""Checked parameters of the operators, and the shape rules that follow from them."""
+"""Checked parameters of the operators, and the shape rules that follow from them.
+
+A public function makes them, once. The registered ops take their fields one by one, as ``SCHEMA`` has them and
+``op_args`` gives them; ``from_op`` makes the same parameters of these again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +62,22 @@ def check_bias(op: str, bias: Tensor | None, input: Tensor) -> None:
         )
 
 
+def wide_bias(op: str, bias: Tensor | None, input: Tensor) -> Tensor | None:
+    """``bias``, checked, dense and in the dtype in which ``input`` is computed."""
+    check_bias(op, bias, input)
+    return None if bias is None else bias.to(opmath(input.dtype)).contiguous()
+
+
+def check_same(op: str, name: str, value: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> None:
+    """Raise if a tensor handed to an op directly would be read out of bounds: it must match another one."""
+    shape = list(like.shape if shape is None else shape)
+    if list(value.shape) != shape or value.dtype != like.dtype or value.device != like.device:
+        raise RuntimeError(
+            f"{op}(): expected {name} of size {shape}, {like.dtype} on {like.device}, "
+            f"but got size {list(value.shape)}, {value.dtype} on {value.device}"
+        )
+
+
 def _int(op: str, name: str, value: Any) -> int:
     """``value`` as an int; numbers of numpy are taken too, as torch takes them."""
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
@@ -83,6 +104,8 @@ class LRNParams:
         ValueError: ``groups`` is not positive.
     """
 
+    SCHEMA: ClassVar[str] = "int size, float alpha, float beta, float k, int groups"
+
     size: int
     alpha: float = 1e-4
     beta: float = 0.75
@@ -104,6 +127,12 @@ class LRNParams:
     def op_args(self) -> tuple[int, float, float, float, int]:
         """``size, alpha, beta, k, groups`` as the registered ops take them."""
         return self.size, float(self.alpha), float(self.beta), float(self.k), self.groups
+
+    @staticmethod
+    @lru_cache
+    def from_op(size: int, alpha: float, beta: float, k: float, groups: int) -> LRNParams:
+        """The parameters of which these are the :meth:`op_args`."""
+        return LRNParams(size, alpha, beta, k, groups)
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise ValueError if an input of this shape cannot be normalized."""
@@ -134,6 +163,8 @@ class PoolParams:
         RuntimeError: a value torch refuses.
     """
 
+    SCHEMA: ClassVar[str] = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
+
     kernel_size: IntOrPair
     stride: IntOrPair | None = None
     padding: IntOrPair = 0
@@ -143,7 +174,12 @@ class PoolParams:
     def __post_init__(self) -> None:
         if not isinstance(self.ceil_mode, bool):
             raise TypeError(f"max_pool2d(): argument 'ceil_mode' must be bool, not {type(self.ceil_mode).__name__}")
-        kernel, stride, padding, dilation, _ = self.op_args()
+        kernel = _pair("kernel_size", self.kernel_size)
+        # torch takes an empty stride, like None, for "the kernel size"
+        same = self.stride is None or (isinstance(self.stride, Sequence) and len(self.stride) == 0)
+        stride = kernel if same else _pair("stride", self.stride)
+        padding, dilation = _pair("padding", self.padding), _pair("dilation", self.dilation)
+        object.__setattr__(self, "_op_args", (kernel, stride, padding, dilation, self.ceil_mode))
         for name, pair in (("kernel_size", kernel), ("stride", stride), ("dilation", dilation)):
             if min(pair) <= 0:
                 raise RuntimeError(f"max_pool2d(): {name} should be greater than zero, but got {name}={pair}")
@@ -160,11 +196,20 @@ class PoolParams:
 
     def op_args(self) -> tuple[list[int], list[int], list[int], list[int], bool]:
         """``kernel_size, stride, padding, dilation, ceil_mode`` as the registered ops take them."""
-        kernel = _pair("kernel_size", self.kernel_size)
-        # torch takes an empty stride, like None, for "the kernel size"
-        same = self.stride is None or (isinstance(self.stride, Sequence) and len(self.stride) == 0)
-        stride = kernel if same else _pair("stride", self.stride)
-        return kernel, stride, _pair("padding", self.padding), _pair("dilation", self.dilation), self.ceil_mode
+        return self._op_args  # type: ignore[attr-defined]
+
+    @staticmethod
+    def from_op(
+        kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+    ) -> PoolParams:
+        """The parameters of which these are the :meth:`op_args`."""
+        return _pool_params(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
+
+    @property
+    def wide_argmax(self) -> bool:
+        """Whether offsets in the window, ``kh*KW + kw``, take more than one byte."""
+        kh, kw = self.op_args()[0]
+        return kh * kw > 256
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the pooled map; RuntimeError if nothing is left of it."""
@@ -176,6 +221,44 @@ class PoolParams:
                 f"kernel_size={kernel}, stride={stride}, padding={padding}, dilation={dilation}: at least 1x1 is needed"
             )
         return oh, ow
+
+
+@dataclass(frozen=True)
+class TailParams:
+    """What follows a convolution in an AlexNet stage; LRN and pool are None where there is none."""
+
+    SCHEMA: ClassVar[str] = f"bool relu, {LRNParams.SCHEMA}, {PoolParams.SCHEMA}"
+
+    relu: bool
+    lrn: LRNParams | None
+    pool: PoolParams | None
+
+    def __post_init__(self) -> None:
+        lrn = (0, 0.0, 0.0, 0.0, 1) if self.lrn is None else self.lrn.op_args()
+        pool = ([], [], [], [], False) if self.pool is None else self.pool.op_args()
+        object.__setattr__(self, "_op_args", (self.relu, *lrn, *pool))
+
+    def op_args(self) -> tuple[Any, ...]:
+        """As the registered ops take them: LRN of size 0 and a pool with an empty kernel are none."""
+        return self._op_args  # type: ignore[attr-defined]
+
+    @staticmethod
+    def from_op(
+        relu: bool,
+        size: int,
+        alpha: float,
+        beta: float,
+        k: float,
+        groups: int,
+        kernel_size: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        ceil_mode: bool,
+    ) -> TailParams:
+        """The parameters of which these are the :meth:`op_args`."""
+        pool = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
+        return _tail_params(relu, size, alpha, beta, k, groups, *pool)
 
 
 def pooled_size(
@@ -215,6 +298,8 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 class ConvParams:
     """Parameters of a convolution, as in :func:`torch.nn.functional.conv2d`; :meth:`of` checks them and the tensors."""
 
+    SCHEMA: ClassVar[str] = "int[] stride, int[] padding, int[] dilation, int groups"
+
     stride: list[int]
     padding: list[int]
     dilation: list[int]
@@ -223,6 +308,17 @@ class ConvParams:
     def op_args(self) -> tuple[list[int], list[int], list[int], int]:
         """``stride, padding, dilation, groups`` as the registered ops take them."""
         return self.stride, self.padding, self.dilation, self.groups
+
+    @staticmethod
+    def from_op(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> ConvParams:
+        """The parameters of which these are the :meth:`op_args`."""
+        return _conv_params(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+    def output_shape(self, input: Sequence[int], weight: Sequence[int]) -> list[int]:
+        """(N, O, OH, OW) of the convolution of an input and a weight of these shapes."""
+        padded = [size + 2 * p for size, p in zip(input[2:], self.padding, strict=True)]
+        window = [d * (k - 1) + 1 for k, d in zip(weight[2:], self.dilation, strict=True)]
+        return [input[0], weight[0], *((p - k) // s + 1 for p, k, s in zip(padded, window, self.stride, strict=True))]
 
     @staticmethod
     def of(
@@ -313,3 +409,22 @@ def _pair(name: str, value: object, op: str = "max_pool2d") -> list[int]:
     if len(value) not in (1, 2):
         raise RuntimeError(f"{op}(): {name} must either be a single int, or a tuple of two ints, but got {value}")
     return [_int(op, name, value[0]), _int(op, name, value[-1])]
+
+
+# What `from_op` makes, once for the same arguments; lists are not hashable.
+_pool_params = lru_cache(PoolParams)
+
+
+@lru_cache
+def _conv_params(
+    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> ConvParams:
+    return ConvParams(list(stride), list(padding), list(dilation), groups)
+
+
+@lru_cache
+def _tail_params(
+    relu: bool, size: int, alpha: float, beta: float, k: float, groups: int, kernel_size: IntOrPair, *pool: Any
+) -> TailParams:
+    lrn = LRNParams(size, alpha, beta, k, groups) if size else None
+    return TailParams(relu, lrn, PoolParams(kernel_size, *pool) if kernel_size else None)

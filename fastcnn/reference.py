@@ -22,7 +22,7 @@ def local_response_norm(
     lrn = LRNParams(size, alpha, beta, k, groups)
     check_input("local_response_norm", input)
     lrn.check_shape(input.shape)
-    return _normalized(input.to(opmath(input.dtype)), lrn).to(input.dtype)
+    return normalized(input.to(opmath(input.dtype)), lrn).to(input.dtype)
 
 
 def max_pool2d(
@@ -67,7 +67,7 @@ def relu_lrn_max_pool2d(
         lrn.check_shape(input.shape)
     y = rectified(input.to(opmath(input.dtype)), bias, relu)
     if lrn is not None:
-        y = _normalized(y, lrn)
+        y = normalized(y, lrn)
     if pool is not None:
         pool.output_size(*input.shape[-2:])
         y = F.max_pool2d(y, *pool.op_args())
@@ -98,7 +98,8 @@ def _scale(x: Tensor, lrn: LRNParams) -> Tensor:
     return lrn.k + lrn.alpha / lrn.size * _window_sum(x * x, before, after, lrn.groups)
 
 
-def _normalized(x: Tensor, lrn: LRNParams) -> Tensor:
+def normalized(x: Tensor, lrn: LRNParams) -> Tensor:
+    """:func:`local_response_norm`, in the dtype of ``x``."""
     return x / _scale(x, lrn) ** lrn.beta if x.numel() else x.clone()
 
 

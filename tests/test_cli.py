@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 import fastcnn
 from fastcnn.bench.environment import convolution_precision
 from fastcnn.cli import app
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops._operator import what_runs
+from fastcnn.ops import select_conv2d_relu
+from fastcnn.ops.register import what_runs
 
 HAS_CPU = "cpu" in fastcnn.backends.available()
 BEST = "cpu" if HAS_CPU else "reference"
@@ -79,7 +79,7 @@ def test_what_runs_convolutions_on_a_gpu(
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", cudnn_benchmark)
     monkeypatch.setenv("FASTCNN_TUNE", tune)
     with convolution_precision("tf32"):
-        assert on_gpu.engine(forced or "triton") == expected
+        assert select_conv2d_relu.engine(forced or "cudnn", torch.device("cuda")) == expected
 
 
 def test_both_are_named_where_the_size_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,10 +353,11 @@ def test_kernels_compiled_here_are_found_by_triton_elsewhere(tmp_path: Path) -> 
     """Compiled in one folder, packed, unpacked into another: nothing is compiled there."""
     code = """
     import torch
-    from fastcnn.ops import max_pool2d
+    from fastcnn import PoolParams
+    from fastcnn.ops.triton import max_pool2d
     from tools.gpu.compilation import compiling_into_cache
     with compiling_into_cache(90):
-        max_pool2d.triton(torch.empty(2, 8, 9, 9, device="meta"), [2, 2], [2, 2], [0, 0], [1, 1], False, True)
+        max_pool2d.forward(torch.empty(2, 8, 9, 9, device="meta"), PoolParams(2), True)
     """
 
     def run(folder: Path) -> None:

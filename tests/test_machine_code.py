@@ -10,7 +10,8 @@ import torch
 from promises import FORMATS, assert_bitwise, ident, randn
 
 from fastcnn import LRNParams, PoolParams, backends
-from fastcnn.ops._operator import IMPLEMENTATIONS
+from fastcnn.ops.register import IMPLEMENTATIONS
+from fastcnn.params import TailParams
 
 pytest.importorskip("triton")
 if backends.INTERPRETING:
@@ -71,9 +72,9 @@ def with_nan(x):
 def test_triton_lrn(channels, dtype, format):
     x, dy = randn(2, channels, 5, 7, dtype=dtype, format=format), randn(2, channels, 5, 7, dtype=dtype, seed=1)
     dy = dy.contiguous(memory_format=format)
-    lrn = ALEXNET[0].op_args()
-    assert_right(by_triton("lrn", x, *lrn), by_reference("lrn", x, *lrn), dtype)
-    assert_right(by_triton("lrn_backward", dy, x, *lrn), by_reference("lrn_backward", dy, x, *lrn), dtype)
+    lrn = ALEXNET[0]
+    assert_right(by_triton("lrn", x, lrn), by_reference("lrn", x, lrn), dtype)
+    assert_right(by_triton("lrn_backward", dy, x, lrn), by_reference("lrn_backward", dy, x, lrn), dtype)
 
 
 @formats
@@ -81,19 +82,15 @@ def test_triton_lrn(channels, dtype, format):
 @pytest.mark.parametrize("pool", [PoolParams(3, 2), PoolParams(2), PoolParams(3, 2, 1)], ids=ident)
 def test_triton_max_pool2d(pool, dtype, format):
     """NaN and equal values included: the packed maximum has a path of its own for them."""
-    x, pool = with_nan(randn(2, 16, 9, 11, dtype=dtype, format=format)), pool.op_args()
-    y, argmax = by_triton("max_pool2d", x, *pool, True)
-    expected, places = by_reference("max_pool2d", x, *pool, True)
+    x = with_nan(randn(2, 16, 9, 11, dtype=dtype, format=format))
+    y, argmax = by_triton("max_pool2d", x, pool, True)
+    expected, places = by_reference("max_pool2d", x, pool, True)
     assert_bitwise(y, expected)
     assert torch.equal(argmax, places)
     dy = randn(*y.shape, dtype=dtype, seed=1).contiguous(memory_format=format)
     channels_last = format == torch.channels_last
-    args = dy, places, [9, 11], channels_last, *pool
+    args = dy, places, [9, 11], channels_last, pool
     assert_right(by_triton("max_pool2d_backward", *args), by_reference("max_pool2d_backward", *args), dtype)
-
-
-def tail_arguments(lrn, pool):
-    return True, *(lrn.op_args() if lrn else (0, 0.0, 0.0, 0.0, 1)), *pool.op_args()
 
 
 @formats
@@ -101,13 +98,13 @@ def tail_arguments(lrn, pool):
 @pytest.mark.parametrize("parts", [ALEXNET, (None, ALEXNET[1])], ids=["lrn", "no lrn"])
 def test_triton_tail(parts, dtype, format):
     x, bias = randn(2, 24, 9, 11, dtype=dtype, format=format), randn(24, seed=2, dtype=dtype)
-    tail = tail_arguments(*parts)
-    y, argmax = by_triton("relu_lrn_max_pool2d", x, bias, *tail, True)
-    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, *tail, True)
+    tail = TailParams(True, *parts)
+    y, argmax = by_triton("relu_lrn_max_pool2d", x, bias, tail, True)
+    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, tail, True)
     assert_right(y, expected, dtype)
     assert torch.equal(argmax, places)
     dy = randn(*y.shape, dtype=dtype, seed=1).contiguous(memory_format=format)
-    args = dy, x, bias, places, *tail
+    args = dy, x, bias, places, tail
     dx, dbias = by_triton("relu_lrn_max_pool2d_backward", *args)
     expected, sums = by_reference("relu_lrn_max_pool2d_backward", *args)
     assert_right(dx, expected, dtype)
@@ -127,9 +124,9 @@ def test_triton_tail_at_every_edge(size, pool, format):
     The bias is in float32, which 16-bit kernels take too.
     """
     x, bias = randn(3, 16, *size, dtype=torch.bfloat16, format=format), randn(16, seed=2)
-    tail = tail_arguments(ALEXNET[0], pool)
-    y, argmax = by_triton("relu_lrn_max_pool2d", x, bias, *tail, True)
-    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, *tail, True)
+    tail = TailParams(True, ALEXNET[0], pool)
+    y, argmax = by_triton("relu_lrn_max_pool2d", x, bias, tail, True)
+    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, tail, True)
     assert_right(y, expected, torch.bfloat16)
     assert torch.equal(argmax, places)
 
@@ -144,9 +141,9 @@ def test_triton_tail_keeps_nan_and_infinities(lrn, dtype, format):
     x[:, :, 6, 1::3] = float("-inf")
     bias = randn(16, seed=2, dtype=dtype)
     bias[::5], bias[1::5], bias[2::5] = float("-inf"), float("inf"), float("nan")
-    tail = tail_arguments(lrn, ALEXNET[1])
-    y, argmax = by_triton("relu_lrn_max_pool2d", x, bias, *tail, True)
-    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, *tail, True)
+    tail = TailParams(True, lrn, ALEXNET[1])
+    y, argmax = by_triton("relu_lrn_max_pool2d", x, bias, tail, True)
+    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, tail, True)
     assert_right(y, expected, dtype)
     assert torch.equal(argmax, places)
 
@@ -158,19 +155,17 @@ def test_triton_tail_keeps_nan_and_infinities(lrn, dtype, format):
 @dtypes
 def test_cuda_tail(cuda, dtype, format):
     x, bias = randn(2, 24, 9, 11, dtype=dtype, format=format), randn(24, seed=2)
-    lrn, pool, channels_last = ALEXNET[0].op_args(), ALEXNET[1].op_args(), format == torch.channels_last
-    tail = True, *lrn, *pool
-    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, *tail, True)
+    tail, channels_last = TailParams(True, *ALEXNET), format == torch.channels_last
+    expected, places = by_reference("relu_lrn_max_pool2d", x, bias, tail, True)
     y, argmax = torch.empty_like(expected), torch.empty_like(places)
-    how = channels_last, True, lrn, pool
-    cuda.run("relu_lrn_max_pool2d", *how, x=x, bias=bias, out=y, argmax=argmax)
+    cuda.run("relu_lrn_max_pool2d", channels_last, tail, x=x, bias=bias, out=y, argmax=argmax)
     assert_right(y, expected, dtype)
     assert torch.equal(argmax, places)
     dy, dx, dbias = randn(*y.shape, dtype=dtype, seed=1), torch.empty_like(x), torch.empty(24)
     dy = dy.contiguous(memory_format=format)
     given = {"x": x, "bias": bias, "dy": dy, "argmax": places}
-    cuda.run("relu_lrn_max_pool2d_backward", *how, **given, out=dx, dbias=dbias)
-    reference = by_reference("relu_lrn_max_pool2d_backward", dy, x, bias, places, *tail)
+    cuda.run("relu_lrn_max_pool2d_backward", channels_last, tail, **given, out=dx, dbias=dbias)
+    reference = by_reference("relu_lrn_max_pool2d_backward", dy, x, bias, places, tail)
     assert_right(dx, reference[0], dtype)
     torch.testing.assert_close(dbias, reference[1], rtol=1e-5, atol=1e-5)
 
@@ -179,22 +174,23 @@ def test_cuda_tail(cuda, dtype, format):
 @dtypes
 def test_cuda_lrn_and_max_pool2d(cuda, dtype, format):
     x, channels_last = randn(2, 24, 9, 11, dtype=dtype, format=format), format == torch.channels_last
-    lrn, pool = ALEXNET[0].op_args(), ALEXNET[1].op_args()
+    lrn, pool = ALEXNET
+    only_lrn, only_pool = TailParams(False, lrn, None), TailParams(False, None, pool)
     y, dy = torch.empty_like(x), randn(*x.shape, dtype=dtype, seed=1).contiguous(memory_format=format)
-    cuda.run("lrn", channels_last, False, lrn, None, x=x, out=y)
-    assert_right(y, by_reference("lrn", x, *lrn), dtype)
-    cuda.run("lrn_backward", channels_last, False, lrn, None, x=x, dy=dy, out=y)
-    assert_right(y, by_reference("lrn_backward", dy, x, *lrn), dtype)
+    cuda.run("lrn", channels_last, only_lrn, x=x, out=y)
+    assert_right(y, by_reference("lrn", x, lrn), dtype)
+    cuda.run("lrn_backward", channels_last, only_lrn, x=x, dy=dy, out=y)
+    assert_right(y, by_reference("lrn_backward", dy, x, lrn), dtype)
     x = with_nan(x)
-    expected, places = by_reference("max_pool2d", x, *pool, True)
+    expected, places = by_reference("max_pool2d", x, pool, True)
     y, argmax = torch.empty_like(expected), torch.empty_like(places)
-    cuda.run("max_pool2d", channels_last, False, None, pool, x=x, out=y, argmax=argmax)
+    cuda.run("max_pool2d", channels_last, only_pool, x=x, out=y, argmax=argmax)
     assert_bitwise(y, expected)
     assert torch.equal(argmax, places)
     dy, dx = randn(*y.shape, dtype=dtype, seed=1).contiguous(memory_format=format), torch.empty_like(x)
     nothing = torch.empty(x.shape, dtype=dtype, device="meta")
-    cuda.run("max_pool2d_backward", channels_last, False, None, pool, x=nothing, dy=dy, argmax=places, out=dx)
-    assert_right(dx, by_reference("max_pool2d_backward", dy, places, [9, 11], channels_last, *pool), dtype)
+    cuda.run("max_pool2d_backward", channels_last, only_pool, x=nothing, dy=dy, argmax=places, out=dx)
+    assert_right(dx, by_reference("max_pool2d_backward", dy, places, [9, 11], channels_last, pool), dtype)
 
 
 # -- counts, and that these tests would fail --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastcnn
 from fastcnn.models.layers import PaperDropout
-from fastcnn.ops import _winograd
+from fastcnn.ops.cpu import winograd as _winograd
 
 pytestmark = pytest.mark.usefixtures("best_backend", "float64")
 

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastcnn import backends
-from fastcnn.ops import _triton, lrn
+from fastcnn import LRNParams, backends
+from fastcnn.ops.triton import launch as launching
+from fastcnn.ops.triton import lrn
 
 PROCESSES = 4
 
@@ -28,7 +29,7 @@ class Kernel:
 
 
 def launch(run, x=None, programs=7):
-    _triton.launch(Kernel(run), programs, torch.empty(1) if x is None else x, 3, BLOCK=64, num_warps=4)
+    launching.launch(Kernel(run), programs, torch.empty(1) if x is None else x, 3, BLOCK=64, num_warps=4)
 
 
 def raises(error):
@@ -82,7 +83,7 @@ def test_an_error_in_compilation_names_the_kernel():
         contextlib.nullcontext() if backends.INTERPRETING else compiling(90),
         pytest.raises(RuntimeError, match=f"Triton kernel {name}"),
     ):
-        _triton.launch(_triton.kernels("lrn").forward_far, 1, x, num_warps=4)
+        launching.launch(launching.kernels("lrn").forward_far, 1, x, num_warps=4)
 
 
 # -- graph capture ----------------------------------------------------------------------------------------------------
@@ -99,8 +100,8 @@ def driver(monkeypatch):
         return state.error
 
     library = SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange)
-    monkeypatch.setattr(_triton, "_driver", lambda: library)
-    monkeypatch.setattr(_triton, "_on_device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(launching, "_driver", lambda: library)
+    monkeypatch.setattr(launching, "_on_device_of", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     return state
 
@@ -145,7 +146,7 @@ def compile_with_others(start, results):
     try:
         # Of a number of channels that no other test compiles for.
         with compiling(90) as kernels:
-            lrn.triton(torch.empty(1, 23, 3, 3, device="meta"), 5, 1e-4, 0.75, 1.0, 1)
+            lrn.forward(torch.empty(1, 23, 3, 3, device="meta"), LRNParams(5))
         results.put(hashlib.sha256(kernels[0].cubin).hexdigest())
     except Exception as error:
         results.put(repr(error))

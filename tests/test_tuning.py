@@ -17,8 +17,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import fastcnn
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops._tuning import Memory, Tuner, agree, cache_folder
+from fastcnn.ops import select_conv2d_relu
+from fastcnn.ops.autotune import Memory, Tuner, agree, cache_folder
+from fastcnn.ops.triton import conv2d_relu
+from fastcnn.params import ConvParams
 
 NAN = float("nan")
 
@@ -222,7 +224,9 @@ def gpu(monkeypatch):
         asked.append(SimpleNamespace(key=key, candidates=list(candidates), only=list(only), timed=timed))
         return (only or list(candidates))[-1]
 
-    monkeypatch.setattr(on_gpu, "_tuner", lambda: SimpleNamespace(choose=choose, known=lambda key, names: None))
+    monkeypatch.setattr(
+        select_conv2d_relu, "_tuner", lambda: SimpleNamespace(choose=choose, known=lambda key, names: None)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
@@ -231,10 +235,11 @@ def gpu(monkeypatch):
 
 
 def choice(x=None, weight=None, bias=None, conv=([1, 1], [1, 1], [1, 1], 2), with_mask=False):
+    conv = ConvParams(*conv)
     x = torch.empty(2, 8, 9, 9, device="cuda") if x is None else x
     weight = torch.empty(32, 4, 3, 3, device="cuda") if weight is None else weight
-    runs = on_gpu.candidates(x, weight, *conv, with_mask)
-    return on_gpu._choose(runs, x, weight, bias, *conv, with_mask)
+    runs = select_conv2d_relu.candidates(x, weight, conv)
+    return select_conv2d_relu.choose(runs, x, weight, bias, conv, with_mask)
 
 
 def test_cudnn_runs_where_nothing_is_tuned(gpu):
@@ -262,7 +267,7 @@ def test_the_forced_backend_runs_only_its_own_kernel_after_its_check(gpu, monkey
 
 
 def test_a_measured_shape_runs_the_kernel_after_its_check(gpu, monkeypatch):
-    monkeypatch.setattr(on_gpu, "MEASURED", frozenset({("a GPU", torch.float32, False, 2, (32, 4, 3, 3))}))
+    monkeypatch.setattr(select_conv2d_relu, "MEASURED", frozenset({("a GPU", torch.float32, False, 2, (32, 4, 3, 3))}))
     assert choice().startswith("triton")
     assert not gpu[0].timed
     assert choice(torch.empty(2, 8, 9, 9, device="cuda", memory_format=torch.channels_last)) == "cudnn"
@@ -295,8 +300,8 @@ def test_keys_differ_in_all_that_decides(gpu, monkeypatch):
         (torch.version, "cuda", "99.0"),
         (torch.cuda, "get_device_name", lambda device=None: "another GPU"),
         (torch.backends.cudnn, "version", lambda: 99),
-        (on_gpu, "_triton_version", lambda: "9.9"),
-        (on_gpu, "__version__", "9.9"),
+        (select_conv2d_relu, "_triton_version", lambda: "9.9"),
+        (select_conv2d_relu, "__version__", "9.9"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, value)
@@ -315,7 +320,7 @@ def test_blocks_are_powers_of_two_that_tensor_cores_take(format, dtype, weight, 
     for ieee in (False, True):
         with torch.backends.cudnn.flags(allow_tf32=not ieee):
             x = torch.empty(2, groups * weight[1], 8, 8, dtype=dtype, device="meta", memory_format=format)
-            configs = on_gpu.configurations(x, torch.empty(weight, dtype=dtype, device="meta"), groups)
+            configs = conv2d_relu.configurations(x, torch.empty(weight, dtype=dtype, device="meta"), groups)
         assert len({str(c) for c in configs}) == len(configs)
         for c in configs:
             assert all(size >= 16 and size & (size - 1) == 0 for size in (c.pixels, c.outputs, c.k))
@@ -327,7 +332,7 @@ def test_blocks_are_powers_of_two_that_tensor_cores_take(format, dtype, weight, 
 def test_checked_inputs_are_random_and_then_nan(format):
     x, weight, bias = torch.zeros(2, 3, 5, 5).to(memory_format=format), torch.zeros(4, 3, 3, 3), torch.zeros(4)
     state = torch.get_rng_state()
-    random, nan = on_gpu._check_inputs(x, weight, bias)
+    random, nan = select_conv2d_relu._check_inputs(x, weight, bias)
     assert torch.equal(torch.get_rng_state(), state)
     for made, given in zip(random, (x, weight, bias), strict=True):
         assert made.stride() == given.stride()

@@ -1,1 +1,1 @@
-"""The registered operators ``torch.ops.fastcnn.*``, one file each."""
+"""The registered operators ``torch.ops.fastcnn.*``: ``<op>.py`` registers one, ``<backend>/<op>.py`` implements it."""

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..params import ConvParams, LRNParams, PoolParams, opmath, pooled_size
-from . import _winograd
-from ._layout import dense, kept, output_format
+from ..memory_format import dense, output_format
+from ..params import ConvParams, LRNParams, PoolParams, TailParams, opmath, pooled_size
 from ._packed import Frozen, unchanged
-from .conv2d_relu import _magnitude, _onednn_runs, _output_shape, _pack
+from .cpu import winograd as _winograd
+from .cpu.memory import kept
+from .cpu.onednn import magnitude as _magnitude
+from .cpu.onednn import pack as _pack
+from .cpu.onednn import runs as _onednn_runs
 
 # A larger block is mapped anew each time it is allocated, by the GNU C library for one; smaller ones are used again.
 _REUSED_BYTES = 32 << 20
@@ -157,16 +160,14 @@ class _Stage:
     ) -> None:
         params, _ = ConvParams.of(x, weight, bias, *conv)
         self.conv, self.relu = params.op_args(), relu
-        n, c, *size = self.shape = _output_shape(x, weight, *self.conv)
+        n, c, *size = self.shape = params.output_shape(x.shape, weight.shape)
         self.image_bytes = c * size[0] * size[1] * x.element_size()
         self.by_winograd = _winograd.runs(x, weight, *self.conv)
         self.has_tail = lrn is not None or pool is not None
         self.halves = pool is not None and pool.op_args() == _HALVES
         self.in_one = self.by_winograd and lrn is None and (pool is None or self.halves)
-        lrn_args = (0, 0.0, 0.0, 0.0, 1) if lrn is None else lrn.op_args()
-        pool_args = ([], [], [], [], False) if pool is None else pool.op_args()
-        self.tail = (relu, *lrn_args, *pool_args)
-        self.out_shape = [n, c, *(size if pool is None else pooled_size(size, *pool_args))]
+        self.tail = TailParams(relu, lrn, pool).op_args()
+        self.out_shape = [n, c, *(size if pool is None else pooled_size(size, *pool.op_args()))]
         # A dilated window may hold nothing, and give -inf.
         self.keeps_bound = lrn is None and (pool is None or pool.op_args()[3] == [1, 1])
         self.products = weight[0].numel()  # that make an output
@@ -207,7 +208,7 @@ class _Stage:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, frozen: Frozen, **then: Any
     ) -> float | None:
         _, padding, _, groups = self.conv
-        return _winograd.convolve(x, weight, bias, y, padding, groups, frozen=frozen, **then)
+        return _winograd.convolve(x, weight, bias, y, padding, groups, cache=frozen, **then)
 
     def _convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen, activation: str = "none"

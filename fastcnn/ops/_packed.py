@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._layout import is_channels_last
+from ..memory_format import is_channels_last
 
 
 @dataclass

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import backends
 from ..params import ConvParams, LRNParams, PoolParams
-from . import _winograd
-from ._operator import needs_grad
 from .conv2d_relu import conv2d_relu
+from .cpu import winograd as _winograd
 from .max_pool2d import max_pool2d
+from .register import needs_grad
 from .relu_lrn_max_pool2d import relu_lrn_max_pool2d
 
 

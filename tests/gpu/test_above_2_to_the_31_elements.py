@@ -11,7 +11,8 @@ from ops.test_relu_lrn_max_pool2d import STAGE, TAIL, TAIL_BACKWARD
 from promises import FORMATS, assert_bitwise, ident, randn, tail_args
 
 import fastcnn.functional as FF
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
+from fastcnn.ops.triton import conv2d_relu
+from fastcnn.params import ConvParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
@@ -58,16 +59,16 @@ def test_triton_conv2d_relu(triton, format):
     images, outputs = 1200, 40
     x = torch.empty(images, 8, 212, 212, dtype=torch.bfloat16, device="cuda", memory_format=format).normal_()
     w, b = randn(outputs, 8, 3, 3, dtype=torch.bfloat16).cuda() / 8, randn(outputs, dtype=torch.bfloat16).cuda()
-    args = [1, 1], [1, 1], [1, 1], 1, True
-    config = on_gpu.configurations(x, w, 1)[0]
-    y, mask = on_gpu.triton(x, w, b, *args, config=config)
+    args = ConvParams([1, 1], [1, 1], [1, 1], 1), True
+    config = conv2d_relu.configurations(x, w, 1)[0]
+    y, mask = conv2d_relu.forward(x, w, b, *args, config=config)
     assert y.numel() > 2**31
     for i in (0, images // 2, images - 1):
-        alone, bits = on_gpu.triton(x[i : i + 1], w, b, *args, config=config)
+        alone, bits = conv2d_relu.forward(x[i : i + 1], w, b, *args, config=config)
         assert_bitwise(y[i : i + 1], alone)
         assert_bitwise(mask.view(images, -1)[i], bits)
-    dz = on_gpu._mask_backward(y, mask)
+    dz = conv2d_relu.mask_backward(y, mask)
     assert_bitwise(dz[-1], y[-1])
-    dz, db = on_gpu._relu_backward(y, y, format == torch.channels_last, True)
+    dz, db = conv2d_relu.relu_backward(y, y, format == torch.channels_last, True)
     assert_bitwise(dz[-1], y[-1])
     torch.testing.assert_close(db.double(), y.sum((0, 2, 3), dtype=torch.float64), rtol=1e-2, atol=0)

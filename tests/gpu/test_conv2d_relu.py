@@ -11,7 +11,9 @@ from promises import FORMATS, assert_bitwise, gradients, ident, leaf, randn, rou
 import fastcnn
 import fastcnn.functional as FF
 from fastcnn.bench.environment import convolution_precision
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
+from fastcnn.ops import select_conv2d_relu
+from fastcnn.ops.cudnn import conv2d_relu as cudnn
+from fastcnn.params import ConvParams
 
 pytestmark = pytest.mark.gpu
 NAN = float("nan")
@@ -25,7 +27,7 @@ formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
 def settings(request, monkeypatch, tmp_path):
     """The test's precision of float32, and a tuner that remembers nothing from before."""
     monkeypatch.setenv("FASTCNN_CACHE_DIR", str(tmp_path))
-    on_gpu._tuner.cache_clear()
+    select_conv2d_relu._tuner.cache_clear()
     name = request.node.callspec.params.get("precision", "tf32") if hasattr(request.node, "callspec") else "tf32"
     with convolution_precision(name):
         yield name
@@ -70,7 +72,7 @@ def test_smallest_cases_stay_within_their_memory(format, name):
         with fastcnn.backends.use("triton"):
             for frozen in (False, True):
                 assert all(t.isfinite().all() for t in run(tensors, kwargs, frozen))
-        on_gpu.cudnn(*tensors, *op_args(tensors, {**kwargs, "padding": 0}), True)
+        cudnn.forward(*tensors, ConvParams(*op_args(tensors, {**kwargs, "padding": 0})), True)
 
 
 @formats
@@ -108,7 +110,7 @@ def test_benchmark_mode_remembers_what_it_chose(monkeypatch, tmp_path):
     written = (tmp_path / "conv2d_relu.json").read_text()
     assert torch.cuda.get_device_name() in written
     assert_bitwise(FF.conv2d_relu(*tensors, **kwargs), first)
-    on_gpu._tuner.cache_clear()
+    select_conv2d_relu._tuner.cache_clear()
     assert_bitwise(FF.conv2d_relu(*tensors, **kwargs), first)
     assert (tmp_path / "conv2d_relu.json").read_text() == written
 

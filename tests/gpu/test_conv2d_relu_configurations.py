@@ -4,8 +4,10 @@ import pytest
 from promises import FORMATS, ident, randn
 
 from fastcnn.bench.cases import CONVOLUTIONS
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops._tuning import agree
+from fastcnn.ops.autotune import agree
+from fastcnn.ops.cudnn import conv2d_relu as cudnn
+from fastcnn.ops.select_conv2d_relu import tolerance
+from fastcnn.ops.triton import conv2d_relu
 
 from .test_conv2d_relu import numbers, settings  # noqa: F401
 
@@ -21,10 +23,10 @@ def test_is_right(layer, format, dtype, precision):
     x = randn(8, conv.channels, conv.size, conv.size, dtype=dtype, format=format).cuda()
     weight = randn(conv.outputs, conv.channels // conv.groups, conv.window, conv.window, dtype=dtype, format=format)
     weight, bias = weight.cuda() / weight[0].numel() ** 0.5, randn(conv.outputs, dtype=dtype).cuda()
-    args = *conv.params.op_args(), False
-    truth = on_gpu.cudnn(x, weight, bias, *args)[0]
+    args = conv.params, False
+    truth = cudnn.forward(x, weight, bias, *args)[0]
     wrong = []
-    for config in on_gpu.configurations(x, weight, conv.groups):
-        if not agree(on_gpu.triton(x, weight, bias, *args, config=config)[0], truth, on_gpu._tolerance(dtype)):
+    for config in conv2d_relu.configurations(x, weight, conv.groups):
+        if not agree(conv2d_relu.forward(x, weight, bias, *args, config=config)[0], truth, tolerance(dtype)):
             wrong.append(str(config))
     assert not wrong

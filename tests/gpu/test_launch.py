@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from promises import assert_bitwise, assert_same_answer, assert_tail_answer, randn, tail_args
 
 from fastcnn import LRNParams, PoolParams, reference
-from fastcnn.ops import lrn
+from fastcnn.ops.triton import lrn
 
 pytestmark = pytest.mark.gpu
 LRN = LRNParams(5, 0.5, 0.75, 1.0)
@@ -38,7 +38,9 @@ import functools, sys, torch
 import torch.nn.functional as F
 import fastcnn.functional as FF
 from fastcnn import LRNParams, PoolParams, backends
-from fastcnn.ops import _conv2d_relu_compiled as compiled, _conv2d_relu_cuda as on_gpu
+from fastcnn.ops.cuda import conv2d_relu as cuda
+from fastcnn.ops.triton import conv2d_relu as triton
+from fastcnn.params import ConvParams
 
 name = sys.argv[1]
 torch.manual_seed(0)
@@ -55,10 +57,10 @@ def outputs():
 
 def convolved():
     image = x.detach().half()
-    run = compiled.run
+    run = cuda.run
     if name == "triton":
-        run = functools.partial(on_gpu.triton, config=on_gpu.configurations(image, weight, 1)[0])
-    return run(image, weight, None, [1, 1], [1, 1], [1, 1], 1, False)[0]
+        run = functools.partial(triton.forward, config=triton.configurations(image, weight, 1)[0])
+    return run(image, weight, None, ConvParams([1, 1], [1, 1], [1, 1], 1), False)[0]
 
 
 graph = torch.cuda.CUDAGraph()
@@ -154,7 +156,5 @@ def test_a_launch_that_fails_names_the_cuda_kernel(cuda):
 def test_a_launch_that_fails_names_the_triton_kernel(triton):
     x = randn(1, 8, 4, 4).cuda()
     with pytest.raises(RuntimeError, match=r"Triton kernel fastcnn\.kernels\.lrn\.forward \(1 programs of 64 warps\)"):
-        lrn.triton(x, *LRN.op_args(), config=(2048, 64))  # twice the threads that a block may have
-    assert_same_answer(
-        lrn.triton(x, *LRN.op_args()).cpu(), reference.local_response_norm(x.cpu().double(), *LRN.op_args()[:4])
-    )
+        lrn.forward(x, LRN, config=(2048, 64, 8))  # twice the threads that a block may have
+    assert_same_answer(lrn.forward(x, LRN).cpu(), reference.local_response_norm(x.cpu().double(), *LRN.op_args()[:4]))

@@ -6,7 +6,7 @@ from ops.test_lrn import LRN, LRN_BACKWARD, STRONG
 from promises import DTYPES, FORMATS, assert_tail_answer, ident, randn
 
 from fastcnn import LRNParams
-from fastcnn.ops import lrn
+from fastcnn.ops.triton import lrn
 
 pytestmark = pytest.mark.gpu
 formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
@@ -32,5 +32,5 @@ def test_same_answer(triton, args, shape, format, dtype):
 def test_every_configuration(triton, i, format):
     x, dy = (randn(3, 96, 13, 17, dtype=torch.bfloat16, format=format, seed=s).cuda() for s in (0, 1))
     args = (*STRONG, 2)
-    y = lrn.triton(x, *args, config=lrn.FORWARD_CONFIGS[i])
-    assert_lrn(x, dy, y, lrn.triton_backward(dy, x, *args, config=lrn.BACKWARD_CONFIGS[i]), *args)
+    y = lrn.forward(x, LRNParams(*args), config=lrn.FORWARD_CONFIGS[i])
+    assert_lrn(x, dy, y, lrn.backward(dy, x, LRNParams(*args), config=lrn.BACKWARD_CONFIGS[i]), *args)

@@ -8,7 +8,7 @@ from promises import DTYPES, FORMATS, assert_bitwise, gradients, ident, in_forma
 
 import fastcnn.functional as FF
 from fastcnn import PoolParams, backends, reference
-from fastcnn.ops import max_pool2d
+from fastcnn.ops.triton import max_pool2d
 
 pytestmark = pytest.mark.gpu
 formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
@@ -22,8 +22,8 @@ def assert_is_that_of_torch(pool, format, dtype, forward, backward):
     dy = integers(*expected.shape, dtype=dtype, seed=1)
     expected_dx = reference.max_pool2d_backward(dy.double(), places, (27, 21), pool).to(dtype)
     last = format == torch.channels_last
-    y, argmax = max_pool2d.triton(x.cuda(), *pool.op_args(), True, config=forward)
-    dx = max_pool2d.triton_backward(dy.cuda(), argmax, [27, 21], last, *pool.op_args(), config=backward)
+    y, argmax = max_pool2d.forward(x.cuda(), pool, True, config=forward)
+    dx = max_pool2d.backward(dy.cuda(), argmax, [27, 21], last, pool, config=backward)
     for ours, theirs in ((y, expected), (argmax.long(), places), (dx, expected_dx)):
         assert_bitwise(ours.cpu(), theirs)
 

@@ -6,7 +6,8 @@ from ops.test_relu_lrn_max_pool2d import PARTS, STAGE, TAIL, TAIL_BACKWARD, part
 from promises import DTYPES, FORMATS, NARROW, assert_bitwise, assert_tail_answer, ident, randn, tail_args
 
 from fastcnn import LRNParams
-from fastcnn.ops import relu_lrn_max_pool2d
+from fastcnn.ops.triton import relu_lrn_max_pool2d
+from fastcnn.params import TailParams
 
 pytestmark = pytest.mark.gpu
 formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
@@ -30,10 +31,10 @@ def test_same_answer_with_any_part_absent(triton, shape, tail, format, dtype):
 @pytest.mark.parametrize("forward", relu_lrn_max_pool2d.FORWARD_CONFIGS, ids=ident)
 @pytest.mark.parametrize("backward", relu_lrn_max_pool2d.BACKWARD_CONFIGS[1:], ids=ident)
 def test_every_configuration(triton, forward, backward, format):
-    x, args = randn(3, 96, 13, 17, format=format).cuda(), tail_args(**STAGE)
-    y, argmax = relu_lrn_max_pool2d.triton(x, None, *args, True, config=forward)
+    x, tail = randn(3, 96, 13, 17, format=format).cuda(), TailParams(**STAGE)
+    y, argmax = relu_lrn_max_pool2d.forward(x, None, tail, True, config=forward)
     dy = 2 + randn(*y.shape, seed=2).cuda()
-    dx, dbias = relu_lrn_max_pool2d.triton_backward(dy, x, None, argmax, *args, config=backward)
+    dx, dbias = relu_lrn_max_pool2d.backward(dy, x, None, argmax, tail, config=backward)
     assert_tail_answer(x.cpu(), None, *(t.cpu() for t in (y, argmax, dy, dx, dbias)), **STAGE)
 
 

@@ -26,8 +26,11 @@ from ops.test_conv2d_relu import (
 )
 from promises import FORMATS, assert_bitwise, ident
 
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops._tuning import agree
+from fastcnn.ops import select_conv2d_relu
+from fastcnn.ops.autotune import agree
+from fastcnn.ops.cudnn import conv2d_relu as cudnn
+from fastcnn.ops.triton import conv2d_relu
+from fastcnn.params import ConvParams
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, on infinities and NaN
 
@@ -39,16 +42,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, o
 def test_every_configuration_of_the_kernel_agrees_with_torch(monkeypatch, index, dtype, format, name):
     """On the inputs, and by the measure, by which a GPU's tuner judges them; also with the indices of huge tensors."""
     language = pytest.importorskip("triton.language")
-    monkeypatch.setattr(on_gpu, "index_dtype", lambda items: getattr(language, index))
+    monkeypatch.setattr(conv2d_relu, "index_dtype", lambda items: getattr(language, index))
     tensors, kwargs = case(name, dtype, format)
     kwargs = {"padding": 0} if kwargs.get("padding") == "same" else kwargs
-    args = *op_args(tensors, kwargs), True
-    runs = on_gpu.candidates(*tensors[:2], *args)
+    args = ConvParams(*op_args(tensors, kwargs)), True
+    runs = select_conv2d_relu.candidates(*tensors[:2], args[0])
     assert len(runs) > 1
-    for checked in on_gpu._check_inputs(*tensors):
-        truth, _ = on_gpu.cudnn(*checked, *args)
+    for checked in select_conv2d_relu._check_inputs(*tensors):
+        truth, _ = cudnn.forward(*checked, *args)
         assert_bitwise(truth.isnan(), torch_conv_relu(*checked, **kwargs).isnan())
         for run in runs.values():
             y, bits = run(*checked, *args)
-            assert agree(y, truth, on_gpu._tolerance(dtype))
-            assert_bitwise(on_gpu._mask_backward(y, bits), y)
+            assert agree(y, truth, select_conv2d_relu.tolerance(dtype))
+            assert_bitwise(conv2d_relu.mask_backward(y, bits), y)

@@ -11,7 +11,7 @@ import torch
 import fastcnn
 import fastcnn.functional as FF
 from fastcnn import LRNParams, PoolParams
-from fastcnn.ops import _layout, conv2d_relu, max_pool2d, relu_lrn_max_pool2d
+from fastcnn.ops.cpu import conv2d_relu, max_pool2d, memory, relu_lrn_max_pool2d
 
 pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="needs the C++ library")
 
@@ -21,7 +21,7 @@ def every_output_is_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The deterministic mode, in which tests run, fills new tensors with NaN: there memory is not kept."""
     torch.use_deterministic_algorithms(False)
     fastcnn.backends.release_memory()
-    monkeypatch.setattr(_layout, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(memory, "_LARGE_BYTES", 0)
     yield
     torch.use_deterministic_algorithms(True)
 
@@ -51,7 +51,7 @@ def test_the_same_bits_with_kept_memory(operator: str, format: torch.memory_form
 
     poison(x)
     y, dx = run()
-    monkeypatch.setattr(_layout, "_LARGE_BYTES", 1 << 60)
+    monkeypatch.setattr(memory, "_LARGE_BYTES", 1 << 60)
     new_y, new_dx = run()
     assert torch.equal(y, new_y)
     assert torch.equal(dx, new_dx)
@@ -61,14 +61,14 @@ def test_the_same_bits_with_kept_memory(operator: str, format: torch.memory_form
 
 def test_memory_is_used_again_and_never_while_in_use() -> None:
     like = torch.empty(3, 1000, dtype=torch.bfloat16)
-    first, second = (_layout.kept(like) for _ in range(2))
+    first, second = (memory.kept(like) for _ in range(2))
     view, there = first[1:], first.data_ptr()
     assert second.data_ptr() != there
     del first
-    third = _layout.kept(like)
+    third = memory.kept(like)
     assert third.data_ptr() not in (there, second.data_ptr())  # the view still holds the first block
     del view
-    assert _layout.kept(like).data_ptr() == there
+    assert memory.kept(like).data_ptr() == there
     assert third.dtype == torch.bfloat16
     assert third.shape == (3, 1000)
 
@@ -84,11 +84,11 @@ def test_memory_is_used_again_and_never_while_in_use() -> None:
     ],
 )
 def test_a_block_goes_to_outputs_of_about_its_size(size: int, lasting: bool, fits: bool) -> None:
-    large, block = _layout.kept(torch.empty(8_192_000)), _layout.kept(torch.empty(1_024_000))
+    large, block = memory.kept(torch.empty(8_192_000)), memory.kept(torch.empty(1_024_000))
     del large  # the first to be unmapped
     there = block.data_ptr()
     del block
-    assert (_layout.kept(torch.empty(size), lasting=lasting).data_ptr() == there) == fits
+    assert (memory.kept(torch.empty(size), lasting=lasting).data_ptr() == there) == fits
 
 
 def mapped() -> int:
@@ -101,7 +101,7 @@ needs_proc = pytest.mark.skipif(
 
 
 def megabytes(number: int) -> torch.Tensor:
-    return _layout.kept(torch.empty(number << 20, dtype=torch.uint8))
+    return memory.kept(torch.empty(number << 20, dtype=torch.uint8))
 
 
 @needs_proc
@@ -128,8 +128,8 @@ def test_no_more_is_mapped_than_was_once_in_use() -> None:
 def test_little_is_kept_beside_what_lasts(lasting: bool) -> None:
     first, second = (torch.empty(megabytes << 20, dtype=torch.uint8) for megabytes in (20, 15))
     before = mapped()
-    _layout.kept(first)
-    block = _layout.kept(second, lasting=lasting)  # does not fit into the 20
+    memory.kept(first)
+    block = memory.kept(second, lasting=lasting)  # does not fit into the 20
     assert (mapped() - before < 20 << 20) == lasting
     assert block.nbytes == 15 << 20
 
@@ -167,5 +167,5 @@ def test_threads_share_it() -> None:
 def test_only_large_outputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     small, large = torch.empty(1 << 20, dtype=torch.uint8), torch.empty((1 << 20) + 1, dtype=torch.uint8)
-    assert _layout.kept(small) is small
-    assert _layout.kept(large) is not large
+    assert memory.kept(small) is small
+    assert memory.kept(large) is not large

@@ -1,4 +1,4 @@
-"""The convolution behind conv2d_relu and inference that needs fewer products: fastcnn/ops/_winograd.py."""
+"""The convolution behind conv2d_relu and inference that needs fewer products: fastcnn/ops/cpu/winograd.py."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastcnn
 import fastcnn.functional as FF
-from fastcnn.ops import _winograd
+from fastcnn.ops.cpu import winograd as _winograd
 
 pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="needs the C++ library")
 NAN, INF = float("nan"), float("inf")

@@ -23,18 +23,20 @@ from torch import Tensor
 
 from fastcnn import backends
 from fastcnn.bench.cases import ANY_FORMAT, CONVOLUTIONS, LRN, POOL, STAGES, Case
-from fastcnn.bench.inputs import convolution_args, make_inputs, make_parameters
+from fastcnn.bench.inputs import make_inputs, make_parameters
 from fastcnn.bench.measure import Budget, add_times, measure, reason
 from fastcnn.bench.network_measure import measure_network
 from fastcnn.bench.network_providers import network_providers
 from fastcnn.bench.providers import Call, Provider, all_providers
 from fastcnn.bench.rows import Row
 from fastcnn.bench.verify import check, expected_outputs, tolerances
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops._operator import IMPLEMENTATIONS
+from fastcnn.ops import select_conv2d_relu
+from fastcnn.ops.register import IMPLEMENTATIONS
+from fastcnn.params import TailParams
 
 from .process import Clock
 
+TAIL = TailParams(True, LRN, POOL)
 _BUDGET = Budget(seconds=0.2, at_least=11)
 
 
@@ -90,25 +92,24 @@ def _compile(case: Case, device: str) -> list[Row]:
 
 
 def arguments(case: Case, x: Tensor, dy: Tensor, argmax: Tensor) -> tuple[Any, ...]:
-    """Of the registered operator, as the benchmark calls it: without a bias, and with an argmax only for backward."""
+    """Of the implementations, as the benchmark calls them: without a bias, and with an argmax only for backward."""
     forward = case.mode == "forward"
     if case.op == "lrn":
-        return (x, *LRN.op_args()) if forward else (dy, x, *LRN.op_args())
+        return (x, LRN) if forward else (dy, x, LRN)
     if case.op == "max_pool2d":
         if forward:
-            return x, *POOL.op_args(), False
-        return dy, argmax, list(x.shape[2:]), case.format == "channels_last", *POOL.op_args()
-    tail = True, *LRN.op_args(), *POOL.op_args()
-    return (x, None, *tail, False) if forward else (dy, x, None, argmax, *tail)
+            return x, POOL, False
+        return dy, argmax, list(x.shape[2:]), case.format == "channels_last", POOL
+    return (x, None, TAIL, False) if forward else (dy, x, None, argmax, TAIL)
 
 
 def configurations(case: Case) -> dict[str, Callable[..., Any]]:
     """Of a memory-bound operator, all that the Triton launchers know."""
-    module: Any = importlib.import_module(f"fastcnn.ops.{case.op}")
+    module: Any = importlib.import_module(f"fastcnn.ops.triton.{case.op}")
     launcher, configs = (
-        (module.triton, module.FORWARD_CONFIGS)
+        (module.forward, module.FORWARD_CONFIGS)
         if case.mode == "forward"
-        else (module.triton_backward, module.BACKWARD_CONFIGS)
+        else (module.backward, module.BACKWARD_CONFIGS)
     )
     return {f"triton {config}": functools.partial(launcher, config=config) for config in configs}
 
@@ -121,14 +122,14 @@ def candidates(case: Case, x: Tensor, dy: Tensor) -> dict[str, Call]:
     ways: dict[str, Callable[..., Any]] = {name: runs[name] for name in here}
     if case.op == "conv2d_relu":
         weight, bias = make_parameters(case, x)
-        rest = *convolution_args(case), False
-        ways = on_gpu.candidates(x, weight, *rest) if x.is_cuda else ways
-        return {name: functools.partial(_first, run, x, weight, bias, *rest) for name, run in ways.items()}
+        conv = case.convolution.params
+        ways = select_conv2d_relu.candidates(x, weight, conv) if x.is_cuda else ways
+        return {name: functools.partial(_first, run, x, weight, bias, conv, False) for name, run in ways.items()}
     argmax = x
     if case.mode == "backward" and case.op == "max_pool2d":
-        argmax = forward[here[0]](x, *POOL.op_args(), True)[1]
+        argmax = forward[here[0]](x, POOL, True)[1]
     elif case.mode == "backward" and case.op == "relu_lrn_max_pool2d":
-        argmax = forward[here[0]](x, None, True, *LRN.op_args(), *POOL.op_args(), True)[1]
+        argmax = forward[here[0]](x, None, TAIL, True)[1]
     args = arguments(case, x, dy, argmax)
     if ways.pop("triton", None):
         ways = {**configurations(case), **ways}

@@ -12,12 +12,15 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastcnn.bench.cases import CONVOLUTIONS, DTYPES
 from fastcnn.bench.environment import convolution_precision
 from fastcnn.models import create_model
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops._operator import IMPLEMENTATIONS
+from fastcnn.ops.cudnn import conv2d_relu as cudnn
+from fastcnn.ops.register import IMPLEMENTATIONS
+from fastcnn.ops.triton import conv2d_relu
+from fastcnn.params import ConvParams
 from tools.machine_code.kernels_table import BATCH, cases, meta
 
 from .compilation import compiling_into_cache
@@ -33,8 +36,8 @@ def kernels(arch: int) -> None:
         for case in cases():
             if case.dtype in _DTYPES:
                 case.launch()
-        for x, weight, bias, args in _convolutions():
-            on_gpu.cudnn(x, weight, bias, *args)
+        for tensors, conv in _convolutions():
+            cudnn.forward(*tensors, conv, False)
         for args, runs in _memory_bound():
             runs[0](*args)
 
@@ -42,9 +45,9 @@ def kernels(arch: int) -> None:
 def tuning(arch: int) -> None:
     """The configurations that tuning tries."""
     with compiling_into_cache(arch), convolution_precision("tf32"):
-        for x, weight, bias, args in _convolutions():
-            for config in on_gpu.configurations(x, weight, args[3]):
-                on_gpu.triton(x, weight, bias, *args, config=config)
+        for (x, weight, bias), conv in _convolutions():
+            for config in conv2d_relu.configurations(x, weight, conv.groups):
+                conv2d_relu.forward(x, weight, bias, conv, False, config=config)
         for args, runs in _memory_bound():
             for run in runs:
                 run(*args)
@@ -62,12 +65,12 @@ def _memory_bound() -> Iterator[tuple[tuple[Any, ...], list[Callable[..., Any]]]
         yield args, [IMPLEMENTATIONS[name]["triton"], *configurations(case).values()]
 
 
-def _convolutions() -> Iterator[tuple[Any, ...]]:
-    """Input, weight, bias and arguments of every layer, in channels_last."""
+def _convolutions() -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], ConvParams]]:
+    """Input, weight and bias of every layer, in channels_last, and its parameters."""
     for dtype, conv in product(_DTYPES, CONVOLUTIONS.values()):
         x = meta(dtype, "channels_last", BATCH, conv.channels, conv.size, conv.size)
         weight = meta(dtype, "channels_last", conv.outputs, conv.channels // conv.groups, conv.window, conv.window)
-        yield x, weight, x.new_empty(conv.outputs), (*conv.params.op_args(), False)
+        yield (x, weight, x.new_empty(conv.outputs)), conv.params
 
 
 def networks(arch: int) -> None:

@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastcnn import backends
-from fastcnn.ops import _conv2d_relu_compiled as compiled
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops import _stage, lrn, max_pool2d, relu_lrn_max_pool2d
-from fastcnn.ops._operator import IMPLEMENTATIONS
+from fastcnn.ops import _stage
+from fastcnn.ops.cuda import conv2d_relu as cuda
+from fastcnn.ops.cudnn import conv2d_relu as cudnn
+from fastcnn.ops.register import IMPLEMENTATIONS
+from fastcnn.ops.triton import conv2d_relu, lrn, max_pool2d, relu_lrn_max_pool2d
 
 from .compilation import compiling_into_cache
 
@@ -108,7 +109,7 @@ def _convolution(run: Callable[..., Any], answer: Callable[..., Any]) -> Callabl
 
     def both(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
         if x.dtype != torch.float64 and x.numel():
-            for candidate in (on_gpu.cudnn, run):
+            for candidate in (cudnn.forward, run):
                 candidate(x, weight, bias, *args)
         return answer(x, weight, bias, *args)
 
@@ -140,15 +141,16 @@ def _patches(arch: int) -> list[Any]:
         mock.patch.object(torch.nn.Module, "cuda", lambda module, *_: module),
         mock.patch.object(backends, "why_not", return_value=""),
         mock.patch.object(backends, "_preferred", return_value=("triton",)),
-        mock.patch.object(on_gpu, "_choose", lambda runs, *_: next(name for name in runs if name.startswith("triton"))),
         mock.patch.object(_stage, "_by_winograd", return_value=False),
-        mock.patch.object(compiled, "can_run", return_value=True),
-        mock.patch.object(compiled, "run", IMPLEMENTATIONS["conv2d_relu"]["cpu"]),
-        mock.patch.object(on_gpu, "cudnn", _compiled(on_gpu.cudnn, IMPLEMENTATIONS["conv2d_relu"]["cpu"])),
-        mock.patch.object(on_gpu, "triton", _compiled(on_gpu.triton, IMPLEMENTATIONS["conv2d_relu"]["cpu"])),
+        mock.patch.object(cuda, "can_run", return_value=True),
+        mock.patch.object(cuda, "run", IMPLEMENTATIONS["conv2d_relu"]["cpu"]),
+        mock.patch.object(cudnn, "forward", _compiled(cudnn.forward, IMPLEMENTATIONS["conv2d_relu"]["cpu"])),
+        mock.patch.object(
+            conv2d_relu, "forward", _compiled(conv2d_relu.forward, IMPLEMENTATIONS["conv2d_relu"]["cpu"])
+        ),
     ]
     for module, op in ((lrn, "lrn"), (max_pool2d, "max_pool2d"), (relu_lrn_max_pool2d, "relu_lrn_max_pool2d")):
-        for launcher, name in (("triton", op), ("triton_backward", f"{op}_backward")):
+        for launcher, name in (("forward", op), ("backward", f"{op}_backward")):
             run = _compiled(getattr(module, launcher), IMPLEMENTATIONS[name]["cpu"])
             patches.append(mock.patch.object(module, launcher, run))
     for name, implementations in IMPLEMENTATIONS.items():

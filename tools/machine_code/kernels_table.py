@@ -6,7 +6,6 @@ Kernels and configurations come from the launchers themselves, called with tenso
 from __future__ import annotations
 
 import functools
-import importlib
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from fastcnn.bench.cases import CONVOLUTIONS, FORMATS, LRN, POOL, Convolution
 from fastcnn.bench.environment import convolution_precision
-from fastcnn.ops import _conv2d_relu_cuda as conv2d_relu
-from fastcnn.ops._operator import IMPLEMENTATIONS
-from fastcnn.params import PoolParams
+from fastcnn.ops.cudnn import conv2d_relu as cudnn
+from fastcnn.ops.register import IMPLEMENTATIONS
+from fastcnn.ops.triton import conv2d_relu, lrn, max_pool2d, relu_lrn_max_pool2d
+from fastcnn.params import ConvParams, PoolParams, TailParams
 
 from .compiled import ARCHITECTURES, Kernel, compiling
 from .compiled_cuda import all_kernels
@@ -97,17 +97,17 @@ def _convolve(dtype: str, format: str, conv: Convolution) -> None:
     x = meta(dtype, format, BATCH, conv.channels, conv.size, conv.size)
     weight = meta(dtype, format, conv.outputs, conv.channels // conv.groups, conv.window, conv.window)
     config = conv2d_relu.configurations(x, weight, conv.groups)[0]
-    conv2d_relu.triton(x, weight, x.new_empty(conv.outputs), *conv.params.op_args(), False, config=config)
+    conv2d_relu.forward(x, weight, x.new_empty(conv.outputs), conv.params, False, config=config)
 
 
 def _mask(dtype: str, format: str, c: int, size: int) -> None:
     """What runs beside cuDNN's convolution, which here is a 1x1: forward with a mask, backward with and without it."""
     x, weight = meta(dtype, format, BATCH, c, size, size), meta(dtype, format, c, c, 1, 1)
-    conv = [1, 1], [0, 0], [1, 1], 1
-    y, mask = conv2d_relu.cudnn(x, weight, x.new_empty(c), *conv, True)
-    tail = list(x.shape), format == "channels_last", *conv
-    conv2d_relu.backward(y, y, x, weight, *tail, [True, True, True])
-    conv2d_relu.backward(y, mask, None, weight, *tail, [True, False, False])
+    conv = ConvParams([1, 1], [0, 0], [1, 1], 1)
+    y, mask = cudnn.forward(x, weight, x.new_empty(c), conv, True)
+    rest = list(x.shape), format == "channels_last", conv
+    cudnn.backward(y, y, x, weight, *rest, [True, True, True])
+    cudnn.backward(y, mask, None, weight, *rest, [True, False, False])
 
 
 def _normalizations() -> Iterator[Case]:
@@ -116,9 +116,9 @@ def _normalizations() -> Iterator[Case]:
 
 
 def _normalize(dtype: str, format: str, c: int, size: int) -> None:
-    op, x = importlib.import_module("fastcnn.ops.lrn"), meta(dtype, format, BATCH, c, size, size)
-    op.triton(x, *LRN.op_args())
-    op.triton_backward(x, x, *LRN.op_args())
+    x = meta(dtype, format, BATCH, c, size, size)
+    lrn.forward(x, LRN)
+    lrn.backward(x, x, LRN)
 
 
 def _pools() -> Iterator[Case]:
@@ -130,9 +130,9 @@ def _pools() -> Iterator[Case]:
 
 
 def _pool(dtype: str, format: str, pool: PoolParams, c: int, size: int) -> None:
-    op, x = importlib.import_module("fastcnn.ops.max_pool2d"), meta(dtype, format, BATCH, c, size, size)
-    y, argmax = op.triton(x, *pool.op_args(), True)
-    op.triton_backward(y, argmax, list(x.shape[2:]), format == "channels_last", *pool.op_args())
+    x = meta(dtype, format, BATCH, c, size, size)
+    y, argmax = max_pool2d.forward(x, pool, True)
+    max_pool2d.backward(y, argmax, list(x.shape[2:]), format == "channels_last", pool)
 
 
 def _tails() -> Iterator[Case]:
@@ -141,13 +141,10 @@ def _tails() -> Iterator[Case]:
 
 
 def _tail(dtype: str, format: str, with_lrn: bool, c: int, size: int) -> None:
-    op = importlib.import_module("fastcnn.ops.relu_lrn_max_pool2d")
-    x = meta(dtype, format, BATCH, c, size, size)
-    lrn = LRN.op_args() if with_lrn else (0, 0.0, 0.0, 0.0, 1)
-    args = True, *lrn, *POOL.op_args()
+    x, tail = meta(dtype, format, BATCH, c, size, size), TailParams(True, LRN if with_lrn else None, POOL)
     bias = x.new_empty(c)
-    y, argmax = op.triton(x, bias, *args, True)
-    op.triton_backward(y, x, bias, argmax, *args)
+    y, argmax = relu_lrn_max_pool2d.forward(x, bias, tail, True)
+    relu_lrn_max_pool2d.backward(y, x, bias, argmax, tail)
 
 
 @dataclass(frozen=True)

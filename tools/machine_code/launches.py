@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from fastcnn.bench.cases import DTYPES, FORMATS, LRN, POOL
-from fastcnn.ops import _conv2d_relu_cuda as on_gpu
-from fastcnn.ops._operator import IMPLEMENTATIONS
-from fastcnn.params import PoolParams
+from fastcnn.ops.register import IMPLEMENTATIONS
+from fastcnn.ops.triton import conv2d_relu
+from fastcnn.params import PoolParams, TailParams
 
 from . import compiled_cuda
 from .compiled import Kernel, compiling
@@ -129,19 +129,21 @@ class Workload:
         return read + t["y"].nbytes + argmax + t["x"].nbytes
 
     def arguments(self) -> tuple[Any, ...]:
-        """Of the registered operator."""
-        t = self.tensors
-        lrn = LRN.op_args() if self.normalized else (0, 0.0, 0.0, 0.0, 1)
-        pool = self.pool.op_args() if self.pool is not None else ()
-        forward = self.mode == "forward"
+        """Of the operator's implementations."""
+        t, forward = self.tensors, self.mode == "forward"
         if self.op == "lrn":
-            return (t["x"], *lrn) if forward else (t["y"], t["x"], *lrn)
+            return (t["x"], LRN) if forward else (t["y"], t["x"], LRN)
         if self.op == "max_pool2d":
             if forward:
-                return t["x"], *pool, True
-            return t["y"], t["argmax"], list(self.shape[2:]), self.channels_last, *pool
-        tail = True, *lrn, *pool
-        return (t["x"], t["bias"], *tail, True) if forward else (t["y"], t["x"], t["bias"], t["argmax"], *tail)
+                return t["x"], self.pool, True
+            return t["y"], t["argmax"], list(self.shape[2:]), self.channels_last, self.pool
+        tail = self.parameters
+        return (t["x"], t["bias"], tail, True) if forward else (t["y"], t["x"], t["bias"], t["argmax"], tail)
+
+    @property
+    def parameters(self) -> TailParams:
+        """LRN and pooling alone are tails too."""
+        return TailParams(self.is_tail, LRN if self.normalized else None, self.pool)
 
 
 def workloads(batch: int = BATCH) -> Iterator[Workload]:
@@ -212,11 +214,11 @@ def triton(work: Workload, arch: int = 90, **options: Any) -> list[Launched]:
     t = work.tensors
     with compiling(arch) as kernels:
         if work.op == "bias_relu":
-            on_gpu._bias_relu(t["x"], t["bias"], True, rectify=True)
+            conv2d_relu.bias_relu(t["x"], t["bias"], True, rectify=True)
         elif work.op == "relu_backward":
-            on_gpu._relu_backward(t["x"], t["x"], work.channels_last, True)
+            conv2d_relu.relu_backward(t["x"], t["x"], work.channels_last, True)
         elif work.op == "mask_backward":
-            on_gpu._mask_backward(t["x"], t["mask"])
+            conv2d_relu.mask_backward(t["x"], t["mask"])
         else:
             IMPLEMENTATIONS[work.name]["triton"](*work.arguments(), **options)
     return [_launched(kernel) for kernel in kernels]
@@ -281,10 +283,7 @@ class Cuda:
         def add(dtype: torch.dtype, size: int) -> int:
             return memory.add(_tile(dtype), size)
 
-        lrn = LRN.op_args() if work.normalized else (0, 0.0, 0.0, 0.0, 1)
-        pool = work.pool.op_args() if work.pool is not None else ([], [], [], [], False)
-        dtype = _DTYPES.index(t["x"].dtype)
-        task = self._module.Task(dtype, list(work.shape), work.channels_last, work.is_tail, lrn, *pool)
+        task = self._task(t["x"], work.channels_last, work.parameters)
         where = {name: add(tensor.dtype, tensor.nbytes) for name, tensor in t.items()}
         if work.is_tail:
             where["bias"] = add(torch.float32, 4 * work.shape[1])  # the operator makes it that
@@ -306,17 +305,18 @@ class Cuda:
             for launch in self._module.record(work.name, task, buffers, self._sizes, self._multiprocessors)
         ]
 
-    def run(self, op: str, channels_last: bool, relu: bool, lrn: Any, pool: Any, **tensors: Tensor) -> None:
+    def _task(self, x: Tensor, channels_last: bool, tail: TailParams) -> Any:
+        relu, *lrn, kernel, stride, padding, dilation, ceil_mode = tail.op_args()
+        shape = _DTYPES.index(x.dtype), list(x.shape), channels_last
+        return self._module.Task(*shape, relu, tuple(lrn), kernel, stride, padding, dilation, ceil_mode)
+
+    def run(self, op: str, channels_last: bool, tail: TailParams, **tensors: Tensor) -> None:
         """Execute an operator on CPU tensors; their names are those of ``Task`` in csrc/cuda/kernels.h.
 
-        ``lrn`` and ``pool`` are as the registered operators take them, or None. ``x`` may be on the meta device where
-        the operator does not read it.
+        ``x`` may be on the meta device where the operator does not read it.
         """
         memory, x = Memory(), tensors["x"]
-        task = self._module.Task(
-            *(_DTYPES.index(x.dtype), list(x.shape), channels_last, relu),
-            *(lrn or (0, 0.0, 0.0, 0.0, 1), *(pool or ([], [], [], [], False))),
-        )
+        task = self._task(x, channels_last, tail)
         if "dbias" in tensors:
             rows = self._module.bias_partials(task, self._multiprocessors)
             tensors["partials"] = torch.empty(rows, x.shape[1])

@@ -6,13 +6,13 @@ import contextlib
 import ctypes
 import functools
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends
+from ... import backends
 
 _NOTHING = contextlib.nullcontext()
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -113,13 +113,3 @@ def index_dtype(items: int) -> Any:
 def vector(channels: int, x: Tensor) -> int:
     """How many of so many channels_last channels to load at once: a divisor, of at most 16 bytes."""
     return min(channels & -channels, 16 // x.element_size())
-
-
-def check_same(op: str, name: str, value: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> None:
-    """Raise if a tensor handed to an op directly would be read out of bounds: it must match another one."""
-    shape = list(like.shape if shape is None else shape)
-    if list(value.shape) != shape or value.dtype != like.dtype or value.device != like.device:
-        raise RuntimeError(
-            f"{op}(): expected {name} of size {shape}, {like.dtype} on {like.device}, "
-            f"but got size {list(value.shape)}, {value.dtype} on {value.device}"
-        )

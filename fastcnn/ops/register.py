@@ -1,5 +1,8 @@
 """How an operator is registered: schema, fake, autograd and vmap from one set of functions, three ways to call it.
 
+The functions take the operator's parameters as one object. Only torch sees them one by one: the dispatcher knows no
+other arguments than tensors, numbers and lists of numbers.
+
 ``torch.library`` alone would do, if every caller compiled. Called eagerly, an ``autograd.Function`` around the op is
 cheaper than the op's own autograd kernel, and under ``torch.func`` only a Function with ``setup_context`` works;
 exported, a Function would lose its gradient. So all three are built here from one ``setup_context`` and ``backward``.
@@ -8,62 +11,108 @@ exported, a Function would lose its gradient. So all three are built here from o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import backends
 
+Implementation = Callable[..., Any]  # of the operator's arguments
+
+
+class Params(Protocol):
+    """The parameters of an operator; see :mod:`fastcnn.params`."""
+
+    SCHEMA: ClassVar[str]
+
+    def op_args(self) -> tuple[Any, ...]: ...
+
+    @staticmethod
+    def from_op(*args: Any, **kwargs: Any) -> Any: ...
+
+
 _library = torch.library.Library("fastcnn", "DEF")
 
 # Operator -> backend -> its implementation there.
-IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 # Operator -> what its implementation of a backend hands the work to on a device, where that is not the backend itself.
 _ENGINES: dict[str, Callable[[str, torch.device], str]] = {}
 
 
 def define(
     schema: str,
+    params: type[Params],
     *,
-    implementations: dict[str, Callable[..., Any]],
-    fake: Callable[..., Any],
+    implementations: dict[str, Implementation],
+    fake: Implementation,
     setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor | None, ...]],
     vmap: Callable[..., Any],
+    select: Callable[..., Implementation] | None = None,
     engine: Callable[[str, torch.device], str] | None = None,
 ) -> Callable[..., Any]:
     """Register ``fastcnn::<name>`` and return the function that calls it.
 
+    Wherever arguments are spoken of here, ``params`` are one of them.
+
     Args:
-        schema: ``name(arguments) -> returns``; the first argument is the tensor whose device picks the backend.
-        implementations: backend name -> function of the op's arguments.
+        schema: ``name(arguments) -> returns``, with ``{params}`` for all of the parameters; the first argument is the
+            tensor whose device picks the backend.
+        params: the class of the parameters.
+        implementations: backend name -> function of the arguments.
         fake: shapes, dtypes and strides of the outputs.
         setup_context: ``(ctx, inputs, output)``, saves what backward needs.
-        backward: ``(ctx, *grads)`` -> one gradient (or None) for each argument.
+        backward: ``(ctx, *grads)`` -> the gradients of the first arguments; those of the others are None.
         vmap: as for :func:`torch.library.register_vmap`.
+        select: the chosen backend, its implementation, and the arguments -> the function that runs in its place.
         engine: backend, device -> what really computes, for people; the backend itself if None.
     """
     name = schema[: schema.index("(")]
     qualified = f"fastcnn::{name}"
+    first = schema[: schema.index("{params}")].count(",")
+    last = first + params.SCHEMA.count(",") + 1
+    schema = schema.format(params=params.SCHEMA)
+    count = schema[: schema.index("->")].count(",") + 1
+    from_op = params.from_op
+
+    def gathered(args: Sequence[Any]) -> tuple[Any, ...]:
+        return *args[:first], from_op(*args[first:last]), *args[last:]
+
+    def spread(args: Sequence[Any]) -> tuple[Any, ...]:
+        return *args[:first], *args[first].op_args(), *args[first + 1 :]
 
     def implementation(*args: Any) -> Any:
-        return implementations[backends.choose(name, implementations, args[0])](*args)
+        args = gathered(args)
+        backend = backends.choose(name, implementations, args[0])
+        run = implementations[backend]
+        return (run if select is None else select(backend, run, *args))(*args)
+
+    def setup_gathered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, gathered(inputs), output)
+
+    def padded_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = backward(ctx, *grads)
+        return *found, *(None,) * (count - len(found))
+
+    def vmap_gathered(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        in_dims = *in_dims, *(None,) * (count - len(in_dims))
+        return vmap(info, (*in_dims[:first], None, *in_dims[last:]), *gathered(args))
 
     IMPLEMENTATIONS[name] = implementations
     if engine is not None:
         _ENGINES[name] = engine
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_library)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-    torch.library.register_vmap(qualified, vmap, lib=_library)
+    torch.library.register_fake(qualified, lambda *args: fake(*gathered(args)), lib=_library)
+    torch.library.register_autograd(qualified, padded_backward, setup_context=setup_gathered, lib=_library)
+    torch.library.register_vmap(qualified, vmap_gathered, lib=_library)
     op = getattr(torch.ops.fastcnn, name).default
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = op(*args)
+            output = op(*spread(args))
             setup_context(ctx, args, output)
             return output
 
@@ -74,16 +123,17 @@ def define(
         def forward(*args: Any) -> Any:
             return op(*args)
 
-    Eager.backward = Transformable.backward = staticmethod(backward)  # type: ignore[method-assign]
-    Transformable.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+    # A Function may return None for more arguments than it has.
+    Eager.backward = Transformable.backward = staticmethod(padded_backward)  # type: ignore[method-assign]
+    Transformable.setup_context = staticmethod(setup_gathered)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = Transformable.__name__ = Transformable.__qualname__ = name
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
-            return op(*args)
+            return op(*spread(args))
         if torch._C._are_functorch_transforms_active():
-            return Transformable.apply(*args)
-        return Eager.apply(*args) if needs_grad(*args) else op(*args)
+            return Transformable.apply(*spread(args))
+        return Eager.apply(*args) if needs_grad(*args) else op(*spread(args))
 
     return call
 
@@ -131,3 +181,16 @@ def fold_batch(x: Tensor, dim: int | None, batch_size: int) -> Tensor:
 def unfold_batch(x: Tensor, batch_size: int) -> Tensor:
     """Undo :func:`fold_batch` on an output: the vmapped dimension comes first."""
     return x.unflatten(0, (batch_size, x.shape[0] // batch_size))
+
+
+def one_by_one(
+    op: Callable[..., tuple[Tensor, ...]], info: Any, in_dims: Sequence[Any], args: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """A vmap rule: call ``op`` for each element of the batch, and stack what it returns."""
+
+    def element(i: int) -> tuple[Tensor, ...]:
+        return op(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=False)))
+
+    columns = zip(*(element(i) for i in range(info.batch_size)), strict=True)
+    results = tuple(torch.stack(column) for column in columns)
+    return results, (0,) * len(results)

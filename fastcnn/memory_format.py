@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-_LARGE_BYTES = 1 << 20
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -40,21 +37,6 @@ def output(y: Tensor, format: torch.memory_format) -> Tensor:
     return y if y.stride() == new.stride() else new.copy_(y)
 
 
-def kept(empty: Tensor, *, lasting: bool = False) -> Tensor:
-    """``empty``, or if it is large the same in memory that fastcnn keeps: see csrc/cpu/kept_memory.h.
-
-    ``lasting``: until backward, most likely.
-    """
-    if not empty.is_cpu or empty.nbytes <= _LARGE_BYTES or torch.are_deterministic_algorithms_enabled():
-        return empty
-    return torch.ops.fastcnn_cpu.kept_like(empty, lasting)
-
-
-def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialized output of an op on ``x``: its device and format, and where not given its shape and dtype."""
-    return torch.empty(
-        x.shape if shape is None else shape,
-        dtype=x.dtype if dtype is None else dtype,
-        device=x.device,
-        memory_format=output_format(x),
-    )
+def flat(x: Tensor) -> Tensor:
+    """``x`` in the order of memory, which for a dense tensor is a view."""
+    return (x.permute(0, 2, 3, 1) if is_channels_last(x) else x).reshape(-1)

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from .. import backends
-from ._layout import is_channels_last
-from ._packed import Frozen
+from ... import backends
+from ...memory_format import is_channels_last
+from .._packed import Frozen
 
 _TILES_OF_A_THREAD = 12  # with fewer, reading the transformed weights takes longer than what the products save
 
@@ -34,7 +34,7 @@ def convolve(
     padding: list[int],
     groups: int,
     *,
-    frozen: Frozen | None = None,
+    cache: Frozen | None = None,
     relu: bool = False,
     pool: bool = False,
     turned: bool = False,
@@ -53,7 +53,7 @@ def convolve(
         out: channels_last, shape (N, O, OH, OW), halved by pooling.
         padding: zeros on both sides.
         groups: of channels.
-        frozen: keeps the transformed weight.
+        cache: of the weight; gets the transformed one.
         relu: rectify.
         pool: then take the maximum of each 2x2 outputs.
         turned: convolve with the weight of the input's gradient, (C, O / groups, 3, 3) turned round.
@@ -66,7 +66,7 @@ def convolve(
         torch.ops.fastcnn_cpu.winograd_weight(weight.detach(), u, groups, turned)
         return u
 
-    u = transformed() if frozen is None else frozen.get("winograd turned" if turned else "winograd", transformed)
+    u = transformed() if cache is None else cache.get("winograd turned" if turned else "winograd", transformed)
     bias = None if bias is None else bias.contiguous()
     largest = torch.ops.fastcnn_cpu.winograd(x, x_mask, u, bias, out, out_mask, padding, groups, relu, pool)
     return largest if math.isfinite(largest) else None

@@ -1,0 +1,1 @@
+"""Implementations for CPU: the C++ kernels of ``csrc/cpu``, and oneDNN."""

@@ -1,0 +1,113 @@
+"""Convolution, bias and ReLU on CPU: by Winograd's algorithm where that runs, else by oneDNN or whatever torch has."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...memory_format import dense, format_of, is_channels_last, output, output_format
+from ...params import ConvParams
+from .. import outputs
+from .._packed import Frozen, contents_of
+from ..aten.conv2d_relu import convolution_backward
+from . import onednn, winograd
+from .memory import kept
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, with_mask: bool) -> tuple[Tensor, Tensor]:
+    stride, padding, dilation, groups = conv.op_args()
+    format = output_format(x)
+    x = dense(x, format)
+    bias = None if bias is None else bias.contiguous()
+    # From packed weights oneDNN writes channels_last: of no use to NCHW.
+    cache = contents_of(weight) if onednn.runs(x) and is_channels_last(x) else None
+    if winograd.runs(x, weight, stride, padding, dilation, groups):
+        y, mask = outputs.convolved(x, weight, conv, with_mask)
+        y, out_mask = kept(y, lasting=with_mask), mask if with_mask else None
+        run = partial(winograd.convolve, cache=cache, relu=True, out_mask=out_mask)
+        if run(x, weight, bias, y, padding, groups) is not None:
+            return y, mask
+    if onednn.runs(x) and _cannot_be_nan(x, weight, bias, cache):
+        if cache is not None:
+            weight = cache.get("forward", lambda: onednn.pack(weight, x, stride, padding, dilation, groups))
+        y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
+    else:
+        y = torch.relu_(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+    y = output(y, format)
+    mask = outputs.empty_mask(y, with_mask)
+    if with_mask:
+        torch.ops.fastcnn_cpu.relu_mask(y, mask)
+    return y, mask
+
+
+def _cannot_be_nan(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Frozen | None) -> bool:
+    """oneDNN's ReLU makes 0 of NaN, so it may run only where all is finite and no sum can overflow.
+
+    That is one read of the input, next to nothing beside a convolution. A NaN makes every comparison false.
+    """
+    of_weight = onednn.magnitude(weight) if cache is None else cache.get("magnitude", lambda: onednn.magnitude(weight))
+    return onednn.magnitude(x) * of_weight * weight[0].numel() + onednn.magnitude(bias) < 1e38
+
+
+def backward(
+    dy: Tensor,
+    y_or_mask: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    size: list[int],
+    channels_last: bool,
+    conv: ConvParams,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dy = dense(dy, format_of(channels_last))
+    mask, dz = y_or_mask if x is None else None, dy
+    if mask is None:
+        dz = kept(torch.empty_like(dy))
+        torch.ops.aten.threshold_backward.grad_input(dy, y_or_mask, 0, grad_input=dz)
+    dx = _input_gradient(dz, mask, weight, size, channels_last, conv) if needs[0] else None
+    if dx is not None and not any(needs[1:]):
+        return dx, dx.new_empty(0), dx.new_empty(0)
+    if mask is not None:
+        dz = _unmasked(dy, mask)
+    needs = [needs[0] and dx is None, *needs[1:]]
+    grads = convolution_backward(dz, x, weight, size, channels_last, conv, needs)
+    return grads if dx is None else (dx, *grads[1:])
+
+
+def _unmasked(dy: Tensor, mask: Tensor) -> Tensor:
+    dz = kept(torch.empty_like(dy))
+    torch.ops.fastcnn_cpu.relu_mask_backward(dy, mask, dz)
+    return dz
+
+
+def _input_gradient(
+    dy: Tensor, mask: Tensor | None, weight: Tensor, size: list[int], channels_last: bool, conv: ConvParams
+) -> Tensor | None:
+    """The gradient for the input, of that of the output where the mask passes it; None where nothing here is faster.
+
+    With stride 1 it is a convolution too: each window turned round, input and output channels exchanged.
+    """
+    stride, padding, dilation, groups = conv.op_args()
+    padding = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+    if stride != [1, 1] or min(padding) < 0 or not channels_last:
+        return None
+    cache = contents_of(weight)
+    if winograd.runs(dy, weight, stride, padding, dilation, groups):
+        dx = kept(torch.empty(size, dtype=dy.dtype, memory_format=torch.channels_last))
+        run = partial(winograd.convolve, cache=cache, turned=True, x_mask=mask)
+        if run(dy, weight, None, dx, padding, groups) is not None:
+            return dx
+    if mask is None or cache is None or not onednn.runs(dy):
+        return None
+
+    def turned() -> Tensor:
+        flipped = weight.detach().flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return onednn.pack(flipped.contiguous(), dy, stride, padding, dilation, groups)
+
+    dx = torch.ops.mkldnn._convolution_pointwise(
+        _unmasked(dy, mask), cache.get("backward", turned), None, padding, stride, dilation, groups, "none", [], ""
+    )
+    return output(dx, format_of(channels_last))

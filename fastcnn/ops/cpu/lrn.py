@@ -1,0 +1,25 @@
+"""Local response normalization by the C++ kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...memory_format import dense, output_format
+from ...params import LRNParams
+from ..outputs import empty_output
+from .memory import kept
+
+
+def forward(x: Tensor, lrn: LRNParams) -> Tensor:
+    format = output_format(x)
+    y = kept(empty_output(x))
+    torch.ops.fastcnn_cpu.lrn(dense(x, format), y, format != torch.contiguous_format, *lrn.op_args())
+    return y
+
+
+def backward(dy: Tensor, x: Tensor, lrn: LRNParams) -> Tensor:
+    format = output_format(x)
+    dy, x, dx = dense(dy, format), dense(x, format), kept(empty_output(x))
+    torch.ops.fastcnn_cpu.lrn_backward(dy, x, dx, format != torch.contiguous_format, *lrn.op_args())
+    return dx

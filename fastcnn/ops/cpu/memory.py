@@ -1,0 +1,18 @@
+"""Memory of large outputs, which fastcnn's own allocator keeps for the next ones: see csrc/cpu/kept_memory.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LARGE_BYTES = 1 << 20
+
+
+def kept(empty: Tensor, *, lasting: bool = False) -> Tensor:
+    """``empty`` itself, or if it is large a tensor like it whose memory comes from the allocator.
+
+    ``lasting``: it will probably be saved for backward.
+    """
+    if not empty.is_cpu or empty.nbytes <= _LARGE_BYTES or torch.are_deterministic_algorithms_enabled():
+        return empty
+    return torch.ops.fastcnn_cpu.kept_like(empty, lasting)

@@ -1,0 +1,1 @@
+"""Implementations by the CUDA C++ kernels of ``csrc/cuda``."""

@@ -1,0 +1,77 @@
+"""Empty outputs of the operators: what every implementation writes into, and what compilers see of an op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..memory_format import format_of, output_format
+from ..params import ConvParams, PoolParams, pooled_size
+
+
+def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialized output of an op on ``x``: its device and format, and where not given its shape and dtype."""
+    format = output_format(x)
+    if shape is None:
+        return torch.empty_like(x, dtype=dtype, memory_format=format)
+    if format == torch.contiguous_format:
+        return x.new_empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=format)
+
+
+def pooled(x: Tensor, pool: PoolParams | None, with_argmax: bool) -> tuple[Tensor, Tensor]:
+    """The map of ``x`` after the pool, if there is one, and the argmax, empty if it is not wanted."""
+    if pool is None:
+        return empty_output(x), x.new_empty(0, dtype=torch.uint8)
+    shape = [*x.shape[:2], *pooled_size(x.shape[2:], *pool.op_args())]
+    if not with_argmax:
+        return empty_output(x, shape), x.new_empty(0, dtype=torch.uint8)
+    return empty_output(x, shape), empty_output(x, shape, argmax_dtype(pool))
+
+
+def unpooled(dy: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    """The gradient of a map of this height and width, whose pooled map has the gradient ``dy``."""
+    shape = *dy.shape[:2], *size
+    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=format_of(channels_last))
+
+
+def argmax_dtype(pool: PoolParams) -> torch.dtype:
+    """Of the offset ``kh*KW + kw`` of each maximum in its unclipped window: one byte where that is enough."""
+    return torch.int32 if pool.wide_argmax else torch.uint8
+
+
+def tail_gradients(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of a tail's input and of its bias, empty without one."""
+    return empty_output(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def convolved(x: Tensor, weight: Tensor, conv: ConvParams, with_mask: bool) -> tuple[Tensor, Tensor]:
+    """The output of a convolution, and the bit mask of its ReLU, empty if it is not wanted."""
+    y = empty_output(x, conv.output_shape(x.shape, weight.shape))
+    return y, empty_mask(y, with_mask)
+
+
+def convolution_gradients(
+    dy: Tensor,
+    y_or_mask: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    size: Sequence[int],
+    channels_last: bool,
+    conv: ConvParams,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of input, weight and bias; those that are not needed are empty."""
+    format = format_of(channels_last)
+    return (
+        torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=format) if needs[0] else dy.new_empty(0),
+        torch.empty_like(weight) if needs[1] else dy.new_empty(0),
+        dy.new_empty(weight.shape[0] if needs[2] else 0),
+    )
+
+
+def empty_mask(y: Tensor, with_mask: bool) -> Tensor:
+    """One bit for each element of ``y``; see :mod:`.relu_mask`."""
+    return torch.empty((y.numel() + 7) // 8 if with_mask else 0, dtype=torch.uint8, device=y.device)

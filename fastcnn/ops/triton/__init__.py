@@ -1,0 +1,1 @@
+"""Launchers of the Triton kernels of ``kernels/``, and their configurations."""
