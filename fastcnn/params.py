@@ -205,12 +205,6 @@ class PoolParams:
         """The parameters of which these are the :meth:`op_args`."""
         return _pool_params(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
 
-    @property
-    def wide_argmax(self) -> bool:
-        """Whether offsets in the window, ``kh*KW + kw``, take more than one byte."""
-        kh, kw = self.op_args()[0]
-        return kh * kw > 256
-
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the pooled map; RuntimeError if nothing is left of it."""
         kernel, stride, padding, dilation, ceil_mode = self.op_args()
@@ -243,22 +237,11 @@ class TailParams:
         return self._op_args  # type: ignore[attr-defined]
 
     @staticmethod
-    def from_op(
-        relu: bool,
-        size: int,
-        alpha: float,
-        beta: float,
-        k: float,
-        groups: int,
-        kernel_size: list[int],
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        ceil_mode: bool,
-    ) -> TailParams:
+    def from_op(relu: bool, size: int, alpha: float, beta: float, k: float, groups: int, *pool: Any) -> TailParams:
         """The parameters of which these are the :meth:`op_args`."""
-        pool = tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
-        return _tail_params(relu, size, alpha, beta, k, groups, *pool)
+        kernel, stride, padding, dilation, ceil_mode = pool
+        windows = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
+        return _tail_params(relu, size, alpha, beta, k, groups, *windows, ceil_mode)
 
 
 def pooled_size(
@@ -411,6 +394,28 @@ def _pair(name: str, value: object, op: str = "max_pool2d") -> list[int]:
     return [_int(op, name, value[0]), _int(op, name, value[-1])]
 
 
+@dataclass
+class ConvBackwardParams:
+    """Size and memory format of a convolution's input, the convolution, and which gradients backward must compute."""
+
+    SCHEMA: ClassVar[str] = f"SymInt[] input_size, bool channels_last, {ConvParams.SCHEMA}, bool[] needs"
+
+    size: list[int]
+    channels_last: bool
+    conv: ConvParams
+    needs: list[bool]  # of input, weight and bias
+
+    def op_args(self) -> tuple[Any, ...]:
+        """As the registered op takes them."""
+        return self.size, self.channels_last, *self.conv.op_args(), self.needs
+
+    @staticmethod
+    def from_op(size: list[int], channels_last: bool, *rest: Any) -> ConvBackwardParams:
+        """The parameters of which these are the :meth:`op_args`."""
+        *conv, needs = rest
+        return ConvBackwardParams(size, channels_last, ConvParams.from_op(*conv), needs)
+
+
 # What `from_op` makes, once for the same arguments; lists are not hashable.
 _pool_params = lru_cache(PoolParams)
 
@@ -423,8 +428,6 @@ def _conv_params(
 
 
 @lru_cache
-def _tail_params(
-    relu: bool, size: int, alpha: float, beta: float, k: float, groups: int, kernel_size: IntOrPair, *pool: Any
-) -> TailParams:
+def _tail_params(relu: bool, size: int, alpha: float, beta: float, k: float, groups: int, *pool: Any) -> TailParams:
     lrn = LRNParams(size, alpha, beta, k, groups) if size else None
-    return TailParams(relu, lrn, PoolParams(kernel_size, *pool) if kernel_size else None)
+    return TailParams(relu, lrn, PoolParams(*pool) if pool[0] else None)

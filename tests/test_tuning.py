@@ -266,13 +266,6 @@ def test_the_forced_backend_runs_only_its_own_kernel_after_its_check(gpu, monkey
     assert all(name.startswith("triton") for name in asked.only)
 
 
-def test_a_measured_shape_runs_the_kernel_after_its_check(gpu, monkeypatch):
-    monkeypatch.setattr(select_conv2d_relu, "MEASURED", frozenset({("a GPU", torch.float32, False, 2, (32, 4, 3, 3))}))
-    assert choice().startswith("triton")
-    assert not gpu[0].timed
-    assert choice(torch.empty(2, 8, 9, 9, device="cuda", memory_format=torch.channels_last)) == "cudnn"
-
-
 def test_nothing_is_tuned_while_a_graph_is_captured(gpu, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..memory_format import is_channels_last
-from ..params import ConvParams, IntOrPair, autocast
+from ..params import ConvBackwardParams, ConvParams, IntOrPair, autocast
 from . import outputs, relu_mask
 from . import select_conv2d_relu as select
 from .aten import conv2d_relu as aten
@@ -80,13 +80,14 @@ def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
         return None, None, None
     y_or_mask, x, weight = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
-    grads = conv_backward_op(dy, y_or_mask, x, weight, ctx.size, ctx.channels_last, ctx.conv, needs)
+    params = ConvBackwardParams(ctx.size, ctx.channels_last, ctx.conv, needs)
+    grads = conv_backward_op(dy, y_or_mask, x, weight, params)
     return tuple(g if wanted else None for g, wanted in zip(grads, needs, strict=True))
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    dy, y_or_mask, x, weight, _, ctx.channels_last, ctx.conv, ctx.needs = inputs
-    ctx.save_for_backward(dy, y_or_mask, x, weight)
+    *tensors, ctx.params = inputs
+    ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
@@ -94,22 +95,24 @@ def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | N
     # ReLU is piecewise linear: given its mask, backward is bilinear in (dy, weight) and (dy, x).
     # Written out, because torch 2.11 cannot differentiate a convolution twice when its sizes are symbols.
     dy, y_or_mask, x, weight = ctx.saved_tensors
-    ddx, ddweight, ddbias = (c if need else None for c, need in zip(cotangents, ctx.needs, strict=True))
-    passes = relu_mask.passes(dy, y_or_mask, x, ctx.channels_last)
+    ddx, ddweight, ddbias = (c if need else None for c, need in zip(cotangents, ctx.params.needs, strict=True))
+    passes = relu_mask.passes(dy, y_or_mask, x, ctx.params.channels_last)
     dz = torch.where(passes, dy, 0)
 
+    conv = ctx.params.conv.op_args()
+
     def gradients(x: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor, ...]:
-        stride, padding, dilation, groups = ctx.conv.op_args()
+        stride, padding, dilation, groups = conv
         return torch.ops.aten.convolution_backward(
             dz, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [*wanted, False]
         )
 
     ddz, dx, dweight = [], None, None
     if ddx is not None:
-        ddz.append(F.conv2d(ddx, weight, None, *ctx.conv.op_args()))
+        ddz.append(F.conv2d(ddx, weight, None, *conv))
         dweight = gradients(ddx, weight, False, True)[1] if ctx.needs_input_grad[3] else None
     if ddweight is not None:
-        ddz.append(F.conv2d(x, ddweight, None, *ctx.conv.op_args()))
+        ddz.append(F.conv2d(x, ddweight, None, *conv))
         dx = gradients(x, ddweight, True, False)[0] if ctx.needs_input_grad[2] else None
     if ddbias is not None:
         ddz.append(ddbias.view(-1, 1, 1))
@@ -134,17 +137,18 @@ def _vmap(
 
 
 def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    *tensors, size, channels_last, conv, needs = args
-    rest = size, channels_last, *conv.op_args(), needs
+    *tensors, params = args
     op = torch.ops.fastcnn.conv2d_relu_backward
-    return one_by_one(lambda *element: op(*element, *rest), info, in_dims, tensors)
+    return one_by_one(lambda *element: op(*element, *params.op_args()), info, in_dims, tensors)
 
+
+BACKENDS = {"reference": aten, "cpu": cpu, "cudnn": cudnn, "triton": triton, "cuda": cuda}
 
 # Gradients of convolutions are those of oneDNN and cuDNN; on GPUs a Triton kernel takes care of ReLU and bias.
 conv_backward_op = define(
-    "conv2d_relu_backward(Tensor grad, Tensor output_or_mask, Tensor? input, Tensor weight, SymInt[] input_size, "
-    "bool channels_last, {params}, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    ConvParams,
+    "conv2d_relu_backward(Tensor grad, Tensor output_or_mask, Tensor? input, Tensor weight, {params})"
+    " -> (Tensor, Tensor, Tensor)",
+    ConvBackwardParams,
     implementations={
         "reference": aten.backward,
         "cpu": cpu.backward,
@@ -152,7 +156,7 @@ conv_backward_op = define(
         "triton": cudnn.backward,
         "cuda": aten.backward,
     },
-    fake=outputs.convolution_gradients,
+    fake=lambda dy, y_or_mask, x, weight, params: outputs.convolution_gradients(dy, weight, params),
     setup_context=_backward_setup_context,
     backward=_backward_backward,
     vmap=_backward_vmap,
@@ -162,13 +166,7 @@ conv_backward_op = define(
 conv_op = define(
     "conv2d_relu(Tensor input, Tensor weight, Tensor? bias, {params}, bool with_mask) -> (Tensor, Tensor)",
     ConvParams,
-    implementations={
-        "reference": aten.forward,
-        "cpu": cpu.forward,
-        "cudnn": cudnn.forward,
-        "triton": triton.forward,
-        "cuda": cuda.forward,
-    },
+    implementations={name: backend.forward for name, backend in BACKENDS.items()},
     fake=lambda x, weight, bias, conv, with_mask: outputs.convolved(x, weight, conv, with_mask),
     setup_context=_setup_context,
     backward=_backward,

@@ -93,15 +93,12 @@ def _backward_vmap(
     return unfold_batch(torch.ops.fastcnn.lrn_backward(dy, x, *lrn.op_args()), info.batch_size), 0
 
 
+BACKENDS = {"reference": aten, "cpu": cpu, "triton": triton, "cuda": cuda}
+
 lrn_backward_op = define(
     "lrn_backward(Tensor grad, Tensor input, {params}) -> Tensor",
     LRNParams,
-    implementations={
-        "reference": aten.backward,
-        "cpu": cpu.backward,
-        "triton": triton.backward,
-        "cuda": cuda.backward,
-    },
+    implementations={name: backend.backward for name, backend in BACKENDS.items()},
     fake=lambda dy, x, lrn: empty_output(x),
     setup_context=_backward_setup_context,
     backward=_backward_backward,
@@ -110,7 +107,7 @@ lrn_backward_op = define(
 lrn_op = define(
     "lrn(Tensor input, {params}) -> Tensor",
     LRNParams,
-    implementations={"reference": aten.forward, "cpu": cpu.forward, "triton": triton.forward, "cuda": cuda.forward},
+    implementations={name: backend.forward for name, backend in BACKENDS.items()},
     fake=lambda x, lrn: empty_output(x),
     setup_context=_setup_context,
     backward=_backward,

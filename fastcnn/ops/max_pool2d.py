@@ -114,15 +114,12 @@ def _backward_vmap(
     return unfold_batch(dx, info.batch_size), 0
 
 
+BACKENDS = {"reference": aten, "cpu": cpu, "triton": triton, "cuda": cuda}
+
 pool_backward_op = define(
     "max_pool2d_backward(Tensor grad, Tensor argmax, SymInt[] input_size, bool channels_last, {params}) -> Tensor",
     PoolParams,
-    implementations={
-        "reference": aten.backward,
-        "cpu": cpu.backward,
-        "triton": triton.backward,
-        "cuda": cuda.backward,
-    },
+    implementations={name: backend.backward for name, backend in BACKENDS.items()},
     fake=lambda dy, argmax, size, channels_last, pool: outputs.unpooled(dy, size, channels_last),
     setup_context=_backward_setup_context,
     backward=_backward_backward,
@@ -131,7 +128,7 @@ pool_backward_op = define(
 pool_op = define(
     "max_pool2d(Tensor input, {params}, bool with_argmax) -> (Tensor, Tensor)",
     PoolParams,
-    implementations={"reference": aten.forward, "cpu": cpu.forward, "triton": triton.forward, "cuda": cuda.forward},
+    implementations={name: backend.forward for name, backend in BACKENDS.items()},
     fake=outputs.pooled,
     setup_context=_setup_context,
     backward=_backward,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..memory_format import format_of, output_format
-from ..params import ConvParams, PoolParams, pooled_size
+from ..params import ConvBackwardParams, ConvParams, PoolParams, pooled_size
 
 
 def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -39,7 +39,8 @@ def unpooled(dy: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
 
 def argmax_dtype(pool: PoolParams) -> torch.dtype:
     """Of the offset ``kh*KW + kw`` of each maximum in its unclipped window: one byte where that is enough."""
-    return torch.int32 if pool.wide_argmax else torch.uint8
+    kh, kw = pool.op_args()[0]
+    return torch.int32 if kh * kw > 256 else torch.uint8
 
 
 def tail_gradients(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,23 +54,18 @@ def convolved(x: Tensor, weight: Tensor, conv: ConvParams, with_mask: bool) -> t
     return y, empty_mask(y, with_mask)
 
 
-def convolution_gradients(
-    dy: Tensor,
-    y_or_mask: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    size: Sequence[int],
-    channels_last: bool,
-    conv: ConvParams,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def convolution_gradients(dy: Tensor, weight: Tensor, params: ConvBackwardParams) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of input, weight and bias; those that are not needed are empty."""
-    format = format_of(channels_last)
-    return (
-        torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=format) if needs[0] else dy.new_empty(0),
-        torch.empty_like(weight) if needs[1] else dy.new_empty(0),
-        dy.new_empty(weight.shape[0] if needs[2] else 0),
-    )
+    input_needs, weight_needs, bias_needs = params.needs
+    dx = empty_input(dy, params) if input_needs else dy.new_empty(0)
+    dw = torch.empty_like(weight) if weight_needs else dy.new_empty(0)
+    return dx, dw, dy.new_empty(weight.shape[0] if bias_needs else 0)
+
+
+def empty_input(dy: Tensor, params: ConvBackwardParams) -> Tensor:
+    """Of the form of the convolution's input."""
+    format = format_of(params.channels_last)
+    return torch.empty(params.size, dtype=dy.dtype, device=dy.device, memory_format=format)
 
 
 def empty_mask(y: Tensor, with_mask: bool) -> Tensor:

@@ -144,16 +144,13 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tup
     return one_by_one(lambda *element: op(*element, *tail.op_args()), info, in_dims, tensors)
 
 
+BACKENDS = {"reference": aten, "cpu": cpu, "triton": triton, "cuda": cuda}
+
 tail_backward_op = define(
     "relu_lrn_max_pool2d_backward(Tensor grad, Tensor input, Tensor? bias, Tensor argmax, {params})"
     " -> (Tensor, Tensor)",
     TailParams,
-    implementations={
-        "reference": aten.backward,
-        "cpu": cpu.backward,
-        "triton": triton.backward,
-        "cuda": cuda.backward,
-    },
+    implementations={name: backend.backward for name, backend in BACKENDS.items()},
     fake=lambda dy, x, bias, argmax, tail: outputs.tail_gradients(x, bias),
     setup_context=_backward_setup_context,
     backward=_backward_backward,
@@ -162,7 +159,7 @@ tail_backward_op = define(
 tail_op = define(
     "relu_lrn_max_pool2d(Tensor input, Tensor? bias, {params}, bool with_argmax) -> (Tensor, Tensor)",
     TailParams,
-    implementations={"reference": aten.forward, "cpu": cpu.forward, "triton": triton.forward, "cuda": cuda.forward},
+    implementations={name: backend.forward for name, backend in BACKENDS.items()},
     fake=lambda x, bias, tail, with_argmax: outputs.pooled(x, tail.pool, with_argmax),
     setup_context=_setup_context,
     backward=_backward,

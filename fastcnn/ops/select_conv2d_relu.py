@@ -1,6 +1,6 @@
 """Which implementation runs a convolution on a GPU.
 
-cuDNN runs, unless :data:`MEASURED` says otherwise. With ``torch.backends.cudnn.benchmark`` every new shape is tuned
+cuDNN runs. With ``torch.backends.cudnn.benchmark`` every new shape is tuned
 (``FASTCNN_TUNE=0`` in the environment leaves it at that): candidates are cuDNN, its own fusion with ReLU, the CUDA
 kernel and the configurations of the Triton kernel, and only the latter where the backend "triton" is forced. One of
 these runs only after its output was compared with cuDNN's, because compilers have got such loops wrong.
@@ -29,10 +29,6 @@ from .triton import conv2d_relu as triton
 
 Run = Callable[..., tuple[Tensor, Tensor]]  # of the op's arguments
 
-# (device, dtype, channels_last, groups, weight shape) -> the Triton kernel was measured to be faster than cuDNN there.
-# Nothing was measured yet.
-MEASURED: frozenset[tuple[str, torch.dtype, bool, int, tuple[int, ...]]] = frozenset()
-
 
 def select(
     backend: str, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, with_mask: bool
@@ -42,7 +38,7 @@ def select(
         return aten.forward
     if not x.is_cuda or backend not in ("cudnn", "triton") or not triton.can_run(x):
         return run
-    if backend == "cudnn" and not _tunes() and not MEASURED:
+    if backend == "cudnn" and not _tunes():
         return run
     runs = candidates(x, weight, conv)
     return runs[choose(runs, x, weight, bias, conv, with_mask)]
@@ -71,7 +67,7 @@ def choose(
     """The name of the candidate that runs on a GPU."""
     ours = [name for name in runs if name.startswith("triton")]
     tuned = _tunes()
-    only_ours = backends.forced() == "triton" or (not tuned and _measured(x, weight, conv.groups))
+    only_ours = backends.forced() == "triton"
     if not (tuned or only_ours):
         return "cudnn"
     key = _key(x, weight, bias, conv, with_mask) + " triton" * only_ours + " untimed" * (not tuned)
@@ -84,11 +80,6 @@ def choose(
 
 def _tunes() -> bool:
     return torch.backends.cudnn.benchmark and os.environ.get("FASTCNN_TUNE") != "0"
-
-
-def _measured(x: Tensor, weight: Tensor, groups: int) -> bool:
-    shape = (torch.cuda.get_device_name(x.device), x.dtype, is_channels_last(x), groups, tuple(weight.shape))
-    return shape in MEASURED
 
 
 def _output(run: Run, conv: ConvParams, with_mask: bool, *tensors: Tensor | None) -> Tensor:
@@ -151,7 +142,7 @@ def _engine_on_gpu(backend: str, device: torch.device) -> str:
     ours = [name for name in ("triton", "cuda") if not backends.why_not(name, device)]
     if _tunes() and ours:
         return f"the fastest of cuDNN, {', '.join(ours)}"
-    return "cuDNN, triton where measured" if MEASURED else "cuDNN"
+    return "cuDNN"
 
 
 def backward_engine(backend: str, device: torch.device) -> str:

@@ -23,7 +23,7 @@ from fastcnn.bench.environment import convolution_precision
 from fastcnn.ops.cudnn import conv2d_relu as cudnn
 from fastcnn.ops.register import IMPLEMENTATIONS
 from fastcnn.ops.triton import conv2d_relu, lrn, max_pool2d, relu_lrn_max_pool2d
-from fastcnn.params import ConvParams, PoolParams, TailParams
+from fastcnn.params import ConvBackwardParams, ConvParams, PoolParams, TailParams
 
 from .compiled import ARCHITECTURES, Kernel, compiling
 from .compiled_cuda import all_kernels
@@ -105,9 +105,9 @@ def _mask(dtype: str, format: str, c: int, size: int) -> None:
     x, weight = meta(dtype, format, BATCH, c, size, size), meta(dtype, format, c, c, 1, 1)
     conv = ConvParams([1, 1], [0, 0], [1, 1], 1)
     y, mask = cudnn.forward(x, weight, x.new_empty(c), conv, True)
-    rest = list(x.shape), format == "channels_last", conv
-    cudnn.backward(y, y, x, weight, *rest, [True, True, True])
-    cudnn.backward(y, mask, None, weight, *rest, [True, False, False])
+    form = list(x.shape), format == "channels_last", conv
+    cudnn.backward(y, y, x, weight, ConvBackwardParams(*form, [True, True, True]))
+    cudnn.backward(y, mask, None, weight, ConvBackwardParams(*form, [True, False, False]))
 
 
 def _normalizations() -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...memory_format import dense, format_of, is_channels_last, output, output_format
-from ...params import ConvParams
+from ...params import ConvBackwardParams, ConvParams
 from .. import outputs
 from .._packed import Frozen, contents_of
 from ..aten.conv2d_relu import convolution_backward
@@ -53,27 +54,20 @@ def _cannot_be_nan(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Frozen
 
 
 def backward(
-    dy: Tensor,
-    y_or_mask: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    size: list[int],
-    channels_last: bool,
-    conv: ConvParams,
-    needs: list[bool],
+    dy: Tensor, y_or_mask: Tensor, x: Tensor | None, weight: Tensor, params: ConvBackwardParams
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy = dense(dy, format_of(channels_last))
+    needs, dy = params.needs, dense(dy, format_of(params.channels_last))
     mask, dz = y_or_mask if x is None else None, dy
     if mask is None:
         dz = kept(torch.empty_like(dy))
         torch.ops.aten.threshold_backward.grad_input(dy, y_or_mask, 0, grad_input=dz)
-    dx = _input_gradient(dz, mask, weight, size, channels_last, conv) if needs[0] else None
+    dx = _input_gradient(dz, mask, weight, params) if needs[0] else None
     if dx is not None and not any(needs[1:]):
         return dx, dx.new_empty(0), dx.new_empty(0)
     if mask is not None:
         dz = _unmasked(dy, mask)
-    needs = [needs[0] and dx is None, *needs[1:]]
-    grads = convolution_backward(dz, x, weight, size, channels_last, conv, needs)
+    params = replace(params, needs=[needs[0] and dx is None, *needs[1:]])
+    grads = convolution_backward(dz, x, weight, params)
     return grads if dx is None else (dx, *grads[1:])
 
 
@@ -83,20 +77,18 @@ def _unmasked(dy: Tensor, mask: Tensor) -> Tensor:
     return dz
 
 
-def _input_gradient(
-    dy: Tensor, mask: Tensor | None, weight: Tensor, size: list[int], channels_last: bool, conv: ConvParams
-) -> Tensor | None:
+def _input_gradient(dy: Tensor, mask: Tensor | None, weight: Tensor, params: ConvBackwardParams) -> Tensor | None:
     """The gradient for the input, of that of the output where the mask passes it; None where nothing here is faster.
 
     With stride 1 it is a convolution too: each window turned round, input and output channels exchanged.
     """
-    stride, padding, dilation, groups = conv.op_args()
+    stride, padding, dilation, groups = params.conv.op_args()
     padding = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
-    if stride != [1, 1] or min(padding) < 0 or not channels_last:
+    if stride != [1, 1] or min(padding) < 0 or not params.channels_last:
         return None
     cache = contents_of(weight)
     if winograd.runs(dy, weight, stride, padding, dilation, groups):
-        dx = kept(torch.empty(size, dtype=dy.dtype, memory_format=torch.channels_last))
+        dx = kept(outputs.empty_input(dy, params))
         run = partial(winograd.convolve, cache=cache, turned=True, x_mask=mask)
         if run(dy, weight, None, dx, padding, groups) is not None:
             return dx
@@ -110,4 +102,4 @@ def _input_gradient(
     dx = torch.ops.mkldnn._convolution_pointwise(
         _unmasked(dy, mask), cache.get("backward", turned), None, padding, stride, dilation, groups, "none", [], ""
     )
-    return output(dx, format_of(channels_last))
+    return output(dx, torch.channels_last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,16 +12,18 @@ from ...params import LRNParams
 from ..outputs import empty_output
 from .memory import kept
 
+CPU = torch.ops.fastcnn_cpu
 
-def forward(x: Tensor, lrn: LRNParams) -> Tensor:
+
+def forward(x: Tensor, lrn: LRNParams, library: Any = CPU) -> Tensor:
     format = output_format(x)
     y = kept(empty_output(x))
-    torch.ops.fastcnn_cpu.lrn(dense(x, format), y, format != torch.contiguous_format, *lrn.op_args())
+    library.lrn(dense(x, format), y, format != torch.contiguous_format, *lrn.op_args())
     return y
 
 
-def backward(dy: Tensor, x: Tensor, lrn: LRNParams) -> Tensor:
+def backward(dy: Tensor, x: Tensor, lrn: LRNParams, library: Any = CPU) -> Tensor:
     format = output_format(x)
     dy, x, dx = dense(dy, format), dense(x, format), kept(empty_output(x))
-    torch.ops.fastcnn_cpu.lrn_backward(dy, x, dx, format != torch.contiguous_format, *lrn.op_args())
+    library.lrn_backward(dy, x, dx, format != torch.contiguous_format, *lrn.op_args())
     return dx

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,16 @@ from ...params import TailParams, wide_bias
 from .. import outputs
 from .memory import kept
 
+CPU = torch.ops.fastcnn_cpu
 
-def forward(x: Tensor, bias: Tensor | None, tail: TailParams, with_argmax: bool) -> tuple[Tensor, Tensor]:
+
+def forward(
+    x: Tensor, bias: Tensor | None, tail: TailParams, with_argmax: bool, library: Any = CPU
+) -> tuple[Tensor, Tensor]:
     format = output_format(x)
     y, argmax = outputs.pooled(x, tail.pool, with_argmax)
     y = kept(y, lasting=with_argmax)
-    torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(
+    library.relu_lrn_max_pool2d(
         dense(x, format),
         wide_bias("relu_lrn_max_pool2d", bias, x),
         y,
@@ -26,11 +32,13 @@ def forward(x: Tensor, bias: Tensor | None, tail: TailParams, with_argmax: bool)
     return y, argmax
 
 
-def backward(dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, tail: TailParams) -> tuple[Tensor, Tensor]:
+def backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, tail: TailParams, library: Any = CPU
+) -> tuple[Tensor, Tensor]:
     format, dx = output_format(x), kept(outputs.empty_output(x))
     kernel_bias = wide_bias("relu_lrn_max_pool2d", bias, x)
     dbias = None if kernel_bias is None else torch.empty_like(kernel_bias)
-    torch.ops.fastcnn_cpu.relu_lrn_max_pool2d_backward(
+    library.relu_lrn_max_pool2d_backward(
         dense(dy, format),
         dense(x, format),
         kernel_bias,

@@ -1,41 +1,10 @@
-"""The tail of an AlexNet stage by the CUDA C++ kernel."""
+"""The tail of an AlexNet stage by the CUDA C++ kernel, whose private op has the signature of the CPU's."""
 
-from __future__ import annotations
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from ...memory_format import dense, output_format
-from ...params import TailParams, wide_bias
-from .. import outputs
+from ..cpu import relu_lrn_max_pool2d as cpu
 
-
-def forward(x: Tensor, bias: Tensor | None, tail: TailParams, with_argmax: bool) -> tuple[Tensor, Tensor]:
-    format = output_format(x)
-    y, argmax = outputs.pooled(x, tail.pool, with_argmax)
-    torch.ops.fastcnn_cuda.relu_lrn_max_pool2d(
-        dense(x, format),
-        wide_bias("relu_lrn_max_pool2d", bias, x),
-        y,
-        argmax if argmax.numel() else None,
-        format == torch.channels_last,
-        *tail.op_args(),
-    )
-    return y, argmax
-
-
-def backward(dy: Tensor, x: Tensor, bias: Tensor | None, argmax: Tensor, tail: TailParams) -> tuple[Tensor, Tensor]:
-    format, dx = output_format(x), outputs.empty_output(x)
-    kernel_bias = wide_bias("relu_lrn_max_pool2d", bias, x)
-    dbias = None if kernel_bias is None else torch.empty_like(kernel_bias)
-    torch.ops.fastcnn_cuda.relu_lrn_max_pool2d_backward(
-        dense(dy, format),
-        dense(x, format),
-        kernel_bias,
-        None if tail.pool is None else dense(argmax, format),
-        dx,
-        dbias,
-        format == torch.channels_last,
-        *tail.op_args(),
-    )
-    return dx, x.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype)
+forward = partial(cpu.forward, library=torch.ops.fastcnn_cuda)
+backward = partial(cpu.backward, library=torch.ops.fastcnn_cuda)

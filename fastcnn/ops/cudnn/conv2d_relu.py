@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ...memory_format import dense, format_of, output, output_format
-from ...params import ConvParams, check_same
+from ...params import ConvBackwardParams, ConvParams, check_same
 from ..aten import conv2d_relu as aten
 from ..gpu_convolution import check_tensors
 from ..triton import conv2d_relu as triton
@@ -29,25 +31,18 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, with
 
 
 def backward(
-    dy: Tensor,
-    y_or_mask: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    size: list[int],
-    channels_last: bool,
-    conv: ConvParams,
-    needs: list[bool],
+    dy: Tensor, y_or_mask: Tensor, x: Tensor | None, weight: Tensor, params: ConvBackwardParams
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not triton.can_run(dy):
-        return aten.backward(dy, y_or_mask, x, weight, size, channels_last, conv, needs)
-    op, format = "conv2d_relu_backward", format_of(channels_last)
+        return aten.backward(dy, y_or_mask, x, weight, params)
+    op, format = "conv2d_relu_backward", format_of(params.channels_last)
     dy = dense(dy, format)
     if x is None:
         bits = dy.new_empty(0, dtype=torch.uint8)
         check_same(op, "output_or_mask", y_or_mask, bits, [cdiv(dy.numel(), 8)])
-        dz = triton.mask_backward(dy, y_or_mask)
-        return aten.convolution_backward(dz, x, weight, size, channels_last, conv, needs)
+        return aten.convolution_backward(triton.mask_backward(dy, y_or_mask), x, weight, params)
     check_same(op, "output_or_mask", y_or_mask, dy)
-    dz, db = triton.relu_backward(dy, dense(y_or_mask, format), channels_last, needs[2])
-    dx, dw, _ = aten.convolution_backward(dz, x, weight, size, channels_last, conv, [*needs[:2], False])
+    *convolved, of_bias = params.needs
+    dz, db = triton.relu_backward(dy, dense(y_or_mask, format), params.channels_last, of_bias)
+    dx, dw, _ = aten.convolution_backward(dz, x, weight, replace(params, needs=[*convolved, False]))
     return dx, dw, db
