@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 if backends.INTERPRETING:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from tools.machine_code import launches, roofline
+from tools.machine_code import launches, roofline, workloads
 from tools.machine_code.roofline import GPU, Needs
 
 TINY = GPU("G", 10, 1.0, 100.0, {"issue": 128, "alu": 64, "l1": 32, "l2": 64}, (500, 50))
@@ -94,7 +94,7 @@ def test_resident_warps_are_limited_by_registers_blocks_and_shared_memory():
 
 def work(op, dtype, format="channels_last", mode="forward", layer="AlexNet conv1"):
     wanted = op, layer, dtype, format, mode
-    return next(w for w in launches.workloads() if (w.op, w.layer, w.dtype, w.format, w.mode) == wanted)
+    return next(w for w in workloads.workloads() if (w.op, w.layer, w.dtype, w.format, w.mode) == wanted)
 
 
 # -- floors -----------------------------------------------------------------------------------------------------------

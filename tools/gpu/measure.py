@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastcnn import backends
-from fastcnn.bench.cases import ANY_FORMAT, CONVOLUTIONS, LRN, POOL, STAGES, Case
+from fastcnn.bench.cases import ANY_FORMAT, CONVOLUTIONS, LRN, POOL, POOLING, STAGES, Case
 from fastcnn.bench.inputs import make_inputs, make_parameters
 from fastcnn.bench.measure import Budget, add_times, measure, reason
 from fastcnn.bench.network_measure import measure_network
@@ -33,9 +33,11 @@ from fastcnn.bench.verify import check, expected_outputs, tolerances
 from fastcnn.ops import select_conv2d_relu
 from fastcnn.ops.register import IMPLEMENTATIONS
 from fastcnn.params import TailParams
+from tools.machine_code.workloads import arguments
 
 from .process import Clock
 
+# The operators as the benchmark calls them: without a bias, and with an argmax only for backward.
 TAIL = TailParams(True, LRN, POOL)
 _BUDGET = Budget(seconds=0.2, at_least=11)
 
@@ -91,18 +93,6 @@ def _compile(case: Case, device: str) -> list[Row]:
 # -- tuning -----------------------------------------------------------------------------------------------------------
 
 
-def arguments(case: Case, x: Tensor, dy: Tensor, argmax: Tensor) -> tuple[Any, ...]:
-    """Of the implementations, as the benchmark calls them: without a bias, and with an argmax only for backward."""
-    forward = case.mode == "forward"
-    if case.op == "lrn":
-        return (x, LRN) if forward else (dy, x, LRN)
-    if case.op == "max_pool2d":
-        if forward:
-            return x, POOL, False
-        return dy, argmax, list(x.shape[2:]), case.format == "channels_last", POOL
-    return (x, None, TAIL, False) if forward else (dy, x, None, argmax, TAIL)
-
-
 def configurations(case: Case) -> dict[str, Callable[..., Any]]:
     """Of a memory-bound operator, all that the Triton launchers know."""
     module: Any = importlib.import_module(f"fastcnn.ops.triton.{case.op}")
@@ -125,12 +115,10 @@ def candidates(case: Case, x: Tensor, dy: Tensor) -> dict[str, Call]:
         conv = case.convolution.params
         ways = select_conv2d_relu.candidates(x, weight, conv) if x.is_cuda else ways
         return {name: functools.partial(_first, run, x, weight, bias, conv, False) for name, run in ways.items()}
-    argmax = x
-    if case.mode == "backward" and case.op == "max_pool2d":
-        argmax = forward[here[0]](x, POOL, True)[1]
-    elif case.mode == "backward" and case.op == "relu_lrn_max_pool2d":
-        argmax = forward[here[0]](x, None, TAIL, True)[1]
-    args = arguments(case, x, dy, argmax)
+    argmax = None
+    if case.mode == "backward" and case.op in POOLING:
+        argmax = forward[here[0]](*arguments(case.op, "forward", TAIL, x, dy))[1]
+    args = arguments(case.op, case.mode, TAIL, x, dy, argmax, with_argmax=False)
     if ways.pop("triton", None):
         ways = {**configurations(case), **ways}
     return {name: functools.partial(_first, run, *args) for name, run in ways.items()}

@@ -21,10 +21,11 @@ from fastcnn.ops.cudnn import conv2d_relu as cudnn
 from fastcnn.ops.register import IMPLEMENTATIONS
 from fastcnn.ops.triton import conv2d_relu
 from fastcnn.params import ConvParams
-from tools.machine_code.kernels_table import BATCH, cases, meta
+from tools.machine_code.kernels_table import cases, meta
+from tools.machine_code.workloads import BATCH, arguments
 
 from .compilation import compiling_into_cache
-from .measure import arguments, configurations, kernel_cases, network_cases
+from .measure import TAIL, configurations, kernel_cases, network_cases
 from .stand_in import standing_in
 
 _DTYPES = ("bf16", "tf32")
@@ -61,7 +62,8 @@ def _memory_bound() -> Iterator[tuple[tuple[Any, ...], list[Callable[..., Any]]]
         x = meta(case.dtype, case.format, *case.shape)
         dy = meta(case.dtype, case.format, *case.output_shape)
         name = case.op + ("" if case.mode == "forward" else "_backward")
-        args = arguments(case, x, dy, torch.empty_like(dy, dtype=torch.uint8))
+        argmax = torch.empty_like(dy, dtype=torch.uint8)
+        args = arguments(case.op, case.mode, TAIL, x, dy, argmax, with_argmax=False)
         yield args, [IMPLEMENTATIONS[name]["triton"], *configurations(case).values()]
 
 

@@ -10,7 +10,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.bench.cases import CONVOLUTIONS, FORMATS, LRN, POOL, Convolution
+from fastcnn.bench.cases import CONVOLUTIONS, FORMATS, Convolution
 from fastcnn.bench.environment import convolution_precision
 from fastcnn.ops.cudnn import conv2d_relu as cudnn
-from fastcnn.ops.register import IMPLEMENTATIONS
-from fastcnn.ops.triton import conv2d_relu, lrn, max_pool2d, relu_lrn_max_pool2d
-from fastcnn.params import ConvBackwardParams, ConvParams, PoolParams, TailParams
+from fastcnn.ops.triton import conv2d_relu
+from fastcnn.params import ConvBackwardParams, ConvParams
 
 from .compiled import ARCHITECTURES, Kernel, compiling
 from .compiled_cuda import all_kernels
+from .workloads import BATCH, BESIDE_CUDNN, Workload, workloads
 
 # "tf32" and "fp32" are the two ways to multiply float32.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
-BATCH = 256
-
-# Channels and height of the input; of the tails, whether LRN takes part.
-NORMALIZED = {"AlexNet conv1": (96, 55), "AlexNet conv2": (256, 27)}
-POOLED = {**NORMALIZED, "AlexNet conv5": (256, 13)}
-HALVED = {
-    "VGG-16 pool1": (64, 224),
-    "VGG-16 pool2": (128, 112),
-    "VGG-16 pool3": (256, 56),
-    "VGG-16 pool4": (512, 28),
-    "VGG-16 pool5": (512, 14),
-}
 
 
 @dataclass(frozen=True)
@@ -73,8 +61,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """All of the Triton kernels."""
-    every = chain(_convolutions(), _normalizations(), _pools(), _tails())
-    return (case for case in every if "triton" in IMPLEMENTATIONS[case.op])
+    return chain(_convolutions(), _memory_bound())
 
 
 def _case(launch: Callable[..., object], op: str, layer: str, dtype: str, format: str, *args: Any) -> Case:
@@ -110,41 +97,15 @@ def _mask(dtype: str, format: str, c: int, size: int) -> None:
     cudnn.backward(y, mask, None, weight, ConvBackwardParams(*form, [True, False, False]))
 
 
-def _normalizations() -> Iterator[Case]:
-    for (layer, numbers), dtype, format in product(NORMALIZED.items(), ("bf16", "fp16", "fp32"), FORMATS):
-        yield _case(_normalize, "lrn", layer, dtype, format, *numbers)
+def _memory_bound() -> Iterator[Case]:
+    for work in workloads():
+        if work.mode == "forward" and work.op not in BESIDE_CUDNN:
+            yield _case(_both_directions, work.op, work.layer, work.dtype, work.format, work)
 
 
-def _normalize(dtype: str, format: str, c: int, size: int) -> None:
-    x = meta(dtype, format, BATCH, c, size, size)
-    lrn.forward(x, LRN)
-    lrn.backward(x, x, LRN)
-
-
-def _pools() -> Iterator[Case]:
-    for dtype, format in product(("bf16", "fp16", "fp32"), FORMATS):
-        for layer, numbers in POOLED.items():
-            yield _case(_pool, "max_pool2d", layer, dtype, format, POOL, *numbers)
-        for layer, numbers in HALVED.items():
-            yield _case(_pool, "max_pool2d", layer, dtype, format, PoolParams(2), *numbers)
-
-
-def _pool(dtype: str, format: str, pool: PoolParams, c: int, size: int) -> None:
-    x = meta(dtype, format, BATCH, c, size, size)
-    y, argmax = max_pool2d.forward(x, pool, True)
-    max_pool2d.backward(y, argmax, list(x.shape[2:]), format == "channels_last", pool)
-
-
-def _tails() -> Iterator[Case]:
-    for (layer, numbers), dtype, format in product(POOLED.items(), ("bf16", "fp16", "fp32"), FORMATS):
-        yield _case(_tail, "relu_lrn_max_pool2d", layer, dtype, format, layer in NORMALIZED, *numbers)
-
-
-def _tail(dtype: str, format: str, with_lrn: bool, c: int, size: int) -> None:
-    x, tail = meta(dtype, format, BATCH, c, size, size), TailParams(True, LRN if with_lrn else None, POOL)
-    bias = x.new_empty(c)
-    y, argmax = relu_lrn_max_pool2d.forward(x, bias, tail, True)
-    relu_lrn_max_pool2d.backward(y, x, bias, argmax, tail)
+def _both_directions(dtype: str, format: str, work: Workload) -> None:
+    for mode in ("forward", "backward"):
+        replace(work, mode=mode).launch()
 
 
 @dataclass(frozen=True)

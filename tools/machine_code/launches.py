@@ -10,14 +10,12 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
-import math
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,142 +26,20 @@ import pybind11
 import torch
 from torch import Tensor
 
-from fastcnn.bench.cases import DTYPES, FORMATS, LRN, POOL
-from fastcnn.ops.register import IMPLEMENTATIONS
-from fastcnn.ops.triton import conv2d_relu
-from fastcnn.params import PoolParams, TailParams
+from fastcnn.params import TailParams
 
 from . import compiled_cuda
 from .compiled import Kernel, compiling
 from .execute import PARAMETERS, Launch, Memory, execute
-from .kernels_table import BATCH, HALVED, NORMALIZED, POOLED
 from .sass import instructions
+from .workloads import Workload
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-_BESIDE_CUDNN = ("bias_relu", "relu_backward", "mask_backward")
 _SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8}
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 _BUFFERS = "x", "bias", "dy", "out", "argmax", "partials", "dbias", "terms"
 _TILE = 1 << 20  # bytes of a buffer that stands for a tensor
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A call of an operator.
-
-    Args:
-        op: "lrn", "max_pool2d", "relu_lrn_max_pool2d"; or what runs beside cuDNN's convolution, in Triton alone:
-            "bias_relu", "relu_backward" and, where the weights are frozen, "mask_backward".
-        layer: whose output it works on.
-        dtype: a key of ``DTYPES``.
-        format: a key of ``FORMATS``.
-        mode: "forward", with an argmax where there is a pool, or "backward".
-        shape: (N, C, H, W) of the input.
-        normalized: whether LRN takes part.
-        pool: the pooling; None where it takes no part.
-    """
-
-    op: str
-    layer: str
-    dtype: str
-    format: str
-    mode: str
-    shape: tuple[int, int, int, int]
-    normalized: bool
-    pool: PoolParams | None
-
-    def __str__(self) -> str:
-        return f"{self.op} {self.mode}, {self.layer}, {self.dtype}, {self.format}"
-
-    @property
-    def name(self) -> str:
-        """Of the registered operator."""
-        return self.op + ("_backward" if self.mode == "backward" else "")
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """In which there is a kernel."""
-        return ("triton",) if self.op in _BESIDE_CUDNN else ("triton", "cuda")
-
-    @property
-    def channels_last(self) -> bool:
-        return self.format == "channels_last"
-
-    @property
-    def is_tail(self) -> bool:
-        return self.op == "relu_lrn_max_pool2d"
-
-    @functools.cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """By the names that kernels have for them, on the meta device."""
-        options: dict[str, Any] = {"device": "meta", "memory_format": FORMATS[self.format]}
-        x = torch.empty(self.shape, dtype=DTYPES[self.dtype], **options)
-        found = {"x": x, "y": x}
-        if self.pool is not None:
-            shape = [*self.shape[:2], *self.pool.output_size(*self.shape[2:])]
-            found["y"] = torch.empty(shape, dtype=x.dtype, **options)
-            found["argmax"] = torch.empty(shape, dtype=torch.uint8, **options)
-        if self.is_tail or self.op in _BESIDE_CUDNN:
-            found["bias"] = torch.empty(self.shape[1], dtype=x.dtype, device="meta")
-        if self.op in _BESIDE_CUDNN:
-            found["mask"] = torch.empty(x.numel() // 8, dtype=torch.uint8, device="meta")
-        return found
-
-    @property
-    def bytes(self) -> int:
-        """That must be read and written, each tensor once."""
-        t = self.tensors
-        if self.op in _BESIDE_CUDNN:
-            return {"bias_relu": 2, "relu_backward": 3, "mask_backward": 2}[self.op] * t["x"].nbytes + (
-                0 if self.op == "relu_backward" else t["mask"].nbytes
-            )
-        argmax = t["argmax"].nbytes if "argmax" in t else 0
-        if self.mode == "forward":
-            return t["x"].nbytes + t["y"].nbytes + argmax
-        read = 0 if self.op == "max_pool2d" else t["x"].nbytes
-        return read + t["y"].nbytes + argmax + t["x"].nbytes
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Of the operator's implementations."""
-        t, forward = self.tensors, self.mode == "forward"
-        if self.op == "lrn":
-            return (t["x"], LRN) if forward else (t["y"], t["x"], LRN)
-        if self.op == "max_pool2d":
-            if forward:
-                return t["x"], self.pool, True
-            return t["y"], t["argmax"], list(self.shape[2:]), self.channels_last, self.pool
-        tail = self.parameters
-        return (t["x"], t["bias"], tail, True) if forward else (t["y"], t["x"], t["bias"], t["argmax"], tail)
-
-    @property
-    def parameters(self) -> TailParams:
-        """LRN and pooling alone are tails too."""
-        return TailParams(self.is_tail, LRN if self.normalized else None, self.pool)
-
-
-def workloads(batch: int = BATCH) -> Iterator[Workload]:
-    """Every memory-bound operator at the shapes of AlexNet and VGG-16."""
-    for dtype, format, mode in product(("bf16", "fp16", "fp32"), FORMATS, ("forward", "backward")):
-        common = dtype, format, mode
-        for layer, (c, size) in POOLED.items():
-            shape = batch, c, size, size
-            normalized = layer in NORMALIZED
-            yield Workload("relu_lrn_max_pool2d", layer, *common, shape, normalized, POOL)
-            if normalized:
-                yield Workload("lrn", layer, *common, shape, True, None)
-            yield Workload("max_pool2d", layer, *common, shape, False, POOL)
-        if mode == "forward":
-            yield Workload("bias_relu", "AlexNet conv1", *common, (batch, 96, 55, 55), False, None)
-        else:
-            for op in ("relu_backward", "mask_backward"):
-                yield Workload(op, "AlexNet conv1", *common, (batch, 96, 55, 55), False, None)
-        for layer, (c, size) in HALVED.items():
-            yield Workload("max_pool2d", layer, *common, (batch, c, size, size), False, PoolParams(2))
 
 
 @dataclass(frozen=True)
@@ -211,16 +87,8 @@ def parameters(kernel: Kernel, address: Callable[[Tensor], int]) -> bytes:
 
 def triton(work: Workload, arch: int = 90, **options: Any) -> list[Launched]:
     """``options`` are the launcher's, such as ``config``."""
-    t = work.tensors
     with compiling(arch) as kernels:
-        if work.op == "bias_relu":
-            conv2d_relu.bias_relu(t["x"], t["bias"], True, rectify=True)
-        elif work.op == "relu_backward":
-            conv2d_relu.relu_backward(t["x"], t["x"], work.channels_last, True)
-        elif work.op == "mask_backward":
-            conv2d_relu.mask_backward(t["x"], t["mask"])
-        else:
-            IMPLEMENTATIONS[work.name]["triton"](*work.arguments(), **options)
+        work.launch(**options)
     return [_launched(kernel) for kernel in kernels]
 
 

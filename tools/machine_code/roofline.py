@@ -39,7 +39,8 @@ import torch
 from fastcnn.bench.cases import DTYPES, Case
 
 from .execute import Counts, execute
-from .launches import BATCH, ROOT, Cuda, Launched, Workload, build, triton, workloads
+from .launches import ROOT, Cuda, Launched, build, triton
+from .workloads import BATCH, Workload, workloads
 
 TABLE, ROWS = ROOT / "docs" / "roofline.md", ROOT / "docs" / "roofline.json"
 FASTER = ROOT / "fastcnn" / "faster.json"  # from it the operators choose
