@@ -219,7 +219,7 @@ class PoolParams:
 
 @dataclass(frozen=True)
 class TailParams:
-    """What follows a convolution in an AlexNet stage; LRN and pool are None where there is none."""
+    """Parameters of :func:`fastcnn.functional.relu_lrn_max_pool2d`; LRN and pool are None where they are absent."""
 
     SCHEMA: ClassVar[str] = f"bool relu, {LRNParams.SCHEMA}, {PoolParams.SCHEMA}"
 

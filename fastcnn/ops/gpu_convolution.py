@@ -1,7 +1,5 @@
 """What the convolutions on GPUs share: the order of their weights, the precision of their products, and a check."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

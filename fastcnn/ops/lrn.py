@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -13,7 +12,7 @@ from .aten import lrn as aten
 from .cpu import lrn as cpu
 from .cuda import lrn as cuda
 from .outputs import empty_output
-from .register import define, double_backward, fold_batch, unfold_batch
+from .register import define, double_backward
 from .triton import lrn as triton
 
 
@@ -81,18 +80,6 @@ def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor, ...]:
     return double_backward(forward, (x,), dy, (ddx,))
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, lrn: LRNParams) -> tuple[Tensor, int]:
-    y = torch.ops.fastcnn.lrn(fold_batch(x, in_dims[0], info.batch_size), *lrn.op_args())
-    return unfold_batch(y, info.batch_size), 0
-
-
-def _backward_vmap(
-    info: Any, in_dims: tuple[int | None, ...], dy: Tensor, x: Tensor, lrn: LRNParams
-) -> tuple[Tensor, int]:
-    dy, x = (fold_batch(t, dim, info.batch_size) for t, dim in zip((dy, x), in_dims, strict=False))
-    return unfold_batch(torch.ops.fastcnn.lrn_backward(dy, x, *lrn.op_args()), info.batch_size), 0
-
-
 BACKENDS = {"reference": aten, "cpu": cpu, "triton": triton, "cuda": cuda}
 
 lrn_backward_op = define(
@@ -102,7 +89,7 @@ lrn_backward_op = define(
     fake=lambda dy, x, lrn: empty_output(x),
     setup_context=_backward_setup_context,
     backward=_backward_backward,
-    vmap=_backward_vmap,
+    vmap=2,
 )
 lrn_op = define(
     "lrn(Tensor input, {params}) -> Tensor",
@@ -111,5 +98,5 @@ lrn_op = define(
     fake=lambda x, lrn: empty_output(x),
     setup_context=_setup_context,
     backward=_backward,
-    vmap=_vmap,
+    vmap=1,
 )

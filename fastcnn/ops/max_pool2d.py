@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -14,7 +13,7 @@ from . import outputs
 from .aten import max_pool2d as aten
 from .cpu import max_pool2d as cpu
 from .cuda import max_pool2d as cuda
-from .register import define, fold_batch, needs_grad, unfold_batch
+from .register import define, needs_grad
 from .triton import max_pool2d as triton
 
 
@@ -97,23 +96,6 @@ def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor]:
     return (ddx.reshape(*ddx.shape[:2], -1).gather(-1, flat).view(argmax.shape),)
 
 
-def _vmap(
-    info: Any, in_dims: Any, x: Tensor, pool: PoolParams, with_argmax: bool
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
-    x = fold_batch(x, in_dims[0], info.batch_size)
-    y, argmax = torch.ops.fastcnn.max_pool2d(x, *pool.op_args(), with_argmax)
-    y = unfold_batch(y, info.batch_size)
-    return (y, unfold_batch(argmax, info.batch_size) if with_argmax else argmax), (0, 0 if with_argmax else None)
-
-
-def _backward_vmap(
-    info: Any, in_dims: Any, dy: Tensor, argmax: Tensor, size: list[int], channels_last: bool, pool: PoolParams
-) -> tuple[Tensor, int]:
-    dy, argmax = (fold_batch(t, dim, info.batch_size) for t, dim in zip((dy, argmax), in_dims, strict=False))
-    dx = torch.ops.fastcnn.max_pool2d_backward(dy, argmax, size, channels_last, *pool.op_args())
-    return unfold_batch(dx, info.batch_size), 0
-
-
 BACKENDS = {"reference": aten, "cpu": cpu, "triton": triton, "cuda": cuda}
 
 pool_backward_op = define(
@@ -123,7 +105,7 @@ pool_backward_op = define(
     fake=lambda dy, argmax, size, channels_last, pool: outputs.unpooled(dy, size, channels_last),
     setup_context=_backward_setup_context,
     backward=_backward_backward,
-    vmap=_backward_vmap,
+    vmap=2,
 )
 pool_op = define(
     "max_pool2d(Tensor input, {params}, bool with_argmax) -> (Tensor, Tensor)",
@@ -132,5 +114,5 @@ pool_op = define(
     fake=outputs.pooled,
     setup_context=_setup_context,
     backward=_backward,
-    vmap=_vmap,
+    vmap=1,
 )

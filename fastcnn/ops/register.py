@@ -48,7 +48,7 @@ def define(
     fake: Implementation,
     setup_context: Callable[..., None],
     backward: Callable[..., tuple[Tensor | None, ...]],
-    vmap: Callable[..., Any],
+    vmap: Callable[..., Any] | int,
     select: Callable[..., Implementation] | None = None,
     engine: Callable[[str, torch.device], str] | None = None,
 ) -> Callable[..., Any]:
@@ -64,7 +64,8 @@ def define(
         fake: shapes, dtypes and strides of the outputs.
         setup_context: ``(ctx, inputs, output)``, saves what backward needs.
         backward: ``(ctx, *grads)`` -> the gradients of the first arguments; those of the others are None.
-        vmap: as for :func:`torch.library.register_vmap`.
+        vmap: as for :func:`torch.library.register_vmap`; or, where the op treats every image alone, how many of its
+            first arguments are tensors, whose mapped dimension then joins the batch.
         select: the chosen backend, its implementation, and the arguments -> the function that runs in its place.
         engine: backend, device -> what really computes, for people; the backend itself if None.
     """
@@ -95,7 +96,13 @@ def define(
         found = backward(ctx, *grads)
         return *found, *(None,) * (count - len(found))
 
-    def vmap_gathered(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    def vmap_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        if isinstance(vmap, int):
+            folded = (fold_batch(args[i], in_dims[i], info.batch_size) for i in range(vmap))
+            outputs = op(*folded, *args[vmap:])
+            if isinstance(outputs, Tensor):
+                return unfold_batch(outputs, info.batch_size), 0
+            return tuple(unfold_batch(y, info.batch_size) for y in outputs), (0,) * len(outputs)
         in_dims = *in_dims, *(None,) * (count - len(in_dims))
         return vmap(info, (*in_dims[:first], None, *in_dims[last:]), *gathered(args))
 
@@ -106,7 +113,7 @@ def define(
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, lambda *args: fake(*gathered(args)), lib=_library)
     torch.library.register_autograd(qualified, padded_backward, setup_context=setup_gathered, lib=_library)
-    torch.library.register_vmap(qualified, vmap_gathered, lib=_library)
+    torch.library.register_vmap(qualified, vmap_rule, lib=_library)
     op = getattr(torch.ops.fastcnn, name).default
 
     class Eager(torch.autograd.Function):

@@ -123,7 +123,7 @@ def _backward_backward(ctx: Any, ddx: Tensor | None, ddbias: Tensor | None) -> t
 
 def _vmap(
     info: Any, in_dims: tuple[Any, ...], x: Tensor, bias: Tensor | None, tail: TailParams, with_argmax: bool
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     if in_dims[1] is not None:  # a bias for each element of the batch
         assert bias is not None
         dtype, wide = x.dtype, opmath(x.dtype)
@@ -133,8 +133,7 @@ def _vmap(
         return (y.to(dtype), argmax), dims
     x = fold_batch(x, in_dims[0], info.batch_size)
     y, argmax = torch.ops.fastcnn.relu_lrn_max_pool2d(x, bias, *tail.op_args(), with_argmax)
-    y = unfold_batch(y, info.batch_size)
-    return (y, unfold_batch(argmax, info.batch_size) if with_argmax else argmax), (0, 0 if with_argmax else None)
+    return (unfold_batch(y, info.batch_size), unfold_batch(argmax, info.batch_size)), (0, 0)
 
 
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -1,7 +1,5 @@
 """The mask of a ReLU, one bit for each element in the order of memory: whether it passes the gradient."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

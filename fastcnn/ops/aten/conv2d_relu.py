@@ -1,7 +1,5 @@
 """Convolution, bias and ReLU by torch's own convolution."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Local response normalization in plain PyTorch."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ... import reference

@@ -1,7 +1,5 @@
 """The tail of an AlexNet stage in plain PyTorch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

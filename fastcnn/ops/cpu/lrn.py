@@ -1,7 +1,5 @@
 """Local response normalization by the C++ kernel."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Memory of large outputs, which fastcnn's own allocator keeps for the next ones: see csrc/cpu/kept_memory.h."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

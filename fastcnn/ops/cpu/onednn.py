@@ -1,7 +1,5 @@
 """oneDNN's convolutions: where they run, their packed weights, and where their ReLU is that of torch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The tail of an AlexNet stage by the C++ kernel."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Convolution, bias and ReLU by the CUDA C++ kernel."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

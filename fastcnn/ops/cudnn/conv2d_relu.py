@@ -1,7 +1,5 @@
 """Convolution by cuDNN, or what torch has in its place; bias, ReLU and mask in one more pass, by a Triton kernel."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

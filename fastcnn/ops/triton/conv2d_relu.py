@@ -17,7 +17,7 @@ from .launch import cdiv, index_dtype, kernels, launch
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 256  # bytes of the bit mask, of 8 elements each, a program works on
-_PARTIAL = 1024  # sums of a channel, at most, that the second stage of the bias gradient adds
+_PARTIAL = 1024  # sums of a channel, at most, that the second kernel of the bias gradient adds
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""The house: imports have one direction and no circles, and CONTRIBUTING's list of an operator's files is true."""
+
+import ast
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+from fastcnn import functional
+from fastcnn.ops.register import IMPLEMENTATIONS
+
+ROOT = Path(__file__).parent.parent
+OPERATORS = [name for name in IMPLEMENTATIONS if not name.endswith("_backward")]
+BACKENDS = {path.parent.name for path in (ROOT / "fastcnn/ops").glob("*/__init__.py")}
+
+
+def modules():
+    """Name -> file of every module of the package."""
+    files = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "fastcnn").rglob("*.py"))
+    parts = (
+        path.parent.parts if path.name == "__init__" else path.parts for path in files if "kernels" not in path.parts
+    )
+    return {".".join(p): next(f for f in (path_of(p), path_of((*p, "__init__"))) if f.exists()) for p in parts}
+
+
+def path_of(parts):
+    return ROOT.joinpath(*parts).with_suffix(".py")
+
+
+def imports(name, file, known):
+    """What a module imports of the package when it is imported itself: pairs of a module and a name taken from it."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join(
+                [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [node.module])]
+            )
+            for alias in node.names:
+                module = f"{base}.{alias.name}"
+                yield (module, None) if module in known else (base, alias.name)
+
+
+@pytest.fixture(scope="module")
+def imported():
+    known = modules()
+    return {name: list(imports(name, file, known)) for name, file in known.items()}
+
+
+def test_there_are_no_import_circles(imported):
+    graph = {name: {module for module, _ in found} - {name} for name, found in imported.items()}
+    assert len(graph) > 50
+    assert graph["fastcnn.ops.lrn"] > {"fastcnn.ops.cpu.lrn", "fastcnn.ops.register"}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_imports_point_downwards(imported):
+    """Parameters, then implementations, then the registered operators, then what is built of them."""
+    foundation = {
+        "fastcnn.params",
+        "fastcnn.memory_format",
+        "fastcnn.backends",
+        "fastcnn.reference",
+        "fastcnn._version",
+    }
+    for name, found in imported.items():
+        used = {module for module, _ in found}
+        if name in foundation:
+            assert used <= foundation, name
+        elif name.startswith("fastcnn.ops"):
+            assert all(module in foundation or module.startswith("fastcnn.ops") for module in used), name
+        if name.split(".")[2:3] and name.split(".")[2] in BACKENDS:
+            above = {f"fastcnn.ops.{op}" for op in OPERATORS} | {"fastcnn.ops.register"}
+            assert not used & above, name
+
+
+def test_operators_take_no_private_names_from_each_other(imported):
+    private = re.compile(r"\b(\w+)\._[a-z]\w*")
+    for name, found in imported.items():
+        if not name.startswith("fastcnn.ops"):
+            continue
+        assert not [taken for _, taken in found if taken and taken.startswith("_") and taken != "__version__"], name
+        neighbours = {module.rpartition(".")[2] for module, taken in found if taken is None}
+        assert not neighbours.intersection(private.findall(modules()[name].read_text())), name
+
+
+# -- CONTRIBUTING -----------------------------------------------------------------------------------------------------
+
+
+def checklist():
+    """The paths in the first column of CONTRIBUTING's tables on adding an operator."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index("## Adding an operator") :]
+    section = section[: section.index("\n## ", 1)]
+    return re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
+
+
+def test_the_checklist_names_new_and_edited_files():
+    assert len([path for path in checklist() if "<op>" in path]) >= 10
+    assert len([path for path in checklist() if "<op>" not in path]) >= 5
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("path", checklist())
+def test_every_path_of_the_checklist_exists_for_every_operator(path, op):
+    file = ROOT / path.replace("<op>", op)
+    assert file.exists()
+    if "<op>" in path:
+        return
+    public = next(name for name in functional.__all__ if getattr(functional, name).__module__ == f"fastcnn.ops.{op}")
+    sources = file.rglob("*.py") if file.is_dir() else [file]
+    assert any(re.search(rf"\b({op}|{public})\b", source.read_text()) for source in sources)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_the_checklist_is_complete(op):
+    """Whatever is named after an operator is on it."""
+    named = [path for path in ROOT.rglob(f"*{op}*") if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
+    exact = re.compile(rf"(test_|bench_)?{op}(_op)?\.\w+$")
+    folders = ("fastcnn", "csrc", "kernels", "tests/ops", "benchmarks")
+    paths = {path.replace("<op>", op) for path in checklist()} | OPTIONAL[op]
+    for path in named:
+        relative = path.relative_to(ROOT).as_posix()
+        if relative.startswith(folders) and exact.fullmatch(path.name) and "fastcnn/kernels" not in relative:
+            assert relative in paths
+
+
+# What some operators have beside the list: parts that others use of them, and cuDNN's convolution with its choice.
+OPTIONAL = {
+    "lrn": {"csrc/cpu/lrn.h", "csrc/cuda/lrn.cuh"},
+    "max_pool2d": {"csrc/cpu/max_pool2d.h", "csrc/cuda/max_pool2d.cuh"},
+    "conv2d_relu": {"fastcnn/ops/cudnn/conv2d_relu.py"},
+    "relu_lrn_max_pool2d": set(),
+}
