@@ -1,9 +1,9 @@
 """Which implementation runs a convolution on a GPU.
 
-cuDNN runs. With ``torch.backends.cudnn.benchmark`` every new shape is tuned (``FASTCNN_TUNE=0`` in the environment leaves
-it at that): candidates are cuDNN, its own fusion with ReLU, the CUDA kernel and the configurations of the Triton kernel;
-only the latter where the backend "triton" is forced. One of these runs only after its output was compared with cuDNN's,
-because compilers have got such loops wrong.
+cuDNN runs. With ``torch.backends.cudnn.benchmark`` every new shape is tuned (``FASTCNN_TUNE=0`` in the environment
+leaves it at that): candidates are cuDNN, its own fusion with ReLU, the CUDA kernel and the configurations of the Triton
+kernel; only the latter where the backend "triton" is forced. One of these runs only after its output was compared with
+cuDNN's, because compilers have got such loops wrong.
 """
 
 from __future__ import annotations
