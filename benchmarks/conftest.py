@@ -1,4 +1,4 @@
-"""The cases of ``fastcnn bench kernels``: ``test_<op>`` gets a ``call`` for each of them and each provider."""
+"""The cases of ``fastcnn bench kernels``: a test gets a ``call`` for each of them and each provider."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from fastcnn.bench.verify import check, expected_outputs, tolerances
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "call" not in metafunc.fixturenames:
         return
-    op = metafunc.function.__name__.removeprefix("test_")
-    pairs = [(c, p) for c in select(ops=[op]) for p in all_providers().values() if p.takes_part(c)]
-    metafunc.parametrize("call", pairs, indirect=True, ids=[str(c).replace(op, p.name) for c, p in pairs])
+    pairs = [(c, p) for c in select() for p in all_providers().values() if p.takes_part(c)]
+    metafunc.parametrize("call", pairs, indirect=True, ids=[f"{c} by {p.name}" for c, p in pairs])
 
 
 @pytest.fixture

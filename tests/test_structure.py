@@ -116,8 +116,8 @@ def test_every_path_of_the_checklist_exists_for_every_operator(path, op):
 def test_the_checklist_is_complete(op):
     """Whatever is named after an operator is on it."""
     named = [path for path in ROOT.rglob(f"*{op}*") if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
-    exact = re.compile(rf"(test_|bench_)?{op}(_op)?\.\w+$")
-    folders = ("fastcnn", "csrc", "kernels", "tests/ops", "benchmarks")
+    exact = re.compile(rf"(test_)?{op}(_op)?\.\w+$")
+    folders = ("fastcnn", "csrc", "kernels", "tests/ops")
     paths = {path.replace("<op>", op) for path in checklist()} | OPTIONAL[op]
     for path in named:
         relative = path.relative_to(ROOT).as_posix()

@@ -140,42 +140,20 @@ def triton_rows() -> Iterator[Row]:
 
 
 def _rows(case: Case, arch: int) -> list[Row]:
-    return [
-        Row(
-            "Triton",
-            f"{case.op}: {kernel.name}",
-            case.layer,
-            case.dtype,
-            case.format,
-            f"sm_{arch}",
-            kernel.registers,
-            kernel.spills,
-            kernel.shared,
-            _widths(kernel.loads),
-            _widths(kernel.stores),
-            ", ".join(kernel.tensor_cores),
-        )
-        for kernel in case.compile(arch)
-    ]
+    about = case.layer, case.dtype, case.format
+    return [_row("Triton", f"{case.op}: {kernel.name}", *about, arch, kernel) for kernel in case.compile(arch)]
 
 
 def cuda_rows() -> Iterator[Row]:
     for source, kernel in all_kernels(ARCHITECTURES):
         function, dtype, format, kind = kernel.parts
-        yield Row(
-            "CUDA",
-            f"{source.stem}: {function}",
-            kind,
-            dtype,
-            format,
-            f"sm_{kernel.arch}",
-            kernel.registers,
-            kernel.spills,
-            kernel.shared,
-            _widths(kernel.loads),
-            _widths(kernel.stores),
-            ", ".join(kernel.tensor_cores),
-        )
+        yield _row("CUDA", f"{source.stem}: {function}", kind, dtype, format, kernel.arch, kernel)
+
+
+def _row(language: str, name: str, layer: str, dtype: str, format: str, arch: int, kernel: Kernel) -> Row:
+    resources = kernel.registers, kernel.spills, kernel.shared
+    code = _widths(kernel.loads), _widths(kernel.stores), ", ".join(kernel.tensor_cores)
+    return Row(language, name, layer, dtype, format, f"sm_{arch}", *resources, *code)
 
 
 def _widths(counts: dict[int, int]) -> str:
