@@ -1,7 +1,5 @@
 """Memory formats: one rule decides the strides of every output, for kernels and fakes alike."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@
 The names and arguments are those of :mod:`fastcnn.functional`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

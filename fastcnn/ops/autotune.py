@@ -4,8 +4,6 @@ The first candidate is the truth. Any other is eligible only after its outputs w
 is wrong, raises, or finds no memory is passed over.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

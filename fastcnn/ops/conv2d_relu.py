@@ -1,7 +1,5 @@
 """Convolution, bias and ReLU in one pass; where the weights are frozen, one bit per output is saved for backward."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

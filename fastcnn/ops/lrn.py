@@ -1,7 +1,5 @@
 """Local response normalization across channels: ``s = k + alpha/size * sum(x**2)``, ``y = x * s**-beta``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Max pooling with a 1-byte argmax; backward gathers, in one fixed order and without atomics."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

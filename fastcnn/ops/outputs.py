@@ -1,7 +1,5 @@
 """Empty outputs of the operators: what every implementation writes into, and what compilers see of an op."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

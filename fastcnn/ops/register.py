@@ -8,8 +8,6 @@ cheaper than the op's own autograd kernel, and under ``torch.func`` only a Funct
 exported, a Function would lose its gradient. So all three are built here from one ``setup_context`` and ``backward``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 

@@ -1,7 +1,5 @@
 """The tail of an AlexNet stage in one pass: ``max_pool2d(lrn(relu(x + bias)))``, any part of which may be absent."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ kernel; only the latter where the backend "triton" is forced. One of these runs 
 cuDNN's, because compilers have got such loops wrong.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Convolution, bias and ReLU on CPU: by Winograd's algorithm where that runs, else by oneDNN or whatever torch has."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

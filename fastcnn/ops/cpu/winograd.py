@@ -1,7 +1,5 @@
 """3x3 convolutions on CPU with fewer products, by csrc/cpu/winograd.cpp: float32 in channels_last."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Launchers of the convolution's kernel, and of those for bias, ReLU and mask that surround cuDNN's convolution."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

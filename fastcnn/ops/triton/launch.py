@@ -1,7 +1,5 @@
 """What the launchers of Triton kernels share. Triton is imported by the first of them: fastcnn works without it."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -1,7 +1,5 @@
 """Launchers of the LRN kernels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Launchers of the max-pool kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Launchers of the kernels of an AlexNet stage's tail."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 
