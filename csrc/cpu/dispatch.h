@@ -6,6 +6,7 @@
 #include "vec.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
+namespace {  // here too: g++ takes run<Forward> of two files for one function, though Forward is in an unnamed namespace
 
 // f gets a value of the type.
 template <typename F>
@@ -35,4 +36,5 @@ void run(const Task& task, int64_t begin, int64_t end, void* block) {
   });
 }
 
+}  // namespace
 }  // namespace fastcnn::FASTCNN_CAPABILITY

@@ -15,7 +15,7 @@ int64_t fingerprint_op(Tensor x) {
   for (std::vector<uint64_t> hashes, pieces;; hashes.swap(pieces)) {
     pieces.resize(kernel<fingerprint, FingerprintTask>().units(task));
     task.out = pieces.data();
-    parallel<fingerprint>(task, task.bytes / 8);
+    parallel<fingerprint>(task, (task.bytes + 7) / 8);
     if (pieces.size() == 1) return static_cast<int64_t>(pieces[0]);
     task.x = pieces.data();
     task.bytes = pieces.size() * sizeof(uint64_t);
