@@ -26,10 +26,10 @@ struct Forward {
 template <typename T>
 struct Backward {
   const Rows<T> rows;
-  PoolBackward<T> pool;
   Compute<T>* const d;
+  PoolBackward<T> pool;
 
-  Backward(const TailTask& task, Scratch& scratch) : rows{task}, pool(rows, scratch), d(rows.take(scratch)) {}
+  Backward(const TailTask& task, Scratch& scratch) : rows{task}, d(rows.take(scratch)), pool(rows, scratch) {}
 
   void unit(int64_t u) {
     for_each_row(rows.task, u, [&](int64_t n, int64_t row) {

@@ -313,7 +313,7 @@ class PoolForward {
            end + pool_slack(w_) + kVectorBytes <= s.N * s.image_stride();
   }
 
-  const Rows<T>& rows_;
+  const Rows<T> rows_;
   const TailTask& task_ = rows_.task;
   const PoolAxis &h_ = task_.pool.h, &w_ = task_.pool.w;
   const Shape out_ = task_.out_shape();
@@ -381,7 +381,7 @@ class PoolBackward {
     return row;
   }
 
-  const Rows<T>& rows_;
+  const Rows<T> rows_;
   const TailTask& task_ = rows_.task;
   const PoolAxis &h_ = task_.pool.h, &w_ = task_.pool.w;
   const Shape out_ = task_.out_shape();

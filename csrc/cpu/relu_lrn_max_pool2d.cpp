@@ -60,12 +60,12 @@ struct Backward {
   using A = Compute<T>;
   const TailTask& task;
   const RectifiedRows<T> rows;
-  const Tile& tile = rows.tile;
-  PoolBackward<T> pool;
+  const Tile tile = rows.tile;
   A *const d, *const summed;  // gradients of a row: what the pool passes on, and the result where there is a bias
+  PoolBackward<T> pool;
 
   Backward(const TailTask& t, Scratch& scratch)
-      : task(t), rows(t, scratch), pool(rows, scratch), d(rows.take(scratch)), summed(rows.take(scratch)) {}
+      : task(t), rows(t, scratch), d(rows.take(scratch)), summed(rows.take(scratch)), pool(rows, scratch) {}
 
   void unit(int64_t u) {
     A* const sums = task.partials ? static_cast<A*>(task.partials) + u * tile.channels : nullptr;
