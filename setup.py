@@ -1,4 +1,4 @@
-"""Builds the C++ and the CUDA library with ninja: each CPU kernel once per capability, everything else once.
+"""Builds the C++ and the CUDA library with ninja, from whatever is in the folders of csrc.
 
 FASTCNN_BUILD_CPP=0 builds none, 1 fails without a compiler; unset, a missing compiler is reported and left at that.
 CXX names the compiler (default c++).
@@ -28,8 +28,7 @@ if X86:
         *CAPABILITIES["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
     ]
-KERNELS = ("lrn", "conv2d_relu", "winograd", "linear", "relu_lrn_max_pool2d")
-CUDA_KERNELS = ("lrn", "max_pool2d", "conv2d_relu", "relu_lrn_max_pool2d")
+CSRC = ROOT / "csrc"
 ARCHITECTURES = ("75", "80", "90", "100", "120")
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 
@@ -108,8 +107,8 @@ class Writer:
         self.n = n
         self.objects = []
         self.common = ["-std=c++20", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
-        # GCC 12 takes its own _mm512_undefined_ps for a mistake.
-        self.common += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+        # GCC 12 takes its own _mm512_undefined_ps for a mistake; Clang misses kernels that other files define.
+        self.common += ["-Wno-maybe-uninitialized", "-Wno-undefined-var-template", "-Wno-unknown-warning-option"]
         self.library_flags = [
             *(f"-isystem {path}" for path in include_paths()),
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
@@ -125,8 +124,12 @@ class Writer:
         n.rule("cxx", command, "compile $out", depfile="$out.d", deps="gcc")
 
     def compile(self, source, flags, suffix="", rule="cxx"):
-        self.objects.append(f"{Path(source).stem}{suffix}.o")
-        self.n.build(self.objects[-1], rule, str(ROOT / "csrc" / source), variables={"flags": " ".join(flags)})
+        self.objects.append(f"{source.stem}{suffix}.o")
+        self.n.build(self.objects[-1], rule, str(source), variables={"flags": " ".join(flags)})
+
+    def compile_ops(self, folder, *flags):
+        for source in sorted(folder.glob("*_op.cpp")):
+            self.compile(source, [*self.common, *self.library_flags, *flags])
 
     def link(self, target, flags, linker=None):
         self.n.rule("link", f"{linker or COMPILER} -shared $in -o $out $flags", "link $out")
@@ -135,18 +138,17 @@ class Writer:
     def cpp_library(self, target):
         # Errors of math functions are not looked at and nothing traps; results are those of IEEE all the same.
         kernel_flags = [*self.common, "-fno-math-errno", "-fno-trapping-math"]
-        for kernel in KERNELS:
+        for kernel in sorted(set((CSRC / "cpu").glob("*.cpp")) - set((CSRC / "cpu").glob("*_op.cpp"))):
             for capability, flags in CAPABILITIES.items():
                 define = f"-DFASTCNN_CAPABILITY={capability}"
-                self.compile(f"cpu/{kernel}.cpp", [*kernel_flags, *flags, define], f".{capability}")
-        self.compile("cpu/capability.cpp", [*self.common, *(["-DFASTCNN_X86"] if X86 else [])])
-        self.compile("cpu/kept_memory.cpp", self.common)
-        self.compile("library.cpp", [*self.common, *self.library_flags])
+                self.compile(kernel, [*kernel_flags, *flags, define], f".{capability}")
+        self.compile_ops(CSRC / "cpu")
         defines = [
             _define("FASTCNN_COMPILER", _version(COMPILER, 0)),
             _define("FASTCNN_CAPABILITIES", ", ".join(CAPABILITIES)),
         ]
-        self.compile("module.cpp", [*self.common, *self.module_flags, *defines])
+        for source in sorted(CSRC.glob("*.cpp")):
+            self.compile(source, [*self.common, *self.module_flags, *defines])
         self.link(target, ["-ltorch_cpu"])
 
     def cuda_library(self, target):
@@ -156,14 +158,14 @@ class Writer:
         nvcc_command = f"{NVCC} -ccbin {COMPILER.split()[0]}"
         command = f"{nvcc_command} -MD -MF $out.d $flags -c $in -o $out"
         self.n.rule("nvcc", command, "compile $out", depfile="$out.d", deps="gcc")
-        for kernel in (*CUDA_KERNELS, "device"):
-            self.compile(f"cuda/{kernel}.cu", flags, rule="nvcc")
-        self.compile("library_cuda.cpp", [*self.common, *self.library_flags, "-DUSE_CUDA"])
+        for kernel in sorted((CSRC / "cuda").glob("*.cu")):
+            self.compile(kernel, flags, rule="nvcc")
+        self.compile_ops(CSRC / "cuda", "-DUSE_CUDA")
         defines = [
             _define("FASTCNN_COMPILER", _version(NVCC, -2)),
             _define("FASTCNN_ARCHITECTURES", ", ".join(f"sm_{arch}" for arch in CUDA_ARCHS)),
         ]
-        self.compile("module_cuda.cpp", [*self.common, *self.module_flags, *defines])
+        self.compile(CSRC / "cuda" / "module.cpp", [*self.common, *self.module_flags, *defines])
         # Beside a CPU build of torch there is no libtorch_cuda to link to: the umbrella stands for it, and brings it in
         # where there is one.
         self.link(target, ["-cudart static -Xlinker --no-as-needed -ltorch"], nvcc_command)

@@ -1,9 +1,9 @@
-// The Python module fastcnn._C: what the build is and can do. Importing it also registers the ops of library.cpp.
+// The Python module fastcnn._C: what the build is and can do. Importing it also registers the ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cpu/capability.h"
-#include "cpu/kept_memory.h"
+#include "capability.h"
+#include "cpu/memory.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ half of fastcnn: importing it registers torch.ops.fastcnn_cpu.";
@@ -15,8 +15,8 @@ PYBIND11_MODULE(_C, m) {
     return info;
   }, "Compiler, the torch this was built beside, and the CPU capabilities that were compiled.");
   m.def("cpu_capabilities", &fastcnn::capabilities, "Names of the compiled capabilities this machine has, best last.");
-  m.def("cpu_capability", &fastcnn::capability, "Name of the capability in use.");
-  m.def("release_memory", &fastcnn::release_memory, "Give what is kept of the memory of large outputs back to the system.");
+  m.def("cpu_capability", &fastcnn::capability_name, "Name of the capability in use.");
+  m.def("release_memory", &fastcnn::release_memory, "Give the cached memory of large outputs back to the system.");
   m.def("set_cpu_capability", &fastcnn::set_capability, pybind11::arg("name"),
         "Use the kernels compiled for this capability. Raises ValueError if they are not here or cannot run.");
 }

@@ -14,6 +14,7 @@ struct Shape {
   bool channels_last;
 
   int64_t pixels() const { return H * W; }
+  int64_t elements() const { return N * C * H * W; }
   // Distance between images; inside one, a pixel and a channel lie at pixel * pixel_stride() + channel * channel_stride().
   int64_t image_stride() const { return C * H * W; }
   int64_t pixel_stride() const { return channels_last ? C : 1; }

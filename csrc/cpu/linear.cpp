@@ -1,12 +1,18 @@
 // A fully connected layer of a few vectors, y = factor * relu(W x + bias), which takes as long as reading W does.
 // Memory: W is read once, kOutputs of its rows side by side; x stays in cache.
+#include "linear.h"
+
 #include <algorithm>
 
 #include "dispatch.h"
-#include "kernels.h"
+#include "kernel.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {
+
+constexpr int kOutputs = 4;
+
+int64_t units(const LinearTask& task) { return (task.outputs + kOutputs - 1) / kOutputs; }
 
 template <typename A>
 FASTCNN_INLINE A sum_of(Vec<A> v) {
@@ -17,7 +23,7 @@ FASTCNN_INLINE A sum_of(Vec<A> v) {
   return lanes[0];
 }
 
-// Of `vectors` inputs, the outputs from `first` on: the products of rows of W and of x, side by side.
+// Computes outputs first ... first + outputs - 1 of every vector: the products of rows of W and of x, side by side.
 template <int outputs, int vectors, typename T>
 FASTCNN_INLINE void multiply(const LinearTask& task, int64_t first) {
   using A = Compute<T>;
@@ -48,13 +54,10 @@ FASTCNN_INLINE void multiply(const LinearTask& task, int64_t first) {
   }
 }
 
-}  // namespace
-
-void linear(const LinearTask& task, int64_t begin, int64_t end, void*) {
-  constexpr int kOutputs = LinearTask::kOutputs;
+void run(const LinearTask& task, int64_t begin, int64_t end, void*) {
   with_dtype(task.dtype, [&](auto t) {
     using T = decltype(t);
-    const auto run = [&]<int vectors>(std::integral_constant<int, vectors>) {
+    const auto run_vectors = [&]<int vectors>(std::integral_constant<int, vectors>) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t first = unit * kOutputs, last = std::min(first + kOutputs, task.outputs);
         if (last - first == kOutputs) multiply<kOutputs, vectors, T>(task, first);
@@ -63,12 +66,15 @@ void linear(const LinearTask& task, int64_t begin, int64_t end, void*) {
     };
     static_assert(LinearTask::kVectors == 4);
     switch (task.vectors) {
-      case 1: return run(std::integral_constant<int, 1>{});
-      case 2: return run(std::integral_constant<int, 2>{});
-      case 3: return run(std::integral_constant<int, 3>{});
-      default: return run(std::integral_constant<int, 4>{});
+      case 1: return run_vectors(std::integral_constant<int, 1>{});
+      case 2: return run_vectors(std::integral_constant<int, 2>{});
+      case 3: return run_vectors(std::integral_constant<int, 3>{});
+      default: return run_vectors(std::integral_constant<int, 4>{});
     }
   });
 }
 
+}  // namespace
 }  // namespace fastcnn::FASTCNN_CAPABILITY
+
+FASTCNN_REGISTER_KERNEL(linear, LinearTask, units, nullptr, run)

@@ -1,7 +1,7 @@
-// LRN of a tile, forward and backward, for every kernel that needs it: s = k + alpha/size * sum(x^2), y = x * s^-beta.
+// LRN of one tile, forward and backward, for every kernel that needs it: s = k + alpha/size * sum(x^2), y = x * s^-beta.
 //
-// The window sum is always added anew from the window's elements. How they are found depends on the memory format:
-//   NCHW            the window is vectors of neighbouring channels, the last few of which are kept in a ring of rows;
+// Each window sum is added from the window's elements. How they are found depends on the memory format:
+//   NCHW            the window is vectors of neighbouring channels, the last few of which are in a ring of rows;
 //   channels_last   a window of five within whole vectors (AlexNet's) is a vector shifted in registers;
 //                   any other is read at shifted places of a tile in scratch, with zeros between the runs.
 #pragma once

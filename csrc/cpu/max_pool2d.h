@@ -1,4 +1,5 @@
-// Max pooling of tiles that hold one row each: the pool's maximum and its gather, as the CPU kernels share them.
+// Max pooling row by row, and its gradient, which gathers: PoolForward and PoolBackward, as max_pool2d and
+// relu_lrn_max_pool2d share them. A tile is a row of the map.
 //
 // A row is pooled along W first and the pooled rows along H, which keeps torch's rules: of equal values the first in
 // row-major order wins, and a NaN always takes over, so that of several the last stays.
@@ -6,7 +7,8 @@
 
 #include <limits>
 
-#include "../max_pool2d.h"
+#include "../relu_lrn_max_pool2d.h"
+#include "scratch.h"
 #include "tile.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
@@ -18,7 +20,7 @@ struct PooledRow {
 };
 
 // A pooled row in scratch has the runs of a tile of OW pixels, each with room for whole vectors and for `margin` outputs
-// that do not exist before and behind.
+// that do not exist before and after them.
 struct PooledLayout {
   bool channels_last;
   int64_t groups, group, width, margin;
@@ -108,7 +110,7 @@ void pool_columns_nchw(const PoolAxis& w, const Tile& tile, const A* x, const Po
   }
 }
 
-// How far behind a tile the functions of this file may read or write.
+// How far beyond a tile the functions of this file may read or write.
 inline int64_t pool_slack(const PoolAxis& w) {
   return 2 * w.padding + w.reach() * w.dilation + (w.stride + 1) * kVectorBytes;
 }
@@ -207,6 +209,204 @@ void gather_nchw(const PoolAxis& w, const Covering<A>& covering, const Tile& til
       }
     }
   }
+}
+
+inline int64_t row_offset(const Shape& shape, int64_t n, int64_t h) {
+  return n * shape.image_stride() + h * shape.W * shape.pixel_stride();
+}
+
+// What a kernel knows of the rows of x, or of a tensor of its shape.
+template <typename T>
+struct Rows {
+  using A = Compute<T>;
+  const TailTask& task;
+  const Tile tile{task.shape.channels_last, task.shape.C, task.lrn.groups, task.shape.W};
+  const int64_t ahead = tile.channels_last ? 2048 : 2 * tile.pixels;  // in NCHW, the row after the next
+
+  TensorSource<T> source(const void* x, int64_t n, int64_t row) const {
+    const int64_t at = row_offset(task.shape, n, row);
+    return {tile, static_cast<const T*>(x) + at, task.shape.channel_stride(), ahead};
+  }
+  TensorSink<T> sink(void* out, int64_t n, int64_t row) const {
+    return {tile, static_cast<T*>(out) + row_offset(task.shape, n, row), task.shape.channel_stride()};
+  }
+  // A row in the compute type, with room for what pooling reads and writes beyond it.
+  A* take(Scratch& scratch) const { return scratch.take<A>(tile.lanes() + pool_slack(task.pool.w)); }
+};
+
+template <typename T>
+class PoolForward {
+  using A = Compute<T>;
+
+ public:
+  PoolForward(const Rows<T>& rows, Scratch& scratch)
+      : rows_(rows),
+        row_(rows.take(scratch)),
+        ring_{scratch.take<A>(slots_ * layout_.lanes()), scratch.take<Lane<A>>(slots_ * layout_.lanes())},
+        owners_(scratch.take<int64_t>(slots_)),
+        padded_{scratch.take<A>(w_.size + pool_slack(w_)), scratch.take<Lane<A>>(w_.out + kVectorBytes)} {
+    if (scratch.only_counts()) return;
+    for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
+    for (int64_t i = 0; i < w_.size + pool_slack(w_); ++i) padded_.row[i] = -std::numeric_limits<A>::infinity();
+    for (int64_t o = 0; o < w_.out; ++o) padded_.firsts[o] = w_.first(o) < w_.last(o) ? w_.first(o) : 0;
+  }
+
+  // Row o of image n's output. produce(n, row, sink) hands a row of what is pooled to a sink.
+  template <typename Produce>
+  void write(int64_t n, int64_t o, Produce produce) const {
+    if (task_.pool.wide_argmax()) write(n, o, produce, static_cast<int32_t*>(task_.argmax));
+    else write(n, o, produce, static_cast<uint8_t*>(task_.argmax));
+  }
+
+ private:
+  template <typename Produce, typename Argmax>
+  void write(int64_t n, int64_t o, Produce produce, Argmax* argmax) const {
+    typedef typename VectorOf<Argmax, kLanes<A>>::type Narrow;
+    const int64_t first = h_.first(o), last = h_.last(o), at = row_offset(out_, n, o);
+    for (int64_t i = first; i < last; ++i) pool_along_width(n, h_.element(o, i), produce);
+    const Tile pooled{out_.channels_last, out_.C, rows_.tile.groups, out_.W};
+    const TensorSink<T> sink{pooled, static_cast<T*>(task_.out) + at, out_.channel_stride()};
+    for (int64_t r = 0; r < pooled.runs(); ++r) {
+      const auto to = sink(r);
+      Argmax* const to_argmax = argmax ? argmax + at + pooled.in_memory(r, out_.channel_stride()) : nullptr;
+      for_each_vector<A>(pooled.run(), [&](int64_t lane) FASTCNN_INLINE_LAMBDA {
+        Maximum<A> best = Maximum<A>::of_nothing();
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t from = h_.element(o, i) % slots_ * layout_.lanes() + layout_.start(r) + lane;
+          const IntVec<A> place = load_as<IntVec<A>>(ring_.places + from) + places<A>(i * w_.kernel);
+          if (i == first) best = {load(ring_.values + from), place};
+          else best.take(load(ring_.values + from), place);
+        }
+        to(lane, best.value);
+        if (!argmax) return;
+        const Narrow narrow = __builtin_convertvector(best.place, Narrow);
+        if (pooled.run() >= kLanes<A>) std::memcpy(to_argmax + lane, &narrow, sizeof narrow);
+        else std::memcpy(to_argmax, &narrow, pooled.run() * sizeof(Argmax));
+      });
+    }
+  }
+
+  template <typename Produce>
+  void pool_along_width(int64_t n, int64_t row, Produce produce) const {
+    const int64_t slot = row % slots_, owner = n * h_.size + row, at = slot * layout_.lanes();
+    if (owners_[slot] == owner) return;
+    owners_[slot] = owner;
+    const PooledRow<A> pooled{ring_.values + at, ring_.places + at};
+    if constexpr (std::is_same_v<T, A>) {
+      if (untouched(n, row)) {
+        Tile in_place = rows_.tile;
+        in_place.pad = task_.shape.channel_stride() - w_.size;
+        const A* from = static_cast<const A*>(task_.x) + row_offset(task_.shape, n, row);
+        return pool_columns(w_, in_place, from - in_place.pad, layout_, pooled, padded_, rows_.ahead);
+      }
+    }
+    produce(n, row, TileSink<A>{rows_.tile, row_});
+    pool_columns(w_, rows_.tile, row_, layout_, pooled, padded_, 0);
+  }
+
+  // Whether a row of NCHW can be pooled where it lies: nothing comes before the pool, and the vectors that reach beyond the
+  // row's end stay inside the tensor.
+  bool untouched(int64_t n, int64_t row) const {
+    const Shape& s = task_.shape;
+    const int64_t end = row_offset(s, n, row) + (s.C - 1) * s.channel_stride() + s.W;
+    return !s.channels_last && !task_.lrn && !task_.relu && !task_.bias &&
+           end + pool_slack(w_) + kVectorBytes <= s.N * s.image_stride();
+  }
+
+  const Rows<T> rows_;
+  const TailTask& task_ = rows_.task;
+  const PoolAxis &h_ = task_.pool.h, &w_ = task_.pool.w;
+  const Shape out_ = task_.out_shape();
+  const PooledLayout layout_{out_.channels_last, rows_.tile.groups, rows_.tile.group(), w_.out, 0};
+  A* const row_;
+  // Rows pooled along W: row r of the map is in slot r % slots, if owners[slot] says so.
+  const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation + 1, h_.size);
+  const PooledRow<A> ring_;
+  int64_t* const owners_;
+  const PaddedRow<A> padded_;
+};
+
+template <typename T>
+class PoolBackward {
+  using A = Compute<T>;
+
+ public:
+  PoolBackward(const Rows<T>& rows, Scratch& scratch)
+      : rows_(rows),
+        ring_{scratch.take<A>(slots_ * layout_.lanes()), scratch.take<Lane<A>>(slots_ * layout_.lanes())},
+        owners_(scratch.take<int64_t>(slots_)),
+        covering_{scratch.take<PooledRow<A>>(slots_), scratch.take<int64_t>(slots_), 0},
+        sources_(scratch.take<Source<A>>(slots_ * w_.reach() * w_.stride)),
+        counts_(scratch.take<int64_t>(w_.stride)) {
+    if (scratch.only_counts()) return;
+    for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
+    for (int64_t i = 0; i < slots_ * layout_.lanes(); ++i) ring_.places[i] = -1;  // where no output is
+  }
+
+  // The gradient of a row of what was pooled, to a tile of Rows::take().
+  void gather(int64_t n, int64_t row, A* to) {
+    if (task_.pool.wide_argmax()) gather<int32_t>(n, row, to);
+    else gather<uint8_t>(n, row, to);
+  }
+
+ private:
+  template <typename Argmax>
+  void gather(int64_t n, int64_t row, A* to) {
+    covering_.count = 0;
+    for (int64_t i = h_.reach() - 1; i >= 0; --i) {
+      const int64_t shifted = row + h_.padding - i * h_.dilation, o = shifted / h_.stride;
+      if (shifted < 0 || shifted % h_.stride || o >= h_.out) continue;
+      covering_.rows[covering_.count] = dy_row<Argmax>(n, o);
+      covering_.kh[covering_.count++] = i;
+    }
+    if (out_.channels_last) gather_channels_last(w_, covering_, rows_.tile, layout_, sources_, to);
+    else gather_nchw(w_, covering_, rows_.tile, layout_, sources_, counts_, to);
+  }
+
+  template <typename Argmax>
+  PooledRow<A> dy_row(int64_t n, int64_t o) const {
+    const int64_t slot = o % slots_, owner = n * h_.out + o, at = row_offset(out_, n, o);
+    const PooledRow<A> row{ring_.values + slot * layout_.lanes(), ring_.places + slot * layout_.lanes()};
+    if (owners_[slot] == owner) return row;
+    owners_[slot] = owner;
+    const Tile pooled{out_.channels_last, out_.C, rows_.tile.groups, out_.W};
+    const TensorSource<T> dy{pooled, static_cast<const T*>(task_.dy) + at, out_.channel_stride(), rows_.ahead};
+    for (int64_t r = 0; r < pooled.runs(); ++r) {
+      const int64_t to = layout_.start(r);
+      const auto from = dy(r);
+      const Argmax* argmax = static_cast<const Argmax*>(task_.argmax) + at + pooled.in_memory(r, out_.channel_stride());
+      for_each_vector<A>(pooled.run(), [&](int64_t i) { store(row.values + to + i, from(i)); });
+      for (int64_t i = 0; i < pooled.run(); ++i) row.places[to + i] = argmax[i];
+    }
+    return row;
+  }
+
+  const Rows<T> rows_;
+  const TailTask& task_ = rows_.task;
+  const PoolAxis &h_ = task_.pool.h, &w_ = task_.pool.w;
+  const Shape out_ = task_.out_shape();
+  // In NCHW the gather looks this far beyond the ends of a row of dy.
+  const int64_t margin_ =
+      out_.channels_last ? 0 : (w_.reach() * w_.dilation + w_.padding + w_.size) / w_.stride - w_.out + 1 + kVectorBytes;
+  const PooledLayout layout_{out_.channels_last, rows_.tile.groups, rows_.tile.group(), w_.out, margin_};
+  // Rows of dy in the compute type: row o is in slot o % slots, if owners[slot] says so.
+  const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation / h_.stride + 1, h_.out);
+  const PooledRow<A> ring_;
+  int64_t* const owners_;
+  Covering<A> covering_;
+  Source<A>* const sources_;
+  int64_t* const counts_;
+};
+
+// A unit of backward is a block of rows of x, so that a row of dy is read for several of them.
+inline constexpr int64_t kBlockRows = 8;
+
+inline int64_t row_blocks(const TailTask& task) { return (task.shape.H + kBlockRows - 1) / kBlockRows; }
+
+template <typename F>
+FASTCNN_INLINE void for_each_row(const TailTask& task, int64_t unit, F f) {
+  const int64_t n = unit / row_blocks(task), first = unit % row_blocks(task) * kBlockRows;
+  for (int64_t row = first; row < std::min(first + kBlockRows, task.shape.H); ++row) f(n, row);
 }
 
 }  // namespace fastcnn::FASTCNN_CAPABILITY

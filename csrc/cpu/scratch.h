@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace fastcnn {
+namespace fastcnn::FASTCNN_CAPABILITY {
 
 class Scratch {
  public:
@@ -16,10 +16,12 @@ class Scratch {
     return piece;
   }
   int64_t used() const { return used_; }
+  // Without a block there is no memory in the pieces: they are only counted.
+  bool only_counts() const { return !block_; }
 
  private:
-  char* block_;  // null while only measuring
+  char* block_;
   int64_t used_ = 0;
 };
 
-}  // namespace fastcnn
+}  // namespace fastcnn::FASTCNN_CAPABILITY

@@ -6,10 +6,12 @@
 // written once; the weights, 16/9 of their size, are read once a block.
 //
 // Source: Lavin and Gray (2016), Fast Algorithms for Convolutional Neural Networks.
+#include "winograd.h"
+
 #include <algorithm>
 
 #include "bits.h"
-#include "kernels.h"
+#include "kernel.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -17,8 +19,9 @@ namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {
 
 using Floats = Vec<float>;
-constexpr int64_t kLane = kLanes<float>, kRows = WinogradTask::kTiles;
-// So many vectors of a row that kRows rows of sums fit into registers.
+constexpr int64_t kLane = kLanes<float>;
+constexpr int64_t kRows = 6;  // of a product at a time, which are the tiles of a unit
+// As many vectors of a row as leave registers for kRows rows of sums.
 constexpr int kColumns = kVectorBytes == 64 ? 4 : 2;
 
 // sums[kRows x columns] = a[kRows x depth] * b[depth x columns], added to what is there or not.
@@ -45,7 +48,7 @@ FASTCNN_INLINE void multiply_rows(const float* a, int64_t a_stride, const float*
 
 // sums[rows x columns] = a[rows x depth] * b[depth x columns]; b and sums are dense. columns is 16, 32, 48 or 64.
 void multiply(const float* a, int64_t a_stride, const float* b, int64_t rows, int64_t depth, int64_t columns, float* sums) {
-  constexpr int64_t kDepth = 128;  // so many rows of b stay in the first cache
+  constexpr int64_t kDepth = 128;  // this many rows of b stay in the L1 cache
   for (int64_t c = 0; c < depth; c += kDepth, a += kDepth, b += kDepth * columns) {
     for (int64_t r = 0; r < rows; r += kRows)
       for (int64_t j = 0; j < columns; j += kColumns * kLane) {
@@ -63,14 +66,22 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t rows, in
   }
 }
 
-// The image of a tile, and its first output there.
-struct Tile {
+int64_t tiles_across(const WinogradTask& task) { return (task.out_w + 1) / 2; }
+int64_t tiles_per_image(const WinogradTask& task) { return (task.out_h + 1) / 2 * tiles_across(task); }
+int64_t tiles(const WinogradTask& task) { return task.shape.N * tiles_per_image(task); }
+
+// A group's outputs are cut into panels of at most 64, all multiples of 16: how many, and where each begins.
+int64_t panels(int64_t outputs) { return (outputs + 63) / 64; }
+int64_t panel_begin(int64_t outputs, int64_t panel) { return outputs / 16 * panel / panels(outputs) * 16; }
+
+// Of a tile's first output.
+struct Position {
   int64_t n, y, x;
 };
 
-Tile tile_at(const WinogradTask& task, int64_t i) {
-  const int64_t across = task.tiles_across(), of_image = task.tiles_down() * across;
-  return {i / of_image, i % of_image / across * 2, i % across * 2};
+Position position_of(const WinogradTask& task, int64_t tile) {
+  const int64_t across = tiles_across(task), in_image = tile % tiles_per_image(task);
+  return {tile / tiles_per_image(task), in_image / across * 2, in_image % across * 2};
 }
 
 // To v: 16 matrices of tiles x channels, `plane` elements apart.
@@ -79,7 +90,7 @@ void transform_input(const WinogradTask& task, int64_t begin, int64_t end, float
   static constexpr float zeros[kLane] = {};
   const Shape& s = task.shape;
   for (int64_t i = begin; i < end; ++i, v += s.C) {
-    const Tile tile = tile_at(task, i);
+    const Position tile = position_of(task, i);
     int64_t pixel[4][4];  // outside the map: -1
     for (int y = 0; y < 4; ++y)
       for (int x = 0; x < 4; ++x) {
@@ -117,7 +128,7 @@ void transform_output(const WinogradTask& task, int64_t begin, int64_t end, int6
                       int64_t plane, IntVec<float>& largest) {
   const int64_t K = task.outputs;
   for (int64_t i = begin; i < end; ++i, m += columns) {
-    const Tile tile = tile_at(task, i);
+    const Position tile = position_of(task, i);
     const bool right = tile.x + 1 < task.out_w, below = tile.y + 1 < task.out_h;  // those outputs are in the map
     for (int64_t k = 0; k < columns; k += kLane) {
       Floats s[2][4], out[2][2];
@@ -163,28 +174,28 @@ int64_t block_tiles(const WinogradTask& task) {
 // Elements from matrix to matrix: a little more than theirs, or the same place of all 16 falls on one line of the cache.
 int64_t plane_of(int64_t tiles, int64_t columns) { return tiles * columns + 16; }
 
-}  // namespace
+int64_t units(const WinogradTask& task) { return (tiles(task) + kRows - 1) / kRows; }
 
-int64_t winograd_scratch_bytes(const WinogradTask& task) {
-  const int64_t tiles = block_tiles(task);
-  return 16 * (plane_of(tiles, task.shape.C) + plane_of(tiles, 64)) * static_cast<int64_t>(sizeof(float));
+int64_t scratch_bytes(const WinogradTask& task) {
+  const int64_t rows = block_tiles(task);
+  return 16 * (plane_of(rows, task.shape.C) + plane_of(rows, 64)) * static_cast<int64_t>(sizeof(float));
 }
 
-void winograd(const WinogradTask& task, int64_t begin, int64_t end, void* scratch) {
+void run(const WinogradTask& task, int64_t begin, int64_t end, void* scratch) {
   const int64_t C = task.shape.C / task.groups, K = task.outputs / task.groups;
-  const int64_t last = std::min(end * kRows, task.tiles());
+  const int64_t last = std::min(end * kRows, tiles(task));
   const int64_t blocks = ((end - begin) * kRows + block_tiles(task) - 1) / block_tiles(task);
   const int64_t step = (end - begin + blocks - 1) / blocks * kRows;
   IntVec<float> largest{};
   for (int64_t first = begin * kRows; first < last; first += step) {
-    const int64_t tiles = std::min(step, last - first), rows = (tiles + kRows - 1) / kRows * kRows;
+    const int64_t count = std::min(step, last - first), rows = (count + kRows - 1) / kRows * kRows;
     const int64_t v_plane = plane_of(rows, task.shape.C);
     Scratch pieces(scratch);
     float* const v = pieces.take<float>(16 * v_plane);
     float* const m = pieces.take<float>(16 * plane_of(rows, 64));
-    (task.x_mask ? transform_input<true> : transform_input<false>)(task, first, first + tiles, v, v_plane);
-    for (int i = 0; i < 16; ++i)  // what fills up the last rows is not looked at, but must not slow the product
-      std::fill_n(v + i * v_plane + tiles * task.shape.C, (rows - tiles) * task.shape.C, 0.0f);
+    (task.x_mask ? transform_input<true> : transform_input<false>)(task, first, first + count, v, v_plane);
+    for (int i = 0; i < 16; ++i)  // padding rows are ignored; zero them so that denormals do not slow the product
+      std::fill_n(v + i * v_plane + count * task.shape.C, (rows - count) * task.shape.C, 0.0f);
     const float* weight = task.weight;
     for (int64_t g = 0; g < task.groups; ++g)
       for (int64_t p = 0; p < panels(K); ++p) {
@@ -192,7 +203,7 @@ void winograd(const WinogradTask& task, int64_t begin, int64_t end, void* scratc
         const int64_t m_plane = plane_of(rows, columns);
         for (int i = 0; i < 16; ++i, weight += C * columns)
           multiply(v + i * v_plane + g * C, task.shape.C, weight, rows, C, columns, m + i * m_plane);
-        (task.out_mask ? transform_output<true> : transform_output<false>)(task, first, first + tiles, g * K + from, columns,
+        (task.out_mask ? transform_output<true> : transform_output<false>)(task, first, first + count, g * K + from, columns,
                                                                           m, m_plane, largest);
       }
   }
@@ -202,8 +213,10 @@ void winograd(const WinogradTask& task, int64_t begin, int64_t end, void* scratc
   }
 }
 
+int64_t weight_units(const WinogradWeightTask& task) { return task.groups * panels(task.outputs) * task.channels; }
+
 // G g G', in double, for one channel of one panel.
-void winograd_weight(const WinogradWeightTask& task, int64_t begin, int64_t end, void*) {
+void transform_weight(const WinogradWeightTask& task, int64_t begin, int64_t end, void*) {
   constexpr int kSome = 16;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t C = task.channels, K = task.outputs;
@@ -236,4 +249,8 @@ void winograd_weight(const WinogradWeightTask& task, int64_t begin, int64_t end,
   }
 }
 
+}  // namespace
 }  // namespace fastcnn::FASTCNN_CAPABILITY
+
+FASTCNN_REGISTER_KERNEL(winograd, WinogradTask, units, scratch_bytes, run)
+FASTCNN_REGISTER_KERNEL(winograd_weight, WinogradWeightTask, weight_units, nullptr, transform_weight)

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "../relu_lrn_max_pool2d.h"
 #include "divisor.cuh"
 #include "pack.cuh"
 
@@ -48,12 +49,12 @@ struct Arguments {
 };
 
 // Fewer than an int has room for, so that a run or a window may reach beyond the last.
-inline int channels_of(const Task& task) {
+inline int channels_of(const TailTask& task) {
   if (task.shape.C >= 1 << 30) throw std::runtime_error("fastcnn: CUDA kernels take fewer than 2**30 channels");
   return static_cast<int>(task.shape.C);
 }
 
-inline Arguments arguments(const Task& task, int run) {
+inline Arguments arguments(const TailTask& task, int run) {
   const Shape& shape = task.shape;
   Arguments a{};
   a.N = shape.N, a.pixels = a.out_pixels = shape.pixels(), a.C = channels_of(task);

@@ -4,6 +4,8 @@
 //
 // A block computes kPixels pixels of kOutputs outputs. Elements of its windows and rows of its weights come to shared
 // memory kStages - 1 steps of 64 bytes of k before they are multiplied.
+#include "conv2d_relu.h"
+
 #include <limits>
 
 #include "divisor.cuh"
@@ -206,7 +208,6 @@ __global__ void __launch_bounds__(kBlock, 2) conv2d_relu_kernel(const Arguments 
 }
 
 Arguments arguments_of(const ConvTask& task) {
-  const Conv2d& conv = task.conv;
   const auto narrow = [](int64_t value) {
     if (value > std::numeric_limits<int>::max() / 4) {
       throw std::runtime_error("fastcnn: the CUDA convolution takes maps, windows and padding of fewer than 2**29");
@@ -215,15 +216,15 @@ Arguments arguments_of(const ConvTask& task) {
   };
   Arguments a{};
   a.x = task.x, a.weight = task.weight, a.bias = task.bias, a.out = task.out;
-  a.area = conv.h.out * conv.w.out, a.pixels = task.shape.N * a.area;
-  a.H = narrow(task.shape.H), a.W = narrow(task.shape.W), a.OW = narrow(conv.w.out);
-  a.channels = narrow(task.shape.C), a.outputs = narrow(conv.outputs), a.groups = narrow(conv.groups);
-  a.C = narrow(task.shape.C / conv.groups), a.O = narrow(conv.outputs / conv.groups);
-  a.kh = narrow(conv.h.kernel), a.kw = narrow(conv.w.kernel);
-  a.sh = narrow(conv.h.stride), a.sw = narrow(conv.w.stride);
-  a.ph = narrow(conv.h.padding), a.pw = narrow(conv.w.padding);
-  a.dh = narrow(conv.h.dilation), a.dw = narrow(conv.w.dilation);
-  a.k = narrow(conv.h.kernel * conv.w.kernel * a.C), a.row = narrow(task.row);
+  a.area = task.h.out * task.w.out, a.pixels = task.shape.N * a.area;
+  a.H = narrow(task.shape.H), a.W = narrow(task.shape.W), a.OW = narrow(task.w.out);
+  a.channels = narrow(task.shape.C), a.outputs = narrow(task.outputs), a.groups = narrow(task.groups);
+  a.C = narrow(task.shape.C / task.groups), a.O = narrow(task.outputs / task.groups);
+  a.kh = narrow(task.h.kernel), a.kw = narrow(task.w.kernel);
+  a.sh = narrow(task.h.stride), a.sw = narrow(task.w.stride);
+  a.ph = narrow(task.h.padding), a.pw = narrow(task.w.padding);
+  a.dh = narrow(task.h.dilation), a.dw = narrow(task.w.dilation);
+  a.k = narrow(task.h.kernel * task.w.kernel * a.C), a.row = narrow(task.row);
   a.output_tiles = (a.O + kOutputs - 1) / kOutputs;
   a.by_channels = Divisor(a.C), a.by_kw = Divisor(a.kw);
   return a;
@@ -248,7 +249,7 @@ void launch_conv(const ConvTask& task, Stream stream) {
 }  // namespace
 
 void conv2d_relu(const ConvTask& task, Stream stream) {
-  if (!task.shape.N || !task.conv.h.out || !task.conv.w.out) return;
+  if (!task.shape.N || !task.h.out || !task.w.out) return;
   const auto with_format = [&](auto t) {
     if (task.shape.channels_last) launch_conv<decltype(t), true>(task, stream);
     else launch_conv<decltype(t), false>(task, stream);

@@ -9,7 +9,7 @@ namespace fastcnn::cuda {
 
 // f(T{}, channels_last as a constant)
 template <typename F>
-void with_dtype_and_format(const Task& task, F f) {
+void with_dtype_and_format(const TailTask& task, F f) {
   const auto with_format = [&](auto t) {
     if (task.shape.channels_last) f(t, std::true_type());
     else f(t, std::false_type());
@@ -24,13 +24,13 @@ void with_dtype_and_format(const Task& task, F f) {
 
 // f(Norm as a constant), of a task with LRN. Doubles take the general way.
 template <typename T, typename F>
-void with_norm(const Task& task, F f) {
+void with_norm(const TailTask& task, F f) {
   if constexpr (!std::is_same_v<T, double>) {
     if (task.lrn.size == 5 && task.lrn.beta == 0.75) return f(std::integral_constant<Norm, Norm::five>());
   }
   f(std::integral_constant<Norm, Norm::any>());
 }
 
-inline bool empty(const Task& task) { return task.shape.N * task.shape.image_stride() == 0; }
+inline bool empty(const TailTask& task) { return task.shape.elements() == 0; }
 
 }  // namespace fastcnn::cuda

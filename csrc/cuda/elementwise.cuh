@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward(const Arguments a) {
 }
 
 template <typename T, bool channels_last, Norm norm>
-void launch_forward(const char* name, const Task& task, Stream stream) {
+void launch_forward(const char* name, const TailTask& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
   const Launch shape = share_out(a, channels_last, a.pixels, 0);
   launch<&forward<T, channels_last, norm>>(name, shape.grid, shape.block, 0, stream, a);
@@ -112,7 +112,7 @@ void launch_forward(const char* name, const Task& task, Stream stream) {
 constexpr int kBiasWaves = 1;  // few sums for the second stage
 
 template <typename T, bool channels_last, Norm norm, bool pooled>
-void launch_backward(const char* name, const Task& task, Stream stream) {
+void launch_backward(const char* name, const TailTask& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
   const Launch shape = share_out(a, channels_last, a.pixels, task.shape.W, task.dbias ? kBiasWaves : 4);
   if constexpr (norm == Norm::any) {

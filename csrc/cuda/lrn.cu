@@ -1,10 +1,12 @@
 // Local response normalization: s = k + alpha/size * sum(x^2), y = x * s^-beta, and its gradient.
 // Memory: forward reads x and writes y once; backward reads x and dy and writes dx.
+#include "lrn.h"
+
 #include "elementwise.cuh"
 
 namespace fastcnn::cuda {
 
-void lrn(const Task& task, Stream stream) {
+void lrn(const TailTask& task, Stream stream) {
   if (empty(task)) return;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
     using T = decltype(t);
@@ -12,18 +14,18 @@ void lrn(const Task& task, Stream stream) {
   });
 }
 
-int64_t lrn_terms(const Task& task) {
+int64_t lrn_terms(const TailTask& task) {
   if (empty(task) || !task.lrn) return 0;
   int64_t elements = 0;
   with_dtype_and_format(task, [&](auto t, auto) {
     with_norm<decltype(t)>(task, [&](auto norm) {
-      if (norm == Norm::any) elements = task.shape.N * task.shape.image_stride();
+      if (norm == Norm::any) elements = task.shape.elements();
     });
   });
   return elements;
 }
 
-void lrn_backward(const Task& task, Stream stream) {
+void lrn_backward(const TailTask& task, Stream stream) {
   if (empty(task)) return;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
     using T = decltype(t);

@@ -1,18 +1,20 @@
 // Max pooling and its gradient, which gathers; both also take the tail's bias and ReLU. Memory: forward reads x once
 // and writes the pooled map and, if asked, its argmax; backward reads dy and argmax (and x, where there is a ReLU) and
 // writes dx.
+#include "max_pool2d.h"
+
 #include "pool.cuh"
 
 namespace fastcnn::cuda {
 
-void max_pool2d(const Task& task, Stream stream) {
+void max_pool2d(const TailTask& task, Stream stream) {
   if (empty(task)) return;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
     launch_pool<decltype(t), channels_last, Norm::none>("max_pool2d", task, stream);
   });
 }
 
-void max_pool2d_backward(const Task& task, Stream stream) {
+void max_pool2d_backward(const TailTask& task, Stream stream) {
   if (empty(task)) return;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
     launch_backward<decltype(t), channels_last, Norm::none, true>("max_pool2d_backward", task, stream);

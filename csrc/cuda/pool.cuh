@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 1) pool(const Arguments a) {
 }
 
 template <typename T, bool channels_last, Norm norm>
-void launch_pool(const char* name, const Task& task, Stream stream) {
+void launch_pool(const char* name, const TailTask& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
   const Launch shape = share_out(a, channels_last, a.out_pixels, a.w.out);
   launch<&pool<T, channels_last, norm>>(name, shape.grid, shape.block, 0, stream, a);

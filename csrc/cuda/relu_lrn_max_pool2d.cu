@@ -3,6 +3,10 @@
 //
 // With both LRN and a pool, a block goes down a strip of the map: rows are rectified and normalized, once, into a ring
 // in shared memory, from which they are pooled.
+#include "relu_lrn_max_pool2d.h"
+
+#include "lrn.h"
+#include "max_pool2d.h"
 #include "pool.cuh"
 
 namespace fastcnn::cuda {
@@ -85,7 +89,7 @@ int64_t span(const Axis& axis, int64_t windows) {
 
 // As wide a strip as the ring has room for; false if it has none for a single window.
 template <typename T>
-bool plan(const Task& task, Strip& s) {
+bool plan(const TailTask& task, Strip& s) {
   s.a = arguments(task, kRun<T>);
   Arguments& a = s.a;
   a.runs_per_block = std::min(a.runs, kThreads / (task.shape.channels_last ? 16 : 32));
@@ -110,7 +114,7 @@ bool plan(const Task& task, Strip& s) {
 }
 
 template <typename T, bool channels_last, Norm norm>
-void launch_tail(const char* name, const Task& task, Stream stream) {
+void launch_tail(const char* name, const TailTask& task, Stream stream) {
   Strip s{};
   if (!plan<T>(task, s)) return launch_pool<T, channels_last, Norm::any>(name, task, stream);
   const unsigned p = s.a.pixels_per_block, r = s.a.runs_per_block;
@@ -146,7 +150,7 @@ __global__ void __launch_bounds__(32 * kRows) sum_partials(const Partials p) {
 }
 
 template <typename A>
-void launch_sum_partials(const Task& task, Stream stream) {
+void launch_sum_partials(const TailTask& task, Stream stream) {
   const Partials p{task.partials, task.dbias, bias_partials(task), channels_of(task)};
   launch<&sum_partials<A>>("relu_lrn_max_pool2d_backward", dim3((p.C + 31) / 32), dim3(32, kRows),
                            32 * kRows * sizeof(A), stream, p);
@@ -154,7 +158,7 @@ void launch_sum_partials(const Task& task, Stream stream) {
 
 }  // namespace
 
-void relu_lrn_max_pool2d(const Task& task, Stream stream) {
+void relu_lrn_max_pool2d(const TailTask& task, Stream stream) {
   constexpr auto name = "relu_lrn_max_pool2d";
   if (empty(task)) return;
   if (!task.pool && task.lrn) return lrn(task, stream);
@@ -166,7 +170,7 @@ void relu_lrn_max_pool2d(const Task& task, Stream stream) {
   });
 }
 
-void relu_lrn_max_pool2d_backward(const Task& task, Stream stream) {
+void relu_lrn_max_pool2d_backward(const TailTask& task, Stream stream) {
   constexpr auto name = "relu_lrn_max_pool2d_backward";
   if (empty(task)) {
     // The bias gradient is zero.
@@ -187,7 +191,7 @@ void relu_lrn_max_pool2d_backward(const Task& task, Stream stream) {
 }
 
 // One row for each block along x of backward.
-int64_t bias_partials(const Task& task) {
+int64_t bias_partials(const TailTask& task) {
   int64_t rows = 0;
   if (empty(task)) return 0;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {

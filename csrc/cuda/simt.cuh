@@ -19,7 +19,7 @@
 #include <cuda_runtime.h>
 #endif
 
-#include "kernels.h"
+#include "stream.h"
 
 #define FASTCNN_DEVICE __device__ __forceinline__
 

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "../../csrc/cuda/conv2d_relu.h"
 #include "../../tools/machine_code/cuda_task.h"
 #include "planted.h"
 
@@ -14,8 +15,9 @@ namespace {
 
 namespace py = pybind11;
 using fastcnn::DType;
+using fastcnn::TailTask;
 using fastcnn::cuda::ConvTask;
-using fastcnn::cuda::Task;
+using fastcnn::cuda::Ints;
 
 // Memory of exactly this size, at `offset` from an address every alignment divides. Outputs start as 0xff: NaN, or no
 // place.
@@ -35,16 +37,14 @@ struct Buffer {
 
 void* data(const Buffer* buffer) { return buffer ? buffer->data() : nullptr; }
 
-using fastcnn::cuda::Ints;
-
-template <void (*op)(const Task&, fastcnn::cuda::Stream)>
-void forward(Task t, const Buffer& x, const Buffer* bias, const Buffer& y, const Buffer* argmax) {
+template <void (*op)(const TailTask&, fastcnn::cuda::Stream)>
+void forward(TailTask t, const Buffer& x, const Buffer* bias, const Buffer& y, const Buffer* argmax) {
   t.x = x.data(), t.bias = data(bias), t.out = y.data(), t.argmax = data(argmax);
   op(t, nullptr);
 }
 
-template <void (*op)(const Task&, fastcnn::cuda::Stream)>
-void backward(Task t, const Buffer& dy, const Buffer* x, const Buffer* bias, const Buffer* argmax, const Buffer& dx,
+template <void (*op)(const TailTask&, fastcnn::cuda::Stream)>
+void backward(TailTask t, const Buffer& dy, const Buffer* x, const Buffer* bias, const Buffer* argmax, const Buffer& dx,
               const Buffer* dbias) {
   t.dy = dy.data(), t.x = data(x), t.bias = data(bias), t.argmax = data(argmax);
   t.out = dx.data(), t.dbias = data(dbias);
@@ -64,10 +64,10 @@ ConvTask conv_task(int dtype, const Ints& shape, bool channels_last, int64_t gro
   t.dtype = static_cast<DType>(dtype);
   t.shape = {shape[0], shape[1], shape[2], shape[3], channels_last};
   const auto axis = [&](auto part, int i) {
-    return fastcnn::ConvAxis{part(window[0]), part(window[1]), part(window[2]), part(window[3]), shape[2 + i], out[i]};
+    return fastcnn::cuda::ConvAxis{part(window[0]), part(window[1]), part(window[2]), part(window[3]), shape[2 + i], out[i]};
   };
-  t.conv = {axis([](Pair p) { return p.first; }, 0), axis([](Pair p) { return p.second; }, 1), groups, outputs};
-  t.row = row;
+  t.h = axis([](Pair p) { return p.first; }, 0), t.w = axis([](Pair p) { return p.second; }, 1);
+  t.groups = groups, t.outputs = outputs, t.row = row;
   return t;
 }
 
@@ -83,7 +83,7 @@ PYBIND11_MODULE(FASTCNN_MODULE, m) {
       .def(py::init<const std::string&, int64_t>(), py::arg("bytes"), py::arg("offset") = 0)
       .def(py::init<int64_t, int64_t>(), py::arg("size"), py::arg("offset") = 0)
       .def("bytes", [](const Buffer& b) { return py::bytes(reinterpret_cast<char*>(b.data()), b.size); });
-  py::class_<Task>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
+  py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
   py::class_<ConvTask>(m, "ConvTask").def(py::init(&conv_task));
   m.def("conv2d_relu", &conv2d_relu);
   m.def("lrn", &forward<fastcnn::cuda::lrn>);

@@ -7,16 +7,18 @@
 #include <tuple>
 #include <vector>
 
-#include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/lrn.h"
+#include "../../csrc/cuda/max_pool2d.h"
+#include "../../csrc/cuda/relu_lrn_max_pool2d.h"
 
 namespace fastcnn::cuda {
 
 using Ints = std::vector<int64_t>;
 
-inline Task make_task(int dtype, const Ints& shape, bool channels_last, bool relu,
-                      std::tuple<int64_t, double, double, double, int64_t> lrn, const Ints& kernel, const Ints& stride,
-                      const Ints& padding, const Ints& dilation, bool ceil_mode) {
-  Task t{};
+inline TailTask make_task(int dtype, const Ints& shape, bool channels_last, bool relu,
+                          std::tuple<int64_t, double, double, double, int64_t> lrn, const Ints& kernel,
+                          const Ints& stride, const Ints& padding, const Ints& dilation, bool ceil_mode) {
+  TailTask t{};
   t.dtype = static_cast<DType>(dtype);
   t.shape = {shape[0], shape[1], shape[2], shape[3], channels_last};
   t.relu = relu;

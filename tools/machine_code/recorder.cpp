@@ -10,7 +10,7 @@
 namespace {
 
 namespace py = pybind11;
-using fastcnn::cuda::Task;
+using fastcnn::TailTask;
 
 struct Launch {
   const void* function;
@@ -29,13 +29,13 @@ const std::map<std::string, size_t>* sizes;  // of the arguments, by name
 
 auto three(dim3 d) { return py::make_tuple(d.x, d.y, d.z); }
 
-py::list record(const std::string& op, const Task& described, std::vector<uintptr_t> buffers,
+py::list record(const std::string& op, const TailTask& described, std::vector<uintptr_t> buffers,
                 const std::map<std::string, size_t>& argument_sizes, int on_multiprocessors) {
-  Task t = described;
+  TailTask t = described;
   const auto at = [&](size_t i) { return reinterpret_cast<void*>(buffers.at(i)); };
   t.x = at(0), t.bias = at(1), t.dy = at(2), t.out = at(3), t.argmax = at(4);
   t.partials = at(5), t.dbias = at(6), t.terms = at(7);
-  const std::map<std::string, void (*)(const Task&, fastcnn::cuda::Stream)> operators = {
+  const std::map<std::string, void (*)(const TailTask&, fastcnn::cuda::Stream)> operators = {
       {"lrn", fastcnn::cuda::lrn},
       {"lrn_backward", fastcnn::cuda::lrn_backward},
       {"max_pool2d", fastcnn::cuda::max_pool2d},
@@ -89,8 +89,8 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 }  // extern "C"
 
 PYBIND11_MODULE(cuda_launches, m) {
-  py::class_<Task>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
-  m.def("bias_partials", [](const Task& t, int on) {
+  py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
+  m.def("bias_partials", [](const TailTask& t, int on) {
     multiprocessors = on;
     return fastcnn::cuda::bias_partials(t);
   });

@@ -1,9 +1,8 @@
-// The Python module fastcnn._C_cuda: what the build and the device are. Importing it also registers the ops of
-// library_cuda.cpp.
+// The Python module fastcnn._C_cuda: what the build and the device are. Importing it also registers the ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/device.h"
+#include "device.h"
 
 PYBIND11_MODULE(_C_cuda, m) {
   m.doc() = "The CUDA half of fastcnn: importing it registers torch.ops.fastcnn_cuda.";

@@ -1,0 +1,49 @@
+// Max pooling and its gradient, row by row, as max_pool2d.h does them.
+// Memory: forward reads x once and writes y and its argmax; backward reads dy and argmax and writes dx.
+#include "max_pool2d.h"
+
+#include "dispatch.h"
+#include "kernel.h"
+
+namespace fastcnn::FASTCNN_CAPABILITY {
+namespace {
+
+template <typename T>
+struct Forward {
+  const Rows<T> rows;
+  const PoolForward<T> pool;
+
+  Forward(const TailTask& task, Scratch& scratch) : rows{task}, pool(rows, scratch) {}
+
+  void unit(int64_t u) const {
+    const TailTask& task = rows.task;
+    pool.write(u / task.pool.h.out, u % task.pool.h.out, [&](int64_t n, int64_t row, auto sink) {
+      copy<Compute<T>>(rows.tile, rows.source(task.x, n, row), sink);
+    });
+  }
+};
+
+template <typename T>
+struct Backward {
+  const Rows<T> rows;
+  Compute<T>* const d;
+  PoolBackward<T> pool;
+
+  Backward(const TailTask& task, Scratch& scratch) : rows{task}, d(rows.take(scratch)), pool(rows, scratch) {}
+
+  void unit(int64_t u) {
+    for_each_row(rows.task, u, [&](int64_t n, int64_t row) {
+      pool.gather(n, row, d);
+      copy<Compute<T>>(rows.tile, TileSource<Compute<T>>{rows.tile, d}, rows.sink(rows.task.out, n, row));
+    });
+  }
+};
+
+int64_t output_rows(const TailTask& task) { return task.shape.N * task.pool.h.out; }
+int64_t blocks(const TailTask& task) { return task.shape.N * row_blocks(task); }
+
+}  // namespace
+}  // namespace fastcnn::FASTCNN_CAPABILITY
+
+FASTCNN_REGISTER_KERNEL(max_pool2d, TailTask, output_rows, scratch_bytes<Forward>, run<Forward>)
+FASTCNN_REGISTER_KERNEL(max_pool2d_backward, TailTask, blocks, scratch_bytes<Backward>, run<Backward>)

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <atomic>
+
+#include "../tensor.h"
+
+namespace fastcnn {
+
+// A convolution with 3x3 windows in steps of 1, float32, channels_last; channels and outputs of a group are multiples of
+// 16. A unit is a few tiles of 2x2 outputs.
+struct WinogradTask {
+  Shape shape;  // of x
+  int64_t out_h, out_w, outputs, groups, padding[2];
+  bool relu, pool;                 // pool: the maximum of each whole tile
+  const float *x, *weight, *bias;  // weight: transformed; bias: may be null
+  const uint8_t* x_mask;           // null, or a bit for each element of x: whether it counts
+  float* out;
+  uint8_t* out_mask;               // null, or a bit for each element before pooling: whether ReLU passes the gradient
+  std::atomic<uint32_t>* largest;  // the bits of the largest magnitude before ReLU; NaN is larger than inf
+};
+
+// Its weights, transformed: for each group and each panel of its outputs, 16 matrices of channels x outputs. A unit is a
+// channel of a panel.
+struct WinogradWeightTask {
+  int64_t channels, outputs, groups;  // channels and outputs of one group
+  int64_t stride[5];                  // of a group, an output, a channel, a row and a column
+  const float* weight;
+  float* out;
+};
+
+}  // namespace fastcnn

@@ -1,0 +1,78 @@
+#include "winograd.h"
+
+#include <bit>
+
+#include "../arguments.h"
+#include "parallel.h"
+
+namespace fastcnn {
+
+struct winograd;
+struct winograd_weight;
+
+namespace {
+
+void winograd_weight_op(Tensor weight, Tensor out, int64_t groups, bool turned) {
+  const int64_t of_out = weight.size(0) / groups, of_in = weight.size(1);
+  const int64_t rows = weight.stride(2), columns = weight.stride(3);
+  STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3 && of_out % 16 == 0 && of_in % 16 == 0,
+                  "weight must be 3x3, and its inputs and outputs in a group multiples of 16");
+  expect("weight", weight, DType::float32, weight.numel());
+  expect("out", out, DType::float32, weight.numel() / 9 * 16);
+  const float* data = static_cast<const float*>(weight.const_data_ptr());
+  WinogradWeightTask task{of_in,
+                          of_out,
+                          groups,
+                          {of_out * weight.stride(0), weight.stride(0), weight.stride(1), rows, columns},
+                          data,
+                          static_cast<float*>(out.mutable_data_ptr())};
+  if (turned) {  // transposed, and each window rotated by 180 degrees
+    std::swap(task.channels, task.outputs);
+    std::swap(task.stride[1], task.stride[2]);
+    task.stride[3] = -rows, task.stride[4] = -columns, task.weight = data + 2 * (rows + columns);
+  }
+  parallel<winograd_weight>(task, out.numel());
+}
+
+// Returns the largest magnitude before ReLU. Non-finite: the caller must fall back to another algorithm.
+double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight, std::optional<Tensor> bias, Tensor out,
+                   std::optional<Tensor> out_mask, Ints padding, int64_t groups, bool relu, bool pool) {
+  WinogradTask task{};
+  const int64_t N = x.size(0), C = x.size(1), K = out.size(1);
+  task.shape = {N, C, x.size(2), x.size(3), true};
+  task.outputs = K, task.groups = groups, task.padding[0] = padding[0], task.padding[1] = padding[1];
+  task.out_h = task.shape.H + 2 * padding[0] - 2, task.out_w = task.shape.W + 2 * padding[1] - 2;
+  const int64_t elements = N * K * task.out_h * task.out_w;
+  STD_TORCH_CHECK(C % (16 * groups) == 0 && K % (16 * groups) == 0, "channels of a group must be multiples of 16");
+  expect("input", x, DType::float32, x.numel());
+  expect("weight", weight, DType::float32, C / groups * K * 16);
+  expect("out", out, DType::float32, pool ? N * K * (task.out_h / 2) * (task.out_w / 2) : elements);
+  if (bias) expect("bias", *bias, DType::float32, K);
+  if (x_mask) expect_bytes("mask", *x_mask, x.numel() / 8, 1);
+  if (out_mask) expect_bytes("mask", *out_mask, elements / 8, 1);
+  task.relu = relu, task.pool = pool;
+  task.x = static_cast<const float*>(x.const_data_ptr());
+  task.x_mask = data_or_null<const uint8_t>(x_mask);
+  task.weight = static_cast<const float*>(weight.const_data_ptr());
+  task.bias = data_or_null<const float>(bias);
+  task.out = static_cast<float*>(out.mutable_data_ptr());
+  task.out_mask = data_or_null<uint8_t>(out_mask);
+  std::atomic<uint32_t> largest = 0;
+  task.largest = &largest;
+  parallel<winograd>(task, elements * 4 * (C / groups));  // as many products
+  return std::bit_cast<float>(largest.load());
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cpu, m) {
+  m.def("winograd(Tensor input, Tensor? input_mask, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor(b!)? out_mask, "
+        "int[] padding, int groups, bool relu, bool pool) -> float");
+  m.def("winograd_weight(Tensor weight, Tensor(a!) out, int groups, bool turned) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) {
+  m.impl("winograd", TORCH_BOX(&winograd_op));
+  m.impl("winograd_weight", TORCH_BOX(&winograd_weight_op));
+}
+
+}  // namespace
+}  // namespace fastcnn

@@ -1,0 +1,12 @@
+#include "../relu_lrn_max_pool2d_op.h"
+
+#include "run.h"
+
+namespace fastcnn::cuda {
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cuda, m) { define_relu_lrn_max_pool2d(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastcnn_cuda, CUDA, m) {
+  implement_relu_lrn_max_pool2d<run<relu_lrn_max_pool2d>, run<relu_lrn_max_pool2d_backward>>(m);
+}
+
+}  // namespace fastcnn::cuda

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace fastcnn::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+}  // namespace fastcnn::cuda
