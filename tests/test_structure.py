@@ -125,10 +125,10 @@ def test_the_checklist_is_complete(op):
             assert relative in paths
 
 
-# What some operators have beside the list: parts that others use of them, and cuDNN's convolution with its choice.
+# What some operators have beside the list: glue that CPU and CUDA share, parts of kernels that others use, and cuDNN.
 OPTIONAL = {
-    "lrn": {"csrc/cpu/lrn.h", "csrc/cuda/lrn.cuh"},
-    "max_pool2d": {"csrc/cpu/max_pool2d.h", "csrc/cuda/max_pool2d.cuh"},
+    "lrn": {"csrc/lrn_op.h", "csrc/cpu/lrn.h", "csrc/cuda/lrn.cuh"},
+    "max_pool2d": {"csrc/max_pool2d_op.h", "csrc/cpu/max_pool2d.h", "csrc/cuda/max_pool2d.cuh"},
     "conv2d_relu": {"fastcnn/ops/cudnn/conv2d_relu.py"},
-    "relu_lrn_max_pool2d": set(),
+    "relu_lrn_max_pool2d": {"csrc/relu_lrn_max_pool2d_op.h"},
 }

@@ -1,4 +1,4 @@
-#include "conv2d_relu.h"
+#include "../conv2d_relu.h"
 
 #include "../arguments.h"
 #include "parallel.h"

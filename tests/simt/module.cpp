@@ -16,7 +16,7 @@ namespace {
 namespace py = pybind11;
 using fastcnn::DType;
 using fastcnn::TailTask;
-using fastcnn::cuda::ConvTask;
+using fastcnn::ConvTask;
 using fastcnn::cuda::Ints;
 
 // Memory of exactly this size, at `offset` from an address every alignment divides. Outputs start as 0xff: NaN, or no
@@ -64,7 +64,7 @@ ConvTask conv_task(int dtype, const Ints& shape, bool channels_last, int64_t gro
   t.dtype = static_cast<DType>(dtype);
   t.shape = {shape[0], shape[1], shape[2], shape[3], channels_last};
   const auto axis = [&](auto part, int i) {
-    return fastcnn::cuda::ConvAxis{part(window[0]), part(window[1]), part(window[2]), part(window[3]), shape[2 + i], out[i]};
+    return fastcnn::ConvAxis{part(window[0]), part(window[1]), part(window[2]), part(window[3]), shape[2 + i], out[i]};
   };
   t.h = axis([](Pair p) { return p.first; }, 0), t.w = axis([](Pair p) { return p.second; }, 1);
   t.groups = groups, t.outputs = outputs, t.row = row;
