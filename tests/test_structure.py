@@ -92,8 +92,8 @@ def checklist(*, cuda):
     text = (ROOT / "CONTRIBUTING.md").read_text()
     section = text[text.index("## Adding an operator") :]
     section = section[: section.index("\n## ", 1)]
-    everywhere, with_cuda = section.split("With CUDA C++ also:")
-    return re.findall(r"^\| `([^`]+)`", section if cuda else everywhere, re.MULTILINE)
+    section = section if cuda else section[: section.index("With CUDA C++ also:")]
+    return re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)
 
 
 def steps():
@@ -101,7 +101,8 @@ def steps():
 
 
 def test_the_checklist_names_new_and_edited_files():
-    assert 18 == len(checklist(cuda=False)) < len(checklist(cuda=True))
+    assert 10 < len(checklist(cuda=False)) <= 18  # more are too many
+    assert len(checklist(cuda=True)) > len(checklist(cuda=False))
 
 
 @pytest.mark.parametrize(("op", "path"), steps())
