@@ -1,4 +1,4 @@
-"""Memory of large outputs, which fastcnn's own allocator keeps for the next ones: see csrc/cpu/kept_memory.h."""
+"""Memory of large outputs, which fastcnn's own allocator keeps for the next ones: see csrc/cpu/memory.h."""
 
 import torch
 from torch import Tensor
