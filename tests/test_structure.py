@@ -29,16 +29,14 @@ def path_of(parts):
 
 
 def imports(name, file, known):
-    """What a module imports of the package when it is imported itself: pairs of a module and a name taken from it."""
-    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    """What a module imports of the package when it is itself imported: modules, names taken from them, names here."""
+    package = (name if file.name == "__init__.py" else name.rpartition(".")[0]).split(".")
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = ".".join(
-                [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [node.module])]
-            )
+            base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
             for alias in node.names:
-                module = f"{base}.{alias.name}"
-                yield (module, None) if module in known else (base, alias.name)
+                module, here = f"{base}.{alias.name}", alias.asname or alias.name
+                yield (module, None, here) if module in known else (base, alias.name, here)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,7 @@ def imported():
 
 
 def test_there_are_no_import_circles(imported):
-    graph = {name: {module for module, _ in found} - {name} for name, found in imported.items()}
+    graph = {name: {module for module, _, _ in found} - {name} for name, found in imported.items()}
     assert len(graph) > 50
     assert graph["fastcnn.ops.lrn"] > {"fastcnn.ops.cpu.lrn", "fastcnn.ops.register"}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
@@ -64,7 +62,7 @@ def test_imports_point_downwards(imported):
         "fastcnn._version",
     }
     for name, found in imported.items():
-        used = {module for module, _ in found}
+        used = {module for module, _, _ in found}
         if name in foundation:
             assert used <= foundation, name
         elif name.startswith("fastcnn.ops"):
@@ -79,8 +77,8 @@ def test_operators_take_no_private_names_from_each_other(imported):
     for name, found in imported.items():
         if not name.startswith("fastcnn.ops"):
             continue
-        assert not [taken for _, taken in found if taken and taken.startswith("_") and taken != "__version__"], name
-        neighbours = {module.rpartition(".")[2] for module, taken in found if taken is None}
+        assert not [taken for _, taken, _ in found if taken and taken.startswith("_") and taken != "__version__"], name
+        neighbours = {here for _, taken, here in found if taken is None}
         assert not neighbours.intersection(private.findall(modules()[name].read_text())), name
 
 
