@@ -97,8 +97,7 @@ Tensor kept_like(Tensor x, bool lasting) {
                                   [block](void*) { allocator().give_back(block); });
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cpu, m) { m.def("kept_like(Tensor input, bool lasting) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) { m.impl("kept_like", TORCH_BOX(&kept_like)); }
+FASTCNN_OP(fastcnn_cpu, CPU, kept_like, "(Tensor input, bool lasting) -> Tensor", kept_like)
 
 }  // namespace
 

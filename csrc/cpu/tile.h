@@ -110,10 +110,11 @@ struct TileSink {
 
 template <typename A, typename Source, typename Sink>
 FASTCNN_INLINE void copy(const Tile& tile, Source source, Sink sink) {
-  for (int64_t r = 0; r < tile.runs(); ++r) {
+  const int64_t runs = tile.runs(), n = tile.run();
+  for (int64_t r = 0; r < runs; ++r) {
     const auto from = source(r);
     const auto to = sink(r);
-    for_each_vector<A>(tile.run(), [&](int64_t i) FASTCNN_INLINE_LAMBDA { to(i, from(i)); });
+    for_each_vector<A>(n, [&](int64_t i) FASTCNN_INLINE_LAMBDA { to(i, from(i)); });
   }
 }
 

@@ -23,9 +23,9 @@ struct WinogradTask {
 // channel of a panel.
 struct WinogradWeightTask {
   int64_t channels, outputs, groups;  // channels and outputs of one group
-  int64_t stride[5];                  // of a group, an output, a channel, a row and a column
   const float* weight;
   float* out;
+  int64_t stride[5];  // of the weight's groups, outputs, channels, rows and columns
 };
 
 }  // namespace fastcnn

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../tensor.h"
-#include "stream.h"
+#include "device.h"
 
 namespace fastcnn::cuda {
 
