@@ -18,7 +18,7 @@
 #define FASTCNN_POOL_ARGUMENTS Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode
 
 // Define an op of a library, and implement it for a device.
-#define FASTCNN_OP(library, device, name, arguments, function)           \
+#define FASTCNN_OP(library, device, name, arguments, function)          \
   STABLE_TORCH_LIBRARY_FRAGMENT(library, m) { m.def(#name arguments); } \
   STABLE_TORCH_LIBRARY_IMPL(library, device, m) { m.impl(#name, TORCH_BOX(&function)); }
 

@@ -21,8 +21,7 @@ void lrn_op(Tensor x, Tensor out, bool channels_last, FASTCNN_LRN_ARGUMENTS) {
   run_forward(run, task, x, {}, out, {});
 }
 
-#define FASTCNN_LRN_BACKWARD_OP \
-  "(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()"
+#define FASTCNN_LRN_BACKWARD_OP "(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()"
 template <RunTask run>
 void lrn_backward_op(Tensor dy, Tensor x, Tensor dx, bool channels_last, FASTCNN_LRN_ARGUMENTS) {
   TailTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});

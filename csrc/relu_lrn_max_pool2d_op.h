@@ -5,7 +5,7 @@
 
 namespace fastcnn {
 
-#define FASTCNN_RELU_LRN_MAX_POOL2D_OP \
+#define FASTCNN_RELU_LRN_MAX_POOL2D_OP                                                                           \
   "(Tensor input, Tensor? bias, Tensor(a!) out, Tensor(b!)? argmax, bool channels_last, bool relu, " FASTCNN_LRN \
   ", " FASTCNN_POOL ") -> ()"
 template <RunTask run>
@@ -16,7 +16,7 @@ void relu_lrn_max_pool2d_op(Tensor x, std::optional<Tensor> bias, Tensor out, st
   run_forward(run, task, x, bias, out, argmax);
 }
 
-#define FASTCNN_RELU_LRN_MAX_POOL2D_BACKWARD_OP \
+#define FASTCNN_RELU_LRN_MAX_POOL2D_BACKWARD_OP                                                                       \
   "(Tensor grad, Tensor input, Tensor? bias, Tensor? argmax, Tensor(a!) out, Tensor(b!)? dbias, bool channels_last, " \
   "bool relu, " FASTCNN_LRN ", " FASTCNN_POOL ") -> ()"
 template <RunTask run>

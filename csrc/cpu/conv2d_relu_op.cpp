@@ -1,6 +1,5 @@
-#include "conv2d_relu.h"
-
 #include "../arguments.h"
+#include "conv2d_relu.h"
 #include "parallel.h"
 
 namespace fastcnn {
@@ -17,7 +16,8 @@ static void relu_mask_op(Tensor y, Tensor mask) {
 static void relu_mask_backward_op(Tensor dy, Tensor mask, Tensor dx) {
   expect_bytes("mask", mask, (dy.numel() + 7) / 8, 1);
   expect("out", dx, dtype_of(dy), dy.numel());
-  const MaskTask task{dtype_of(dy), dy.numel(), dy.const_data_ptr(), data_or_null<uint8_t>(mask), dx.mutable_data_ptr()};
+  const MaskTask task{dtype_of(dy), dy.numel(), dy.const_data_ptr(), data_or_null<uint8_t>(mask),
+                      dx.mutable_data_ptr()};
   parallel<relu_mask_backward>(task, task.count, Output(dx));
 }
 

@@ -1,6 +1,5 @@
-#include "linear.h"
-
 #include "../arguments.h"
+#include "linear.h"
 #include "parallel.h"
 
 namespace fastcnn {
@@ -8,8 +7,10 @@ namespace fastcnn {
 struct linear;
 
 static void linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor out, bool relu, double factor) {
-  const LinearTask task{dtype_of(x), x.size(0), x.size(1), weight.size(0), relu, factor, x.const_data_ptr(),
-                        weight.const_data_ptr(), data_or_null(bias), out.mutable_data_ptr()};
+  LinearTask task{};
+  task.dtype = dtype_of(x), task.vectors = x.size(0), task.in = x.size(1), task.outputs = weight.size(0);
+  task.relu = relu, task.factor = factor, task.x = x.const_data_ptr(), task.weight = weight.const_data_ptr();
+  task.bias = data_or_null(bias), task.out = out.mutable_data_ptr();
   STD_TORCH_CHECK(task.vectors >= 1 && task.vectors <= LinearTask::kVectors, "input must have 1 to ",
                   LinearTask::kVectors, " rows, but has ", task.vectors);
   expect("weight", weight, task.dtype, task.outputs * task.in);

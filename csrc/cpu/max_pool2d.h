@@ -19,8 +19,8 @@ struct PooledRow {
   Lane<A>* places;  // of the maxima: kw, or kh * KW + kw
 };
 
-// A pooled row in scratch has the runs of a tile of OW pixels, each with room for whole vectors and for `margin` outputs
-// that do not exist before and after them.
+// A pooled row in scratch has the runs of a tile of OW pixels, each with room for whole vectors and for `margin`
+// outputs that do not exist before and after them.
 struct PooledLayout {
   bool channels_last;
   int64_t groups, group, width, margin;
@@ -164,8 +164,8 @@ class PoolForward {
     pool_columns(rows_.tile, row_, pooled, 0);
   }
 
-  // Whether a row of NCHW can be pooled where it lies: nothing comes before the pool, and the vectors that reach beyond the
-  // row's end stay inside the tensor.
+  // Whether a row of NCHW can be pooled where it lies: nothing comes before the pool, and the vectors that reach beyond
+  // the row's end stay inside the tensor.
   bool untouched(int64_t n, int64_t row) const {
     const Shape& s = task_.shape;
     const int64_t end = row_offset(s, n, row) + (s.C - 1) * s.channel_stride() + s.W;
@@ -203,7 +203,7 @@ class PoolForward {
     const bool clipped = w_.padding > 0 || w_.element(w_.out - 1, w_.reach() - 1) >= w_.size;
     for (int64_t c = 0; c < tile.channels; ++c) {
       const A* row = x + tile.in_scratch(c);
-      if (ahead) for (int64_t i = 0; i < w_.size; i += kVectorBytes / sizeof(A)) __builtin_prefetch(row + ahead + i);
+      for (int64_t i = 0; ahead && i < w_.size; i += kVectorBytes / sizeof(A)) __builtin_prefetch(row + ahead + i);
       if (clipped) {
         std::memcpy(padded_ + w_.padding, row, w_.size * sizeof(A));
         row = padded_ + w_.padding;
@@ -229,7 +229,7 @@ class PoolForward {
   const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation + 1, h_.size);
   const PooledRow<A> ring_;
   int64_t* const owners_;
-  A* const padded_;         // a row of NCHW with -inf where windows reach over its ends
+  A* const padded_;        // a row of NCHW with -inf where windows reach over its ends
   Lane<A>* const firsts_;  // the windows' first elements inside the map
 };
 
@@ -329,7 +329,7 @@ class PoolBackward {
     }
   }
 
-  // Columns of one phase, column % stride, see the same kw at the same distance: their gather is a flat loop over outputs.
+  // Columns of one phase, column % stride, see the same kw at the same distance: a flat loop over outputs gathers them.
   void gather_nchw(A* to) const {
     const int64_t most = covered_ * w_.reach();
     for (int64_t phase = 0; phase < w_.stride; ++phase) {
@@ -355,7 +355,8 @@ class PoolBackward {
         } else {
           for (int64_t p = 0; p < w_.stride; ++p) {
             const Vec<A> v = phase(p);
-            for (int64_t l = 0; l < kLanes<A> && (j + l) * w_.stride + p < w_.size; ++l) row[(j + l) * w_.stride + p] = v[l];
+            for (int64_t l = 0; l < kLanes<A> && (j + l) * w_.stride + p < w_.size; ++l)
+              row[(j + l) * w_.stride + p] = v[l];
           }
         }
       }
@@ -367,8 +368,8 @@ class PoolBackward {
   const PoolAxis &h_ = task_.pool.h, &w_ = task_.pool.w;
   const Shape out_ = task_.out_shape();
   // In NCHW the gather looks this far beyond the ends of a row of dy.
-  const int64_t margin_ =
-      out_.channels_last ? 0 : (w_.reach() * w_.dilation + w_.padding + w_.size) / w_.stride - w_.out + 1 + kVectorBytes;
+  const int64_t seen_ = (w_.reach() * w_.dilation + w_.padding + w_.size) / w_.stride + 1;
+  const int64_t margin_ = out_.channels_last ? 0 : seen_ - w_.out + kVectorBytes;
   const PooledLayout layout_{out_.channels_last, rows_.tile.groups, rows_.tile.group(), w_.out, margin_};
   // Rows of dy in the compute type: row o is in slot o % slots, if owners[slot] says so.
   const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation / h_.stride + 1, h_.out);

@@ -47,8 +47,8 @@ struct Output {
 };
 
 // Pre-fault these pages, which are about to be written. Large new tensors are not mapped yet, and one request is
-// cheaper than a fault for each page: twice as fast where a kernel hops from channel to channel. Only a hint, which costs
-// next to nothing where they are mapped: one page in the middle tells.
+// cheaper than a fault for each page: twice as fast where a kernel hops from channel to channel. Only a hint, which
+// costs next to nothing where they are mapped: one page in the middle tells.
 inline void map_for_writing([[maybe_unused]] char* begin, [[maybe_unused]] char* end) {
 #if defined(MADV_POPULATE_WRITE)
   static const uintptr_t page = sysconf(_SC_PAGESIZE);
@@ -63,7 +63,7 @@ inline void map_for_writing([[maybe_unused]] char* begin, [[maybe_unused]] char*
 // pieces whose output stays in cache between being mapped and being written.
 template <typename Name, typename Task>
 void parallel(const Task& task, int64_t elements, const Output& out = {}) {
-  constexpr int64_t kGrain = 32768;   // elements worth a thread, as in torch
+  constexpr int64_t kGrain = 32768;    // elements worth a thread, as in torch
   constexpr int64_t kPiece = 1 << 20;  // bytes
   const Kernel<Task>& k = kernel<Name, Task>();
   const int64_t units = elements ? k.units(task) : 0;

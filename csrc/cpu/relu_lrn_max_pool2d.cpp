@@ -1,6 +1,6 @@
 // The tail of an AlexNet stage, max_pool2d(lrn(relu(x + bias))), any part of which may be absent, and its gradient.
 // Memory: forward reads x once and writes the pooled map and its argmax; backward reads x, dy and argmax and writes dx.
-// A row is loaded, rectified, normalized and pooled along W in cache; max_pool2d.h pools the last few such rows along H.
+// A row is loaded, rectified, normalized and pooled along W in cache, the last few such rows along H: see max_pool2d.h.
 #include <limits>
 
 #include "dispatch.h"

@@ -1,11 +1,10 @@
 #include "conv2d_relu.h"
-
 #include "run.h"
 
 namespace fastcnn::cuda {
 
-static void conv2d_relu_op(Tensor x, Tensor rows, std::optional<Tensor> bias, Tensor out, bool channels_last, Ints kernel,
-                    Ints stride, Ints padding, Ints dilation, int64_t groups) {
+static void conv2d_relu_op(Tensor x, Tensor rows, std::optional<Tensor> bias, Tensor out, bool channels_last,
+                           Ints kernel, Ints stride, Ints padding, Ints dilation, int64_t groups) {
   const auto axis = [&](int i) {
     const ConvAxis a{kernel[i], stride[i], padding[i], dilation[i], x.size(2 + i), out.size(2 + i)};
     const int64_t span = a.size + 2 * a.padding - a.dilation * (a.kernel - 1) - 1;
