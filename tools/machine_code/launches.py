@@ -307,7 +307,7 @@ class Cuda:
         ]
 
     def run(self, op: str, channels_last: bool, relu: bool, lrn: Any, pool: Any, **tensors: Tensor) -> None:
-        """Execute an operator on CPU tensors; their names are those of ``Task`` in csrc/cuda/kernels.h.
+        """Execute an operator on CPU tensors; their names are those of ``TailTask``.
 
         ``lrn`` and ``pool`` are as the registered operators take them, or None. ``x`` may be on the meta device where
         the operator does not read it.
