@@ -1,4 +1,7 @@
-"""Builds the C++ and the CUDA library with ninja, from whatever is in the folders of csrc.
+"""Builds the C++ and the CUDA library with ninja.
+
+csrc/*.cpp and csrc/cpu/*_op.cpp are compiled once, the other csrc/cpu/*.cpp, which are kernels, once per capability;
+csrc/cuda is the CUDA library.
 
 FASTCNN_BUILD_CPP=0 builds none, 1 fails without a compiler; unset, a missing compiler is reported and left at that.
 CXX names the compiler (default c++).
@@ -123,13 +126,10 @@ class Writer:
         command = f"{COMPILER} -MMD -MF $out.d $flags -c $in -o $out"
         n.rule("cxx", command, "compile $out", depfile="$out.d", deps="gcc")
 
-    def compile(self, source, flags, suffix="", rule="cxx"):
-        self.objects.append(f"{source.stem}{suffix}.o")
-        self.n.build(self.objects[-1], rule, str(source), variables={"flags": " ".join(flags)})
-
-    def compile_ops(self, folder, *flags):
-        for source in sorted(folder.glob("*_op.cpp")):
-            self.compile(source, [*self.common, *self.library_flags, *flags])
+    def compile(self, sources, flags, suffix="", rule="cxx"):
+        for source in sorted(sources):
+            self.objects.append(f"{source.stem}{suffix}.o")
+            self.n.build(self.objects[-1], rule, str(source), variables={"flags": " ".join(flags)})
 
     def link(self, target, flags, linker=None):
         self.n.rule("link", f"{linker or COMPILER} -shared $in -o $out $flags", "link $out")
@@ -138,17 +138,16 @@ class Writer:
     def cpp_library(self, target):
         # Errors of math functions are not looked at and nothing traps; results are those of IEEE all the same.
         kernel_flags = [*self.common, "-fno-math-errno", "-fno-trapping-math"]
-        for kernel in sorted(set((CSRC / "cpu").glob("*.cpp")) - set((CSRC / "cpu").glob("*_op.cpp"))):
-            for capability, flags in CAPABILITIES.items():
-                define = f"-DFASTCNN_CAPABILITY={capability}"
-                self.compile(kernel, [*kernel_flags, *flags, define], f".{capability}")
-        self.compile_ops(CSRC / "cpu")
+        ops = set((CSRC / "cpu").glob("*_op.cpp"))
+        kernels = set((CSRC / "cpu").glob("*.cpp")) - ops
+        for capability, flags in CAPABILITIES.items():
+            self.compile(kernels, [*kernel_flags, *flags, f"-DFASTCNN_CAPABILITY={capability}"], f".{capability}")
+        self.compile(ops, [*self.common, *self.library_flags])
         defines = [
             _define("FASTCNN_COMPILER", _version(COMPILER, 0)),
             _define("FASTCNN_CAPABILITIES", ", ".join(CAPABILITIES)),
         ]
-        for source in sorted(CSRC.glob("*.cpp")):
-            self.compile(source, [*self.common, *self.module_flags, *defines])
+        self.compile(CSRC.glob("*.cpp"), [*self.common, *self.module_flags, *defines])
         self.link(target, ["-ltorch_cpu"])
 
     def cuda_library(self, target):
@@ -158,14 +157,13 @@ class Writer:
         nvcc_command = f"{NVCC} -ccbin {COMPILER.split()[0]}"
         command = f"{nvcc_command} -MD -MF $out.d $flags -c $in -o $out"
         self.n.rule("nvcc", command, "compile $out", depfile="$out.d", deps="gcc")
-        for kernel in sorted((CSRC / "cuda").glob("*.cu")):
-            self.compile(kernel, flags, rule="nvcc")
-        self.compile_ops(CSRC / "cuda", "-DUSE_CUDA")
+        self.compile((CSRC / "cuda").glob("*.cu"), flags, rule="nvcc")
+        self.compile((CSRC / "cuda").glob("*_op.cpp"), [*self.common, *self.library_flags, "-DUSE_CUDA"])
         defines = [
             _define("FASTCNN_COMPILER", _version(NVCC, -2)),
             _define("FASTCNN_ARCHITECTURES", ", ".join(f"sm_{arch}" for arch in CUDA_ARCHS)),
         ]
-        self.compile(CSRC / "cuda" / "module.cpp", [*self.common, *self.module_flags, *defines])
+        self.compile([CSRC / "cuda" / "module.cpp"], [*self.common, *self.module_flags, *defines])
         # Beside a CPU build of torch there is no libtorch_cuda to link to: the umbrella stands for it, and brings it in
         # where there is one.
         self.link(target, ["-cudart static -Xlinker --no-as-needed -ltorch"], nvcc_command)

@@ -11,8 +11,16 @@
 
 #include "relu_lrn_max_pool2d.h"
 
+// Arguments that several ops have, in their schemas and functions.
 #define FASTCNN_LRN "int size, float alpha, float beta, float k, int groups"
+#define FASTCNN_LRN_ARGUMENTS int64_t size, double alpha, double beta, double k, int64_t groups
 #define FASTCNN_POOL "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
+#define FASTCNN_POOL_ARGUMENTS Ints kernel, Ints stride, Ints padding, Ints dilation, bool ceil_mode
+
+// Define an op of a library, and implement it for a device.
+#define FASTCNN_OP(library, device, name, arguments, function)          \
+  STABLE_TORCH_LIBRARY_FRAGMENT(library, m) { m.def(#name arguments); } \
+  STABLE_TORCH_LIBRARY_IMPL(library, device, m) { m.impl(#name, TORCH_BOX(&function)); }
 
 namespace fastcnn {
 

@@ -1,4 +1,4 @@
-// The private ops lrn and lrn_backward of both libraries, which give them a RunTask each.
+// The private ops lrn and lrn_backward of both libraries.
 #pragma once
 
 #include "arguments.h"
@@ -14,29 +14,18 @@ inline TailTask lrn_task(const Tensor& x, bool channels_last, const LRN& lrn) {
   return task;
 }
 
+#define FASTCNN_LRN_OP "(Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()"
 template <RunTask run>
-void lrn_op(Tensor x, Tensor out, bool channels_last, int64_t size, double alpha, double beta, double k,
-            int64_t groups) {
+void lrn_op(Tensor x, Tensor out, bool channels_last, FASTCNN_LRN_ARGUMENTS) {
   TailTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});
   run_forward(run, task, x, {}, out, {});
 }
 
+#define FASTCNN_LRN_BACKWARD_OP "(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()"
 template <RunTask run>
-void lrn_backward_op(Tensor dy, Tensor x, Tensor dx, bool channels_last, int64_t size, double alpha, double beta,
-                     double k, int64_t groups) {
+void lrn_backward_op(Tensor dy, Tensor x, Tensor dx, bool channels_last, FASTCNN_LRN_ARGUMENTS) {
   TailTask task = lrn_task(x, channels_last, {size, alpha, beta, k, groups});
   run_backward(run, task, dy, x, {}, {}, dx, {});
-}
-
-void define_lrn(auto& m) {
-  m.def("lrn(Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
-  m.def("lrn_backward(Tensor grad, Tensor input, Tensor(a!) out, bool channels_last, " FASTCNN_LRN ") -> ()");
-}
-
-template <RunTask forward, RunTask backward>
-void implement_lrn(auto& m) {
-  m.impl("lrn", TORCH_BOX(&lrn_op<forward>));
-  m.impl("lrn_backward", TORCH_BOX(&lrn_backward_op<backward>));
 }
 
 }  // namespace fastcnn

@@ -6,12 +6,12 @@
 
 namespace fastcnn {
 
-// One dimension of the pool: window o sees the elements o * stride - padding + i * dilation, i = 0 ... kernel-1, that exist.
+// One dimension: window o sees the elements o * stride - padding + i * dilation, i = 0 ... kernel-1, that exist.
 struct PoolAxis {
   int64_t kernel = 0, stride = 1, padding = 0, dilation = 1;
   int64_t size = 0, out = 0;  // of the map, before and after
 
-  // By torch's rule; with ceil_mode no window starts in the padding behind.
+  // By torch's rule; with ceil_mode no window starts in the padding at the end.
   static PoolAxis of(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
     PoolAxis axis{kernel, stride, padding, dilation, size, 0};
     const int64_t span = size + 2 * padding - dilation * (kernel - 1) - 1;
@@ -41,7 +41,7 @@ struct MaxPool2d {
   PoolAxis h, w;
 
   explicit operator bool() const { return h.kernel > 0; }
-  // Argmax, the place kh * KW + kw in the unclipped window, is kept in one byte where it fits.
+  // Argmax, the offset kh * KW + kw in the unclipped window, is one byte where it fits.
   bool wide_argmax() const { return h.kernel * w.kernel > 256; }
 };
 

@@ -5,14 +5,13 @@
 #include "capability.h"
 #include "cpu/memory.h"
 
+using namespace pybind11::literals;
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The C++ half of fastcnn: importing it registers torch.ops.fastcnn_cpu.";
   m.def("build_info", [] {
-    pybind11::dict info;
-    info["compiler"] = FASTCNN_COMPILER;
-    info["torch"] = FASTCNN_TORCH_VERSION;
-    info["capabilities"] = FASTCNN_CAPABILITIES;
-    return info;
+    return pybind11::dict("compiler"_a = FASTCNN_COMPILER, "torch"_a = FASTCNN_TORCH_VERSION,
+                          "capabilities"_a = FASTCNN_CAPABILITIES);
   }, "Compiler, the torch this was built beside, and the CPU capabilities that were compiled.");
   m.def("cpu_capabilities", &fastcnn::capabilities, "Names of the compiled capabilities this machine has, best last.");
   m.def("cpu_capability", &fastcnn::capability_name, "Name of the capability in use.");

@@ -7,15 +7,15 @@ namespace fastcnn {
 
 enum class DType { float16, bfloat16, float32, float64 };
 
-// N images of C channels and H x W pixels, dense in one of the two memory formats. Where an operator does not care about
-// rows, H is 1 and W counts all pixels.
+// N images of C channels and H x W pixels, dense in one of the two memory formats. Where an operator does not care
+// about rows, H is 1 and W counts all pixels.
 struct Shape {
   int64_t N, C, H, W;
   bool channels_last;
 
   int64_t pixels() const { return H * W; }
   int64_t elements() const { return N * C * H * W; }
-  // Distance between images; inside one, a pixel and a channel lie at pixel * pixel_stride() + channel * channel_stride().
+  // Between images; inside one, a pixel's channel lies at pixel * pixel_stride() + channel * channel_stride().
   int64_t image_stride() const { return C * H * W; }
   int64_t pixel_stride() const { return channels_last ? C : 1; }
   int64_t channel_stride() const { return channels_last ? 1 : H * W; }

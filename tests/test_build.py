@@ -1,6 +1,8 @@
 """The build: with and without compilers, and what a wheel holds."""
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,22 @@ if not module.driver_version():
     assert result.returncode == 0, result.stderr
     if not torch.cuda.is_available():
         assert "cudaError" in result.stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="x86-64 and objdump")
+def test_only_the_kernels_of_a_capability_have_its_instructions():
+    """A function that all compilations share may be linked from any, and must run on every machine."""
+    (library,) = (ROOT / "fastcnn").glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+    command = ["objdump", "-d", "--no-show-raw-insn", library]
+    found, function = {}, ""
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        if line.endswith(">:"):
+            function = line
+        elif register := re.search(r"%[yz]mm", line):
+            found.setdefault(register[0], set()).add(function)
+    assert set(found) == {"%ymm", "%zmm"}
+    assert not [f for f in found["%ymm"] if "7fastcnn4avx2" not in f and "7fastcnn6avx512" not in f]
+    assert not [f for f in found["%zmm"] if "7fastcnn6avx512" not in f]
 
 
 @pytest.fixture(scope="module")

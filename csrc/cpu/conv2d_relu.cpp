@@ -1,5 +1,5 @@
-// What conv2d_relu adds to oneDNN's convolution: the bit mask of a ReLU, and its use. Convolutions with 3x3 windows are in
-// winograd.cpp. Memory: the mask has one bit per element; backward reads it and dy and writes dx.
+// What conv2d_relu adds to oneDNN's convolution: the bit mask of a ReLU, and its use. Convolutions with 3x3 windows are
+// in winograd.cpp. Memory: the mask has one bit per element; backward reads it and dy and writes dx.
 #include "../conv2d_relu.h"
 
 #include <algorithm>

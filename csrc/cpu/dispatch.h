@@ -6,7 +6,8 @@
 #include "vec.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
-namespace {  // here too: g++ takes run<Forward> of two files for one function, though Forward is in an unnamed namespace
+// Unnamed, or g++ takes run<Forward> of two files for one function, though each has a Forward of its own.
+namespace {
 
 // f gets a value of the type.
 template <typename F>

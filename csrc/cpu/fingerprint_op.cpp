@@ -6,10 +6,8 @@ namespace fastcnn {
 
 struct fingerprint;
 
-namespace {
-
 // A hash of the tensor's contents: of the hashes of its pieces, until there is one.
-int64_t fingerprint_op(Tensor x) {
+static int64_t fingerprint_op(Tensor x) {
   STD_TORCH_CHECK(x.is_contiguous(), "the tensor must be contiguous");
   FingerprintTask task{x.const_data_ptr(), static_cast<int64_t>(x.numel() * x.element_size()), nullptr};
   for (std::vector<uint64_t> hashes, pieces;; hashes.swap(pieces)) {
@@ -22,8 +20,6 @@ int64_t fingerprint_op(Tensor x) {
   }
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cpu, m) { m.def("fingerprint(Tensor input) -> int"); }
-STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) { m.impl("fingerprint", TORCH_BOX(&fingerprint_op)); }
+FASTCNN_OP(fastcnn_cpu, CPU, fingerprint, "(Tensor input) -> int", fingerprint_op)
 
-}  // namespace
 }  // namespace fastcnn

@@ -49,7 +49,8 @@ FASTCNN_INLINE void multiply(const LinearTask& task, int64_t first) {
     for (int v = 0; v < vectors; ++v) {
       A y = sum_of<A>(sum[o][v]) + offset;
       if (task.relu && y <= 0) y = 0;  // NaN stays
-      store_first(static_cast<T*>(task.out) + v * task.outputs + first + o, broadcast(y * static_cast<A>(task.factor)), 1);
+      y *= static_cast<A>(task.factor);
+      store_first(static_cast<T*>(task.out) + v * task.outputs + first + o, broadcast(y), 1);
     }
   }
 }

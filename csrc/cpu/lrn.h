@@ -1,4 +1,4 @@
-// LRN of one tile, forward and backward, for every kernel that needs it: s = k + alpha/size * sum(x^2), y = x * s^-beta.
+// LRN of one tile, forward and backward, for lrn and the tail: s = k + alpha/size * sum(x^2), y = x * s^-beta.
 //
 // Each window sum is added from the window's elements. How they are found depends on the memory format:
 //   NCHW            the window is vectors of neighbouring channels, the last few of which are in a ring of rows;
@@ -53,8 +53,8 @@ FASTCNN_INLINE Vec<A> sum_of_five(Vec<A> before, Vec<A> at, Vec<A> after) {
 template <typename A>
 class TileLRN {
  public:
-  // The scratch is the same for every tile of at most as many pixels. `coarse` is for results that are rounded to 16 bits
-  // at once: s^-3/4 then has 13 bits, two more than they can hold.
+  // The scratch is the same for every tile of at most as many pixels. `coarse` is for results that are rounded to 16
+  // bits at once: s^-3/4 then has 13 bits, two more than they can hold.
   TileLRN(const LRN& lrn, const Tile& tile, Scratch& scratch, bool coarse = false)
       : before_(lrn.before(tile.group())),
         after_(lrn.after(tile.group())),
@@ -72,18 +72,20 @@ class TileLRN {
   template <typename Source, typename Sink>
   void forward(const Tile& tile, Source x, Sink y) const {
     with_power([&]<Power power>() {
-      if (!tile.channels_last) forward_planes<power>(tile, x, y);
+      if (!tile.channels_last && before_ + after_ == 4) forward_planes<power, 5>(tile, x, y);
+      else if (!tile.channels_last) forward_planes<power, 0>(tile, x, y);
       else if (in_registers(tile)) forward_registers<power>(tile, x, y);
       else forward_tile<power>(tile, x, y);
     });
   }
 
-  // dx = dy * s^-beta - 2*alpha*beta/size * x * sum(dy * x * s^-(beta+1)), the sum over the windows that hold the channel.
-  // The sink also gets x.
+  // dx = dy * s^-beta - 2*alpha*beta/size * x * sum(dy * x * s^-(beta+1)), the sum over the windows that hold the
+  // channel. The sink also gets x.
   template <typename Source, typename Gradient, typename Sink>
   void backward(const Tile& tile, Source x, Gradient dy, Sink dx) const {
     with_power([&]<Power power>() {
-      if (!tile.channels_last) backward_planes<power>(tile, x, dy, dx);
+      if (!tile.channels_last && before_ + after_ == 4) backward_planes<power, 5>(tile, x, dy, dx);
+      else if (!tile.channels_last) backward_planes<power, 0>(tile, x, dy, dx);
       else if (in_registers(tile)) backward_registers<power>(tile, x, dy, dx);
       else backward_tile<power>(tile, x, dy, dx);
     });
@@ -109,7 +111,8 @@ class TileLRN {
     A* rows_;
     int64_t count, stride, at;
 
-    Ring(A* rows, int64_t count, int64_t pixels) : rows_(rows), count(count), stride(row_stride(pixels)), at(count - 1) {
+    Ring(A* rows, int64_t count, int64_t pixels)
+        : rows_(rows), count(count), stride(row_stride(pixels)), at(count - 1) {
       for (int64_t i = 0; i < count * stride; ++i) rows_[i] = 0;
     }
     void advance() { at = at + 1 < count ? at + 1 : 0; }
@@ -131,12 +134,6 @@ class TileLRN {
 
   static int64_t row_stride(int64_t pixels) { return (pixels + kVectorBytes - 1) / kVectorBytes * kVectorBytes; }
 
-  template <Power power, typename Source, typename Sink>
-  void forward_planes(const Tile& tile, Source x, Sink y) const {
-    if (before_ + after_ == 4) forward_planes<power, 5>(tile, x, y);
-    else forward_planes<power, 0>(tile, x, y);
-  }
-
   template <Power power, int fixed, typename Source, typename Sink>
   void forward_planes(const Tile& tile, Source x, Sink y) const {
     const int64_t n = tile.pixels, channels = tile.group();
@@ -156,12 +153,6 @@ class TileLRN {
     }
   }
 
-  template <Power power, typename Source, typename Gradient, typename Sink>
-  void backward_planes(const Tile& tile, Source x, Gradient dy, Sink dx) const {
-    if (before_ + after_ == 4) backward_planes<power, 5>(tile, x, dy, dx);
-    else backward_planes<power, 0>(tile, x, dy, dx);
-  }
-
   // Channel c completes the sum of channel c - before, whose x is then the oldest of its ring.
   template <Power power, int fixed, typename Source, typename Gradient, typename Sink>
   void backward_planes(const Tile& tile, Source x, Gradient dy, Sink dx) const {
@@ -174,7 +165,8 @@ class TileLRN {
         if (c < 0) continue;
         summands.advance();
         direct.advance();
-        const A *const now = ring.back(after_), *const old = ring.back(rows - 1), *const old_direct = direct.back(before_);
+        const A *const now = ring.back(after_), *const old = ring.back(rows - 1),
+                       *const old_direct = direct.back(before_);
         A *const summand = summands.newest(), *const product = direct.newest();
         if (c < channels) {
           const auto gradient = dy(first + c);
@@ -207,9 +199,7 @@ class TileLRN {
 
   // channels_last, in registers.
 #if FASTCNN_SHUFFLE
-  bool in_registers(const Tile& tile) const {
-    return before_ == 2 && after_ == 2 && tile.run() % kLanes<A> == 0;
-  }
+  bool in_registers(const Tile& tile) const { return before_ == 2 && after_ == 2 && tile.run() % kLanes<A> == 0; }
 
   template <Power power, typename Source, typename Sink>
   void forward_registers(const Tile& tile, Source x, Sink y) const {
@@ -277,9 +267,7 @@ class TileLRN {
     return sum;
   }
 
-  FASTCNN_INLINE V scale_at(const A* x) const {
-    return k_ + scale_ * window_sum(x, before_, after_, square);
-  }
+  FASTCNN_INLINE V scale_at(const A* x) const { return k_ + scale_ * window_sum(x, before_, after_, square); }
 
   template <Power power, typename Source, typename Sink>
   void forward_tile(const Tile& unpadded, Source x, Sink y) const {

@@ -19,8 +19,8 @@ struct PooledRow {
   Lane<A>* places;  // of the maxima: kw, or kh * KW + kw
 };
 
-// A pooled row in scratch has the runs of a tile of OW pixels, each with room for whole vectors and for `margin` outputs
-// that do not exist before and after them.
+// A pooled row in scratch has the runs of a tile of OW pixels, each with room for whole vectors and for `margin`
+// outputs that do not exist before and after them.
 struct PooledLayout {
   bool channels_last;
   int64_t groups, group, width, margin;
@@ -45,170 +45,20 @@ struct Maximum {
     value = wins ? v : value;
     place = wins ? p : place;
   }
+  void store_to(const PooledRow<A>& row, int64_t at) const {
+    store(row.values + at, value);
+    std::memcpy(row.places + at, &place, sizeof place);
+  }
 };
 
 template <typename A>
-inline IntVec<A> places(int64_t p) {
+IntVec<A> places(int64_t p) {
   return IntVec<A>{} + static_cast<Lane<A>>(p);
 }
 
-template <typename A>
-void pool_columns_channels_last(const PoolAxis& w, const Tile& tile, const A* x, const PooledLayout& layout,
-                                const PooledRow<A>& out) {
-  for (int64_t o = 0; o < w.out; ++o) {
-    const int64_t first = w.first(o), last = w.last(o);
-    for (int64_t g = 0; g < tile.groups; ++g) {
-      const A* window = x + tile.in_scratch(w.element(o, 0) * tile.groups + g);
-      const int64_t step = w.dilation * tile.groups * tile.run(), to = layout.start(o * tile.groups + g);
-      for (int64_t c = 0; c < tile.group(); c += kLanes<A>) {
-        Maximum<A> best = Maximum<A>::of_nothing();
-        if (first < last) best = {load(window + first * step + c), places<A>(first)};
-        for (int64_t i = first + 1; i < last; ++i) best.take(load(window + i * step + c), places<A>(i));
-        store(out.values + to + c, best.value);
-        std::memcpy(out.places + to + c, &best.place, sizeof best.place);
-      }
-    }
-  }
-}
-
-// A row of NCHW with -inf where windows reach over its ends; `firsts` are the windows' first elements inside the map.
-template <typename A>
-struct PaddedRow {
-  A* row;
-  Lane<A>* firsts;
-};
-
-template <int stride, typename A>
-inline Vec<A> load_strided(const A* p, int64_t any) {
-  if constexpr (stride == 1) return load(p);
-  if constexpr (stride == 2) return load_even(p);
-  Vec<A> v;
-  for (int i = 0; i < kLanes<A>; ++i) v[i] = p[i * any];
-  return v;
-}
-
-template <int stride, typename A>
-void pool_columns_nchw(const PoolAxis& w, const Tile& tile, const A* x, const PooledLayout& layout,
-                       const PooledRow<A>& out, const PaddedRow<A>& padded, int64_t ahead) {
-  const bool clipped = w.padding > 0 || w.element(w.out - 1, w.reach() - 1) >= w.size;
-  for (int64_t c = 0; c < tile.channels; ++c) {
-    const A* row = x + tile.in_scratch(c);
-    if (ahead) for (int64_t i = 0; i < w.size; i += kVectorBytes / sizeof(A)) __builtin_prefetch(row + ahead + i);
-    if (clipped) {
-      std::memcpy(padded.row + w.padding, row, w.size * sizeof(A));
-      row = padded.row + w.padding;
-    }
-    for (int64_t o = 0; o < w.out; o += kLanes<A>) {
-      const A* window = row + w.element(o, 0);
-      Maximum<A> best{load_strided<stride>(window, w.stride), load_as<IntVec<A>>(padded.firsts + o)};
-      for (int64_t i = 1; i < w.reach(); ++i) {
-        best.take(load_strided<stride>(window + i * w.dilation, w.stride), places<A>(i));
-      }
-      store(out.values + layout.start(c) + o, best.value);
-      std::memcpy(out.places + layout.start(c) + o, &best.place, sizeof best.place);
-    }
-  }
-}
-
-// How far beyond a tile the functions of this file may read or write.
+// How far beyond a tile pooling may read or write.
 inline int64_t pool_slack(const PoolAxis& w) {
   return 2 * w.padding + w.reach() * w.dilation + (w.stride + 1) * kVectorBytes;
-}
-
-// The maxima along W of the tile's row.
-template <typename A>
-void pool_columns(const PoolAxis& w, const Tile& tile, const A* x, const PooledLayout& layout, const PooledRow<A>& out,
-                  const PaddedRow<A>& padded, int64_t ahead) {
-  if (tile.channels_last) return pool_columns_channels_last(w, tile, x, layout, out);
-  if (w.stride == 1) return pool_columns_nchw<1>(w, tile, x, layout, out, padded, ahead);
-  if (w.stride == 2) return pool_columns_nchw<2>(w, tile, x, layout, out, padded, ahead);
-  pool_columns_nchw<0>(w, tile, x, layout, out, padded, ahead);
-}
-
-// A window on dy whose gradient an input element gets where the window's maximum is at `place`.
-template <typename A>
-struct Source {
-  const A* dy;
-  const Lane<A>* argmax;
-  Lane<A> place;
-};
-
-template <typename A>
-inline Vec<A> gather(const Source<A>* sources, int64_t count, int64_t at) {
-  Vec<A> sum = {};
-  for (int64_t s = 0; s < count; ++s) {
-    const auto mine = load_as<IntVec<A>>(sources[s].argmax + at) == places<A>(sources[s].place);
-    sum += mine ? load(sources[s].dy + at) : Vec<A>{};
-  }
-  return sum;
-}
-
-// The windows of pooled rows that hold an input row: rows[i] is the row of which it is line kh[i].
-template <typename A>
-struct Covering {
-  PooledRow<A>* rows;
-  int64_t* kh;
-  int64_t count;
-};
-
-template <typename A>
-void gather_channels_last(const PoolAxis& w, const Covering<A>& covering, const Tile& tile, const PooledLayout& layout,
-                          Source<A>* sources, A* dx) {
-  for (int64_t column = 0; column < w.size; ++column) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < covering.count; ++i) {
-      for (int64_t kw = 0; kw < w.reach(); ++kw) {
-        const int64_t shifted = column + w.padding - kw * w.dilation, o = shifted / w.stride;
-        if (shifted < 0 || shifted % w.stride || o >= w.out) continue;
-        const PooledRow<A>& row = covering.rows[i];
-        const int64_t at = layout.start(o * tile.groups);
-        const auto place = static_cast<Lane<A>>(covering.kh[i] * w.kernel + kw);
-        sources[count++] = {row.values + at, row.places + at, place};
-      }
-    }
-    for (int64_t g = 0; g < tile.groups; ++g) {
-      A* to = dx + tile.in_scratch(column * tile.groups + g);
-      for (int64_t c = 0; c < tile.group(); c += kLanes<A>) store(to + c, gather(sources, count, g * layout.stride() + c));
-    }
-  }
-}
-
-// Columns of one phase, column % stride, see the same kw at the same distance: their gather is a flat loop over outputs.
-template <typename A>
-void gather_nchw(const PoolAxis& w, const Covering<A>& covering, const Tile& tile, const PooledLayout& layout,
-                 Source<A>* sources, int64_t* counts, A* dx) {
-  const int64_t most = covering.count * w.reach();
-  for (int64_t phase = 0; phase < w.stride; ++phase) {
-    Source<A>* mine = sources + phase * most;
-    counts[phase] = 0;
-    for (int64_t i = 0; i < covering.count; ++i) {
-      for (int64_t kw = 0; kw < w.reach(); ++kw) {
-        const int64_t shifted = phase + w.padding - kw * w.dilation;
-        if (shifted % w.stride) continue;
-        const int64_t at = layout.start(0) + shifted / w.stride;
-        const auto place = static_cast<Lane<A>>(covering.kh[i] * w.kernel + kw);
-        mine[counts[phase]++] = {covering.rows[i].values + at, covering.rows[i].places + at, place};
-      }
-    }
-  }
-  const int64_t per_phase = (w.size + w.stride - 1) / w.stride;
-  for (int64_t c = 0; c < tile.channels; ++c) {
-    A* row = dx + tile.in_scratch(c);
-    const int64_t from = c * layout.stride();
-    for (int64_t j = 0; j < per_phase; j += kLanes<A>) {
-      const auto phase = [&](int64_t p) { return gather(sources + p * most, counts[p], from + j); };
-      if (w.stride == 1) {
-        store(row + j, phase(0));
-      } else if (w.stride == 2) {
-        store_interleaved(row + 2 * j, phase(0), phase(1));
-      } else {
-        for (int64_t p = 0; p < w.stride; ++p) {
-          const Vec<A> v = phase(p);
-          for (int64_t l = 0; l < kLanes<A> && (j + l) * w.stride + p < w.size; ++l) row[(j + l) * w.stride + p] = v[l];
-        }
-      }
-    }
-  }
 }
 
 inline int64_t row_offset(const Shape& shape, int64_t n, int64_t h) {
@@ -234,6 +84,15 @@ struct Rows {
   A* take(Scratch& scratch) const { return scratch.take<A>(tile.lanes() + pool_slack(task.pool.w)); }
 };
 
+template <int stride, typename A>
+Vec<A> load_strided(const A* p, int64_t any) {
+  if constexpr (stride == 1) return load(p);
+  if constexpr (stride == 2) return load_even(p);
+  Vec<A> v;
+  for (int i = 0; i < kLanes<A>; ++i) v[i] = p[i * any];
+  return v;
+}
+
 template <typename T>
 class PoolForward {
   using A = Compute<T>;
@@ -244,11 +103,12 @@ class PoolForward {
         row_(rows.take(scratch)),
         ring_{scratch.take<A>(slots_ * layout_.lanes()), scratch.take<Lane<A>>(slots_ * layout_.lanes())},
         owners_(scratch.take<int64_t>(slots_)),
-        padded_{scratch.take<A>(w_.size + pool_slack(w_)), scratch.take<Lane<A>>(w_.out + kVectorBytes)} {
+        padded_(scratch.take<A>(w_.size + pool_slack(w_))),
+        firsts_(scratch.take<Lane<A>>(w_.out + kVectorBytes)) {
     if (scratch.only_counts()) return;
     for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
-    for (int64_t i = 0; i < w_.size + pool_slack(w_); ++i) padded_.row[i] = -std::numeric_limits<A>::infinity();
-    for (int64_t o = 0; o < w_.out; ++o) padded_.firsts[o] = w_.first(o) < w_.last(o) ? w_.first(o) : 0;
+    for (int64_t i = 0; i < w_.size + pool_slack(w_); ++i) padded_[i] = -std::numeric_limits<A>::infinity();
+    for (int64_t o = 0; o < w_.out; ++o) firsts_[o] = w_.first(o) < w_.last(o) ? w_.first(o) : 0;
   }
 
   // Row o of image n's output. produce(n, row, sink) hands a row of what is pooled to a sink.
@@ -297,20 +157,66 @@ class PoolForward {
         Tile in_place = rows_.tile;
         in_place.pad = task_.shape.channel_stride() - w_.size;
         const A* from = static_cast<const A*>(task_.x) + row_offset(task_.shape, n, row);
-        return pool_columns(w_, in_place, from - in_place.pad, layout_, pooled, padded_, rows_.ahead);
+        return pool_columns(in_place, from - in_place.pad, pooled, rows_.ahead);
       }
     }
     produce(n, row, TileSink<A>{rows_.tile, row_});
-    pool_columns(w_, rows_.tile, row_, layout_, pooled, padded_, 0);
+    pool_columns(rows_.tile, row_, pooled, 0);
   }
 
-  // Whether a row of NCHW can be pooled where it lies: nothing comes before the pool, and the vectors that reach beyond the
-  // row's end stay inside the tensor.
+  // Whether a row of NCHW can be pooled where it lies: nothing comes before the pool, and the vectors that reach beyond
+  // the row's end stay inside the tensor.
   bool untouched(int64_t n, int64_t row) const {
     const Shape& s = task_.shape;
     const int64_t end = row_offset(s, n, row) + (s.C - 1) * s.channel_stride() + s.W;
     return !s.channels_last && !task_.lrn && !task_.relu && !task_.bias &&
            end + pool_slack(w_) + kVectorBytes <= s.N * s.image_stride();
+  }
+
+  // The maxima along W of the tile's row.
+  void pool_columns(const Tile& tile, const A* x, const PooledRow<A>& out, int64_t ahead) const {
+    if (tile.channels_last) return pool_columns_channels_last(tile, x, out);
+    if (w_.stride == 1) return pool_columns_nchw<1>(tile, x, out, ahead);
+    if (w_.stride == 2) return pool_columns_nchw<2>(tile, x, out, ahead);
+    pool_columns_nchw<0>(tile, x, out, ahead);
+  }
+
+  void pool_columns_channels_last(const Tile& tile, const A* x, const PooledRow<A>& out) const {
+    const int64_t group = tile.group();
+    for (int64_t o = 0; o < w_.out; ++o) {
+      const int64_t first = w_.first(o), last = w_.last(o);
+      for (int64_t g = 0; g < tile.groups; ++g) {
+        const A* window = x + tile.in_scratch(w_.element(o, 0) * tile.groups + g);
+        const int64_t step = w_.dilation * tile.groups * tile.run(), to = layout_.start(o * tile.groups + g);
+        for (int64_t c = 0; c < group; c += kLanes<A>) {
+          Maximum<A> best = Maximum<A>::of_nothing();
+          if (first < last) best = {load(window + first * step + c), places<A>(first)};
+          for (int64_t i = first + 1; i < last; ++i) best.take(load(window + i * step + c), places<A>(i));
+          best.store_to(out, to + c);
+        }
+      }
+    }
+  }
+
+  template <int stride>
+  void pool_columns_nchw(const Tile& tile, const A* x, const PooledRow<A>& out, int64_t ahead) const {
+    const bool clipped = w_.padding > 0 || w_.element(w_.out - 1, w_.reach() - 1) >= w_.size;
+    for (int64_t c = 0; c < tile.channels; ++c) {
+      const A* row = x + tile.in_scratch(c);
+      for (int64_t i = 0; ahead && i < w_.size; i += kVectorBytes / sizeof(A)) __builtin_prefetch(row + ahead + i);
+      if (clipped) {
+        std::memcpy(padded_ + w_.padding, row, w_.size * sizeof(A));
+        row = padded_ + w_.padding;
+      }
+      for (int64_t o = 0; o < w_.out; o += kLanes<A>) {
+        const A* window = row + w_.element(o, 0);
+        Maximum<A> best{load_strided<stride>(window, w_.stride), load_as<IntVec<A>>(firsts_ + o)};
+        for (int64_t i = 1; i < w_.reach(); ++i) {
+          best.take(load_strided<stride>(window + i * w_.dilation, w_.stride), places<A>(i));
+        }
+        best.store_to(out, layout_.start(c) + o);
+      }
+    }
   }
 
   const Rows<T> rows_;
@@ -323,7 +229,8 @@ class PoolForward {
   const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation + 1, h_.size);
   const PooledRow<A> ring_;
   int64_t* const owners_;
-  const PaddedRow<A> padded_;
+  A* const padded_;        // a row of NCHW with -inf where windows reach over its ends
+  Lane<A>* const firsts_;  // the windows' first elements inside the map
 };
 
 template <typename T>
@@ -335,8 +242,8 @@ class PoolBackward {
       : rows_(rows),
         ring_{scratch.take<A>(slots_ * layout_.lanes()), scratch.take<Lane<A>>(slots_ * layout_.lanes())},
         owners_(scratch.take<int64_t>(slots_)),
-        covering_{scratch.take<PooledRow<A>>(slots_), scratch.take<int64_t>(slots_), 0},
-        sources_(scratch.take<Source<A>>(slots_ * w_.reach() * w_.stride)),
+        covering_(scratch.take<Covering>(slots_)),
+        sources_(scratch.take<Source>(slots_ * w_.reach() * w_.stride)),
         counts_(scratch.take<int64_t>(w_.stride)) {
     if (scratch.only_counts()) return;
     for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
@@ -345,23 +252,29 @@ class PoolBackward {
 
   // The gradient of a row of what was pooled, to a tile of Rows::take().
   void gather(int64_t n, int64_t row, A* to) {
-    if (task_.pool.wide_argmax()) gather<int32_t>(n, row, to);
-    else gather<uint8_t>(n, row, to);
-  }
-
- private:
-  template <typename Argmax>
-  void gather(int64_t n, int64_t row, A* to) {
-    covering_.count = 0;
+    covered_ = 0;
     for (int64_t i = h_.reach() - 1; i >= 0; --i) {
       const int64_t shifted = row + h_.padding - i * h_.dilation, o = shifted / h_.stride;
       if (shifted < 0 || shifted % h_.stride || o >= h_.out) continue;
-      covering_.rows[covering_.count] = dy_row<Argmax>(n, o);
-      covering_.kh[covering_.count++] = i;
+      covering_[covered_++] = {task_.pool.wide_argmax() ? dy_row<int32_t>(n, o) : dy_row<uint8_t>(n, o), i};
     }
-    if (out_.channels_last) gather_channels_last(w_, covering_, rows_.tile, layout_, sources_, to);
-    else gather_nchw(w_, covering_, rows_.tile, layout_, sources_, counts_, to);
+    if (out_.channels_last) gather_channels_last(to);
+    else gather_nchw(to);
   }
+
+ private:
+  // A pooled row whose windows hold the row as their line kh.
+  struct Covering {
+    PooledRow<A> row;
+    int64_t kh;
+  };
+
+  // A window on dy whose gradient an input element gets where the window's maximum is at `place`.
+  struct Source {
+    const A* dy;
+    const Lane<A>* argmax;
+    Lane<A> place;
+  };
 
   template <typename Argmax>
   PooledRow<A> dy_row(int64_t n, int64_t o) const {
@@ -381,21 +294,91 @@ class PoolBackward {
     return row;
   }
 
+  Source source(const Covering& covering, int64_t kw, int64_t at) const {
+    const auto place = static_cast<Lane<A>>(covering.kh * w_.kernel + kw);
+    return {covering.row.values + at, covering.row.places + at, place};
+  }
+
+  FASTCNN_INLINE static Vec<A> sum_of(const Source* sources, int64_t count, int64_t at) {
+    Vec<A> sum = {};
+    for (int64_t s = 0; s < count; ++s) {
+      const auto mine = load_as<IntVec<A>>(sources[s].argmax + at) == places<A>(sources[s].place);
+      sum += mine ? load(sources[s].dy + at) : Vec<A>{};
+    }
+    return sum;
+  }
+
+  void gather_channels_last(A* to) const {
+    const Tile& tile = rows_.tile;
+    const int64_t group = tile.group();
+    for (int64_t column = 0; column < w_.size; ++column) {
+      int64_t count = 0;
+      for (int64_t i = 0; i < covered_; ++i) {
+        for (int64_t kw = 0; kw < w_.reach(); ++kw) {
+          const int64_t shifted = column + w_.padding - kw * w_.dilation, o = shifted / w_.stride;
+          if (shifted < 0 || shifted % w_.stride || o >= w_.out) continue;
+          sources_[count++] = source(covering_[i], kw, layout_.start(o * tile.groups));
+        }
+      }
+      for (int64_t g = 0; g < tile.groups; ++g) {
+        A* const at = to + tile.in_scratch(column * tile.groups + g);
+        for (int64_t c = 0; c < group; c += kLanes<A>) {
+          store(at + c, sum_of(sources_, count, g * layout_.stride() + c));
+        }
+      }
+    }
+  }
+
+  // Columns of one phase, column % stride, see the same kw at the same distance: a flat loop over outputs gathers them.
+  void gather_nchw(A* to) const {
+    const int64_t most = covered_ * w_.reach();
+    for (int64_t phase = 0; phase < w_.stride; ++phase) {
+      counts_[phase] = 0;
+      for (int64_t i = 0; i < covered_; ++i) {
+        for (int64_t kw = 0; kw < w_.reach(); ++kw) {
+          const int64_t shifted = phase + w_.padding - kw * w_.dilation;
+          if (shifted % w_.stride) continue;
+          sources_[phase * most + counts_[phase]++] = source(covering_[i], kw, layout_.start(0) + shifted / w_.stride);
+        }
+      }
+    }
+    const int64_t per_phase = (w_.size + w_.stride - 1) / w_.stride;
+    for (int64_t c = 0; c < rows_.tile.channels; ++c) {
+      A* const row = to + rows_.tile.in_scratch(c);
+      const int64_t from = c * layout_.stride();
+      for (int64_t j = 0; j < per_phase; j += kLanes<A>) {
+        const auto phase = [&](int64_t p) { return sum_of(sources_ + p * most, counts_[p], from + j); };
+        if (w_.stride == 1) {
+          store(row + j, phase(0));
+        } else if (w_.stride == 2) {
+          store_interleaved(row + 2 * j, phase(0), phase(1));
+        } else {
+          for (int64_t p = 0; p < w_.stride; ++p) {
+            const Vec<A> v = phase(p);
+            for (int64_t l = 0; l < kLanes<A> && (j + l) * w_.stride + p < w_.size; ++l)
+              row[(j + l) * w_.stride + p] = v[l];
+          }
+        }
+      }
+    }
+  }
+
   const Rows<T> rows_;
   const TailTask& task_ = rows_.task;
   const PoolAxis &h_ = task_.pool.h, &w_ = task_.pool.w;
   const Shape out_ = task_.out_shape();
   // In NCHW the gather looks this far beyond the ends of a row of dy.
-  const int64_t margin_ =
-      out_.channels_last ? 0 : (w_.reach() * w_.dilation + w_.padding + w_.size) / w_.stride - w_.out + 1 + kVectorBytes;
+  const int64_t seen_ = (w_.reach() * w_.dilation + w_.padding + w_.size) / w_.stride + 1;
+  const int64_t margin_ = out_.channels_last ? 0 : seen_ - w_.out + kVectorBytes;
   const PooledLayout layout_{out_.channels_last, rows_.tile.groups, rows_.tile.group(), w_.out, margin_};
   // Rows of dy in the compute type: row o is in slot o % slots, if owners[slot] says so.
   const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation / h_.stride + 1, h_.out);
   const PooledRow<A> ring_;
   int64_t* const owners_;
-  Covering<A> covering_;
-  Source<A>* const sources_;
-  int64_t* const counts_;
+  Covering* const covering_;
+  int64_t covered_ = 0;
+  Source* const sources_;
+  int64_t* const counts_;  // of the sources of each phase
 };
 
 // A unit of backward is a block of rows of x, so that a row of dy is read for several of them.

@@ -1,5 +1,3 @@
-#include "memory.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -7,6 +5,7 @@
 #include <vector>
 
 #include "../arguments.h"
+#include "memory.h"
 
 namespace fastcnn {
 namespace {
@@ -22,8 +21,8 @@ struct Block {
 
 class CachingAllocator {
  public:
-  // A block of this many bytes, at most twice as many, or an empty one where the system has none left. One that is saved
-  // for backward, while others are computed, wastes less: it is at most a quarter larger, and little is cached beside it.
+  // A block of this many bytes, at most twice as many, or an empty one where the system has none left. One saved for
+  // backward, while others are computed, wastes less: it is at most a quarter larger, and little is cached beside it.
   Block take(int64_t bytes, bool saved) {
     const std::lock_guard lock(mutex_);
     auto best = cached_.end();
@@ -97,8 +96,7 @@ Tensor kept_like(Tensor x, bool lasting) {
                                   [block](void*) { allocator().give_back(block); });
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cpu, m) { m.def("kept_like(Tensor input, bool lasting) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) { m.impl("kept_like", TORCH_BOX(&kept_like)); }
+FASTCNN_OP(fastcnn_cpu, CPU, kept_like, "(Tensor input, bool lasting) -> Tensor", kept_like)
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <new>
 
 #if defined(__linux__)
@@ -29,22 +30,14 @@ const Kernel<Task>& kernel() {
   }
 }
 
-class ScratchBlock {
- public:
-  explicit ScratchBlock(int64_t bytes) : block_(std::aligned_alloc(64, (bytes + 64) / 64 * 64)) {
-    if (!block_) throw std::bad_alloc();
-  }
-  ScratchBlock(const ScratchBlock&) = delete;
-  ScratchBlock& operator=(const ScratchBlock&) = delete;
-  ~ScratchBlock() { std::free(block_); }
-  void* get() const { return block_; }
+inline auto allocate_scratch(int64_t bytes) {
+  std::unique_ptr<void, decltype(&std::free)> block(std::aligned_alloc(64, (bytes + 64) / 64 * 64), &std::free);
+  if (!block) throw std::bad_alloc();
+  return block;
+}
 
- private:
-  void* block_;
-};
-
-// An output that is mapped before it is written. Without images each unit writes its own piece of it; otherwise only the
-// units of an image together do.
+// An output that is mapped before it is written. Without `images` each unit writes its own piece of it; otherwise only
+// the units of an image together do.
 struct Output {
   Output() = default;
   explicit Output(const torch::stable::Tensor& t, int64_t images = 0)
@@ -53,9 +46,9 @@ struct Output {
   int64_t bytes = 0, images = 0;
 };
 
-// Pre-fault these pages, which are about to be written. Large new tensors are not mapped yet, and one request is cheaper
-// than a fault for each page: twice as fast where a kernel hops from channel to channel. Only a hint, which costs next to
-// nothing where they are mapped: one page in the middle tells.
+// Pre-fault these pages, which are about to be written. Large new tensors are not mapped yet, and one request is
+// cheaper than a fault for each page: twice as fast where a kernel hops from channel to channel. Only a hint, which
+// costs next to nothing where they are mapped: one page in the middle tells.
 inline void map_for_writing([[maybe_unused]] char* begin, [[maybe_unused]] char* end) {
 #if defined(MADV_POPULATE_WRITE)
   static const uintptr_t page = sysconf(_SC_PAGESIZE);
@@ -66,11 +59,12 @@ inline void map_for_writing([[maybe_unused]] char* begin, [[maybe_unused]] char*
 #endif
 }
 
-// Share a kernel's units out among torch's threads. `elements` are those of all units: a thread gets as many as torch gives
-// one. It does its units in pieces whose output stays in cache between being mapped and being written.
+// Share a kernel's units, which have this many elements in all, out among torch's threads. A thread does its units in
+// pieces whose output stays in cache between being mapped and being written.
 template <typename Name, typename Task>
 void parallel(const Task& task, int64_t elements, const Output& out = {}) {
-  constexpr int64_t kGrain = 32768, kPiece = 1 << 20;  // elements, bytes
+  constexpr int64_t kGrain = 32768;    // elements worth a thread, as in torch
+  constexpr int64_t kPiece = 1 << 20;  // bytes
   const Kernel<Task>& k = kernel<Name, Task>();
   const int64_t units = elements ? k.units(task) : 0;
   if (!units) return;
@@ -80,12 +74,13 @@ void parallel(const Task& task, int64_t elements, const Output& out = {}) {
   const int64_t step = std::max<int64_t>(1, images / pieces) * (units / images);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
-    const ScratchBlock scratch(scratch_bytes);
+    const auto scratch = allocate_scratch(scratch_bytes);
     if (pieces == 1) return k.run(task, begin, end, scratch.get());
     const double unit_bytes = static_cast<double>(out.bytes) / units;
     for (int64_t next; begin < end; begin = next) {
       next = std::min((begin / step + 1) * step, end);
-      map_for_writing(out.data + static_cast<int64_t>(begin * unit_bytes), out.data + static_cast<int64_t>(next * unit_bytes));
+      const auto at = [&](int64_t unit) { return out.data + static_cast<int64_t>(unit * unit_bytes); };
+      map_for_writing(at(begin), at(next));
       k.run(task, begin, next, scratch.get());
     }
   });

@@ -1,6 +1,6 @@
 // The tail of an AlexNet stage, max_pool2d(lrn(relu(x + bias))), any part of which may be absent, and its gradient.
 // Memory: forward reads x once and writes the pooled map and its argmax; backward reads x, dy and argmax and writes dx.
-// A row is loaded, rectified, normalized and pooled along W in cache; max_pool2d.h pools the last few such rows along H.
+// A row is loaded, rectified, normalized and pooled along W in cache, the last few such rows along H: see max_pool2d.h.
 #include <limits>
 
 #include "dispatch.h"
@@ -86,36 +86,38 @@ struct Backward {
 
   // From the gradient of what was normalized to that of the row, which `sink` takes.
   template <typename Gradient, typename Sink>
-  void differentiate(int64_t n, int64_t row, Gradient dy, Sink sink) const {
+  void differentiate(int64_t image, int64_t row, Gradient dy, Sink sink) const {
     if (!task.relu && !task.lrn) return copy<A>(tile, dy, sink);  // x may be absent
-    const RectifiedSource<T> x = rows.x(n, row);
+    const RectifiedSource<T> x = rows.x(image, row);
     const auto masked = [&, relu = task.relu](int64_t r) FASTCNN_INLINE_LAMBDA {
       return [to = sink(r), relu](int64_t i, Vec<A> dx, Vec<A> x) FASTCNN_INLINE_LAMBDA {
         to(i, relu ? (x <= 0 ? Vec<A>{} : dx) : dx);
       };
     };
     if (task.lrn) return rows.lrn.backward(tile, x, dy, masked);
-    for (int64_t r = 0; r < tile.runs(); ++r) {
+    const int64_t runs = tile.runs(), n = tile.run();
+    for (int64_t r = 0; r < runs; ++r) {
       const auto value = x(r);
       const auto gradient = dy(r);
       const auto to = masked(r);
-      for_each_vector<A>(tile.run(), [&](int64_t i) FASTCNN_INLINE_LAMBDA { to(i, gradient(i), value(i)); });
+      for_each_vector<A>(n, [&](int64_t i) FASTCNN_INLINE_LAMBDA { to(i, gradient(i), value(i)); });
     }
   }
 
   void add_to_bias(A* sums) const {
-    for (int64_t r = 0; r < tile.runs(); ++r) {
+    const int64_t runs = tile.runs(), n = tile.run();
+    for (int64_t r = 0; r < runs; ++r) {
       const A* run = summed + tile.in_scratch(r);
       A* sum = sums + tile.first_channel(r);
       int64_t i = 0;
       if (tile.channels_last) {
-        for (; i + kLanes<A> <= tile.run(); i += kLanes<A>) store(sum + i, load(sum + i) + load(run + i));
-        for (; i < tile.run(); ++i) sum[i] += run[i];
+        for (; i + kLanes<A> <= n; i += kLanes<A>) store(sum + i, load(sum + i) + load(run + i));
+        for (; i < n; ++i) sum[i] += run[i];
       } else {
         Vec<A> lanes = {};
-        for (; i + kLanes<A> <= tile.run(); i += kLanes<A>) lanes += load(run + i);
+        for (; i + kLanes<A> <= n; i += kLanes<A>) lanes += load(run + i);
         A total = 0;
-        for (; i < tile.run(); ++i) total += run[i];
+        for (; i < n; ++i) total += run[i];
         for (int l = 0; l < kLanes<A>; ++l) total += lanes[l];
         *sum += total;
       }

@@ -7,15 +7,13 @@ namespace fastcnn {
 struct relu_lrn_max_pool2d;
 struct relu_lrn_max_pool2d_backward;
 
-namespace {
-
-void forward(TailTask& task, const Tensor& out) {
+static void forward(TailTask& task, const Tensor& out) {
   parallel<relu_lrn_max_pool2d>(task, task.shape.elements(), Output(out, task.shape.N));
 }
 
 // The bias gradient: a partial sum for each unit, then those in order, whatever the number of threads.
 template <typename A>
-void sum_partials(const TailTask& task, int64_t units) {
+static void sum_partials(const TailTask& task, int64_t units) {
   for (int64_t c = 0; c < task.shape.C; ++c) {
     double sum = 0;
     for (int64_t u = 0; u < units; ++u) sum += static_cast<const A*>(task.partials)[u * task.shape.C + c];
@@ -23,18 +21,18 @@ void sum_partials(const TailTask& task, int64_t units) {
   }
 }
 
-void backward(TailTask& task, const Tensor& dx) {
+static void backward(TailTask& task, const Tensor& dx) {
   const int64_t elements = task.shape.elements();
   const int64_t units = elements ? kernel<relu_lrn_max_pool2d_backward, TailTask>().units(task) : 0;
   const bool is_double = task.dtype == DType::float64;
-  const ScratchBlock partials(task.dbias ? units * task.shape.C * (is_double ? sizeof(double) : sizeof(float)) : 0);
+  const auto partials = allocate_scratch(task.dbias ? units * task.shape.C * (is_double ? 8 : 4) : 0);
   task.partials = task.dbias ? partials.get() : nullptr;
   parallel<relu_lrn_max_pool2d_backward>(task, elements, Output(dx, task.shape.N));
   if (task.dbias) (is_double ? sum_partials<double> : sum_partials<float>)(task, units);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cpu, m) { define_relu_lrn_max_pool2d(m); }
-STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) { implement_relu_lrn_max_pool2d<forward, backward>(m); }
+FASTCNN_OP(fastcnn_cpu, CPU, relu_lrn_max_pool2d, FASTCNN_RELU_LRN_MAX_POOL2D_OP, relu_lrn_max_pool2d_op<forward>)
+FASTCNN_OP(fastcnn_cpu, CPU, relu_lrn_max_pool2d_backward, FASTCNN_RELU_LRN_MAX_POOL2D_BACKWARD_OP,
+           relu_lrn_max_pool2d_backward_op<backward>)
 
-}  // namespace
 }  // namespace fastcnn

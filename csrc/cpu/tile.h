@@ -1,9 +1,9 @@
-// A tile is some pixels with all their channels, in either memory format. It is handled by runs, the pieces in which it is
-// contiguous: in NCHW a run is one channel of all the pixels, in channels_last one group of channels of one pixel.
+// A tile is some pixels with all their channels, in either memory format. It is handled by runs, the pieces in which it
+// is contiguous: in NCHW a run is one channel of all the pixels, in channels_last one group of channels of one pixel.
 //
 // Kernels are written on sources and sinks: source(r)(i) gives the vector at element i of run r in the compute type,
-// sink(r)(i, v) takes it. They read and write tensors of any dtype, or a tile in scratch. A run shorter than a vector is
-// one vector with whatever follows it in the rest; only its own elements are read from and written to tensors.
+// sink(r)(i, v) takes it. They read and write tensors of any dtype, or a tile in scratch. A run shorter than a vector
+// is one vector with whatever follows it in the rest; only its own elements are read from and written to tensors.
 #pragma once
 
 #include "../tensor.h"
@@ -35,8 +35,8 @@ FASTCNN_INLINE void for_each_vector(int64_t n, F f) {
   if (i < n) f(n > kLanes<A> ? n - kLanes<A> : 0);
 }
 
-// A tensor's elements. Reading one asks for that `ahead` elements further, which will be needed a little later: the pieces
-// in which tensors are read are too short for the hardware to see them coming.
+// A tensor's elements. Reading one asks for that `ahead` elements further, which will be needed a little later: the
+// pieces in which tensors are read are too short for the hardware to see them coming.
 template <typename T>
 struct TensorSource {
   using A = Compute<T>;
@@ -45,8 +45,8 @@ struct TensorSource {
   int64_t channel_stride, ahead;
 
   FASTCNN_INLINE auto operator()(int64_t r) const {
-    return [from = x + tile.in_memory(r, channel_stride), n = tile.run(), ahead = ahead](
-               int64_t i) FASTCNN_INLINE_LAMBDA {
+    return [from = x + tile.in_memory(r, channel_stride), n = tile.run(),
+            ahead = ahead](int64_t i) FASTCNN_INLINE_LAMBDA {
       // A vector of 16-bit elements is half a line: every other one asks.
       if (sizeof(T) == sizeof(A) || (i & kLanes<A>) == 0) {
         __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from + i) + ahead * sizeof(T)));
@@ -98,7 +98,7 @@ struct TileSource {
   }
 };
 
-// In ascending order of runs: what a vector writes beyond the end of its run is overwritten by the next, or lies in a pad.
+// In ascending order of runs: what a vector writes beyond its run's end is overwritten by the next, or lies in a pad.
 template <typename A>
 struct TileSink {
   Tile tile;
@@ -110,10 +110,11 @@ struct TileSink {
 
 template <typename A, typename Source, typename Sink>
 FASTCNN_INLINE void copy(const Tile& tile, Source source, Sink sink) {
-  for (int64_t r = 0; r < tile.runs(); ++r) {
+  const int64_t runs = tile.runs(), n = tile.run();
+  for (int64_t r = 0; r < runs; ++r) {
     const auto from = source(r);
     const auto to = sink(r);
-    for_each_vector<A>(tile.run(), [&](int64_t i) FASTCNN_INLINE_LAMBDA { to(i, from(i)); });
+    for_each_vector<A>(n, [&](int64_t i) FASTCNN_INLINE_LAMBDA { to(i, from(i)); });
   }
 }
 

@@ -1,4 +1,4 @@
-// SIMD vectors of the width the file is compiled for, on the compiler's own vector types: + - * / < ?: work lane by lane.
+// SIMD vectors of the width the file is compiled for, of the compiler's own types: + - * / < ?: work lane by lane.
 #pragma once
 
 #include <cmath>

@@ -1,9 +1,9 @@
 // Convolution with 3x3 windows by Winograd's minimal filtering F(2x2, 3x3): 16 products for 4 outputs instead of 36.
 //
 // A tile is 2x2 outputs, from 4x4 inputs. A block of tiles at a time: transform the inputs, B' d B, to 16 matrices of
-// tiles x channels; multiply each by its matrix of transformed weights; transform the products back, A' m A, and add the
-// bias, rectify and pool on the way out. Memory: a block's matrices stay in cache, so the input is read once and the output
-// written once; the weights, 16/9 of their size, are read once a block.
+// tiles x channels; multiply each by its matrix of transformed weights; transform the products back, A' m A, and add
+// the bias, rectify and pool on the way out. Memory: a block's matrices stay in cache, so the input is read once and
+// the output written once; the weights, 16/9 of their size, are read once a block.
 //
 // Source: Lavin and Gray (2016), Fast Algorithms for Convolutional Neural Networks.
 #include "winograd.h"
@@ -47,7 +47,8 @@ FASTCNN_INLINE void multiply_rows(const float* a, int64_t a_stride, const float*
 }
 
 // sums[rows x columns] = a[rows x depth] * b[depth x columns]; b and sums are dense. columns is 16, 32, 48 or 64.
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t rows, int64_t depth, int64_t columns, float* sums) {
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t rows, int64_t depth, int64_t columns,
+              float* sums) {
   constexpr int64_t kDepth = 128;  // this many rows of b stay in the L1 cache
   for (int64_t c = 0; c < depth; c += kDepth, a += kDepth, b += kDepth * columns) {
     for (int64_t r = 0; r < rows; r += kRows)
@@ -121,11 +122,11 @@ void transform_input(const WinogradTask& task, int64_t begin, int64_t end, float
   }
 }
 
-// From m: 16 matrices of tiles x columns, which are the outputs from `first` on. `largest` are bits of magnitudes, which
-// are in the order of the values, with NaN last.
+// From m: 16 matrices of tiles x columns, which are the outputs from `first` on. `largest` are bits of magnitudes,
+// which are in the order of the values, with NaN last.
 template <bool masked>
-void transform_output(const WinogradTask& task, int64_t begin, int64_t end, int64_t first, int64_t columns, const float* m,
-                      int64_t plane, IntVec<float>& largest) {
+void transform_output(const WinogradTask& task, int64_t begin, int64_t end, int64_t first, int64_t columns,
+                      const float* m, int64_t plane, IntVec<float>& largest) {
   const int64_t K = task.outputs;
   for (int64_t i = begin; i < end; ++i, m += columns) {
     const Position tile = position_of(task, i);
@@ -171,7 +172,7 @@ int64_t block_tiles(const WinogradTask& task) {
   return std::clamp<int64_t>(most, 48, 192) / kRows * kRows;
 }
 
-// Elements from matrix to matrix: a little more than theirs, or the same place of all 16 falls on one line of the cache.
+// Elements from matrix to matrix: a little more than theirs, or the same place of all 16 falls on one cache line.
 int64_t plane_of(int64_t tiles, int64_t columns) { return tiles * columns + 16; }
 
 int64_t units(const WinogradTask& task) { return (tiles(task) + kRows - 1) / kRows; }
@@ -203,8 +204,8 @@ void run(const WinogradTask& task, int64_t begin, int64_t end, void* scratch) {
         const int64_t m_plane = plane_of(rows, columns);
         for (int i = 0; i < 16; ++i, weight += C * columns)
           multiply(v + i * v_plane + g * C, task.shape.C, weight, rows, C, columns, m + i * m_plane);
-        (task.out_mask ? transform_output<true> : transform_output<false>)(task, first, first + count, g * K + from, columns,
-                                                                          m, m_plane, largest);
+        (task.out_mask ? transform_output<true> : transform_output<false>)(task, first, first + count, g * K + from,
+                                                                           columns, m, m_plane, largest);
       }
   }
   uint32_t most = 0;

@@ -6,8 +6,8 @@
 
 namespace fastcnn {
 
-// A convolution with 3x3 windows in steps of 1, float32, channels_last; channels and outputs of a group are multiples of
-// 16. A unit is a few tiles of 2x2 outputs.
+// A convolution with 3x3 windows in steps of 1, float32, channels_last; channels and outputs of a group are multiples
+// of 16. A unit is a few tiles of 2x2 outputs.
 struct WinogradTask {
   Shape shape;  // of x
   int64_t out_h, out_w, outputs, groups, padding[2];
@@ -19,13 +19,13 @@ struct WinogradTask {
   std::atomic<uint32_t>* largest;  // the bits of the largest magnitude before ReLU; NaN is larger than inf
 };
 
-// Its weights, transformed: for each group and each panel of its outputs, 16 matrices of channels x outputs. A unit is a
-// channel of a panel.
+// Its weights, transformed: for each group and each panel of its outputs, 16 matrices of channels x outputs. A unit is
+// a channel of a panel.
 struct WinogradWeightTask {
   int64_t channels, outputs, groups;  // channels and outputs of one group
-  int64_t stride[5];                  // of a group, an output, a channel, a row and a column
   const float* weight;
   float* out;
+  int64_t stride[5];  // of the weight's groups, outputs, channels, rows and columns
 };
 
 }  // namespace fastcnn

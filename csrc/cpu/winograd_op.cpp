@@ -1,42 +1,38 @@
-#include "winograd.h"
-
 #include <bit>
 
 #include "../arguments.h"
 #include "parallel.h"
+#include "winograd.h"
 
 namespace fastcnn {
 
 struct winograd;
 struct winograd_weight;
 
-namespace {
-
-void winograd_weight_op(Tensor weight, Tensor out, int64_t groups, bool turned) {
+static void winograd_weight_op(Tensor weight, Tensor out, int64_t groups, bool turned) {
   const int64_t of_out = weight.size(0) / groups, of_in = weight.size(1);
   const int64_t rows = weight.stride(2), columns = weight.stride(3);
   STD_TORCH_CHECK(weight.size(2) == 3 && weight.size(3) == 3 && of_out % 16 == 0 && of_in % 16 == 0,
                   "weight must be 3x3, and its inputs and outputs in a group multiples of 16");
   expect("weight", weight, DType::float32, weight.numel());
   expect("out", out, DType::float32, weight.numel() / 9 * 16);
-  const float* data = static_cast<const float*>(weight.const_data_ptr());
-  WinogradWeightTask task{of_in,
-                          of_out,
-                          groups,
-                          {of_out * weight.stride(0), weight.stride(0), weight.stride(1), rows, columns},
-                          data,
-                          static_cast<float*>(out.mutable_data_ptr())};
+  WinogradWeightTask task{};
+  task.channels = of_in, task.outputs = of_out, task.groups = groups;
+  task.weight = static_cast<const float*>(weight.const_data_ptr());
+  task.out = static_cast<float*>(out.mutable_data_ptr());
+  task.stride[0] = of_out * weight.stride(0), task.stride[1] = weight.stride(0), task.stride[2] = weight.stride(1);
+  task.stride[3] = rows, task.stride[4] = columns;
   if (turned) {  // transposed, and each window rotated by 180 degrees
     std::swap(task.channels, task.outputs);
     std::swap(task.stride[1], task.stride[2]);
-    task.stride[3] = -rows, task.stride[4] = -columns, task.weight = data + 2 * (rows + columns);
+    task.stride[3] = -rows, task.stride[4] = -columns, task.weight += 2 * (rows + columns);
   }
   parallel<winograd_weight>(task, out.numel());
 }
 
 // Returns the largest magnitude before ReLU. Non-finite: the caller must fall back to another algorithm.
-double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight, std::optional<Tensor> bias, Tensor out,
-                   std::optional<Tensor> out_mask, Ints padding, int64_t groups, bool relu, bool pool) {
+static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight, std::optional<Tensor> bias, Tensor out,
+                          std::optional<Tensor> out_mask, Ints padding, int64_t groups, bool relu, bool pool) {
   WinogradTask task{};
   const int64_t N = x.size(0), C = x.size(1), K = out.size(1);
   task.shape = {N, C, x.size(2), x.size(3), true};
@@ -63,16 +59,11 @@ double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight, std::o
   return std::bit_cast<float>(largest.load());
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cpu, m) {
-  m.def("winograd(Tensor input, Tensor? input_mask, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor(b!)? out_mask, "
-        "int[] padding, int groups, bool relu, bool pool) -> float");
-  m.def("winograd_weight(Tensor weight, Tensor(a!) out, int groups, bool turned) -> ()");
-}
+FASTCNN_OP(fastcnn_cpu, CPU, winograd,
+           "(Tensor input, Tensor? input_mask, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor(b!)? out_mask, "
+           "int[] padding, int groups, bool relu, bool pool) -> float",
+           winograd_op)
+FASTCNN_OP(fastcnn_cpu, CPU, winograd_weight, "(Tensor weight, Tensor(a!) out, int groups, bool turned) -> ()",
+           winograd_weight_op)
 
-STABLE_TORCH_LIBRARY_IMPL(fastcnn_cpu, CPU, m) {
-  m.impl("winograd", TORCH_BOX(&winograd_op));
-  m.impl("winograd_weight", TORCH_BOX(&winograd_weight_op));
-}
-
-}  // namespace
 }  // namespace fastcnn

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../conv2d_relu.h"
-#include "stream.h"
+#include "device.h"
 
 namespace fastcnn::cuda {
 

@@ -1,12 +1,10 @@
 #include "conv2d_relu.h"
-
 #include "run.h"
 
 namespace fastcnn::cuda {
-namespace {
 
-void conv2d_relu_op(Tensor x, Tensor rows, std::optional<Tensor> bias, Tensor out, bool channels_last, Ints kernel,
-                    Ints stride, Ints padding, Ints dilation, int64_t groups) {
+static void conv2d_relu_op(Tensor x, Tensor rows, std::optional<Tensor> bias, Tensor out, bool channels_last,
+                           Ints kernel, Ints stride, Ints padding, Ints dilation, int64_t groups) {
   const auto axis = [&](int i) {
     const ConvAxis a{kernel[i], stride[i], padding[i], dilation[i], x.size(2 + i), out.size(2 + i)};
     const int64_t span = a.size + 2 * a.padding - a.dilation * (a.kernel - 1) - 1;
@@ -29,12 +27,10 @@ void conv2d_relu_op(Tensor x, Tensor rows, std::optional<Tensor> bias, Tensor ou
   conv2d_relu(task, OnDevice(x).stream());
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cuda, m) {
-  // rows: for each output its weights in the order kh, kw, c, and zeros to a multiple of 8.
-  m.def("conv2d_relu(Tensor input, Tensor rows, Tensor? bias, Tensor(a!) out, bool channels_last, int[] kernel_size, "
-        "int[] stride, int[] padding, int[] dilation, int groups) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(fastcnn_cuda, CUDA, m) { m.impl("conv2d_relu", TORCH_BOX(&conv2d_relu_op)); }
+// rows: for each output its weights in the order kh, kw, c, and zeros to a multiple of 8.
+FASTCNN_OP(fastcnn_cuda, CUDA, conv2d_relu,
+           "(Tensor input, Tensor rows, Tensor? bias, Tensor(a!) out, bool channels_last, int[] kernel_size, "
+           "int[] stride, int[] padding, int[] dilation, int groups) -> ()",
+           conv2d_relu_op)
 
-}  // namespace
 }  // namespace fastcnn::cuda

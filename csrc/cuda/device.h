@@ -6,6 +6,8 @@
 
 namespace fastcnn::cuda {
 
+using Stream = void*;  // a cudaStream_t
+
 // Make this device the current one of the CUDA runtime that the kernels are launched by.
 void use_device(int index);
 

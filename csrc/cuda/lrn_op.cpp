@@ -4,7 +4,7 @@
 
 namespace fastcnn::cuda {
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cuda, m) { define_lrn(m); }
-STABLE_TORCH_LIBRARY_IMPL(fastcnn_cuda, CUDA, m) { implement_lrn<run<lrn>, run<lrn_backward>>(m); }
+FASTCNN_OP(fastcnn_cuda, CUDA, lrn, FASTCNN_LRN_OP, lrn_op<run<lrn>>)
+FASTCNN_OP(fastcnn_cuda, CUDA, lrn_backward, FASTCNN_LRN_BACKWARD_OP, lrn_backward_op<run<lrn_backward>>)
 
 }  // namespace fastcnn::cuda

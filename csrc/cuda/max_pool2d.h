@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../relu_lrn_max_pool2d.h"
-#include "stream.h"
+#include "device.h"
 
 namespace fastcnn::cuda {
 

@@ -5,9 +5,8 @@
 
 namespace fastcnn::cuda {
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cuda, m) { define_max_pool2d(m); }
-STABLE_TORCH_LIBRARY_IMPL(fastcnn_cuda, CUDA, m) {
-  implement_max_pool2d<run<max_pool2d>, run<max_pool2d_backward>>(m);
-}
+FASTCNN_OP(fastcnn_cuda, CUDA, max_pool2d, FASTCNN_MAX_POOL2D_OP, max_pool2d_op<run<max_pool2d>>)
+FASTCNN_OP(fastcnn_cuda, CUDA, max_pool2d_backward, FASTCNN_MAX_POOL2D_BACKWARD_OP,
+           max_pool2d_backward_op<run<max_pool2d_backward>>)
 
 }  // namespace fastcnn::cuda

@@ -4,9 +4,9 @@
 
 namespace fastcnn::cuda {
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastcnn_cuda, m) { define_relu_lrn_max_pool2d(m); }
-STABLE_TORCH_LIBRARY_IMPL(fastcnn_cuda, CUDA, m) {
-  implement_relu_lrn_max_pool2d<run<relu_lrn_max_pool2d>, run<relu_lrn_max_pool2d_backward>>(m);
-}
+FASTCNN_OP(fastcnn_cuda, CUDA, relu_lrn_max_pool2d, FASTCNN_RELU_LRN_MAX_POOL2D_OP,
+           relu_lrn_max_pool2d_op<run<relu_lrn_max_pool2d>>)
+FASTCNN_OP(fastcnn_cuda, CUDA, relu_lrn_max_pool2d_backward, FASTCNN_RELU_LRN_MAX_POOL2D_BACKWARD_OP,
+           relu_lrn_max_pool2d_backward_op<run<relu_lrn_max_pool2d_backward>>)
 
 }  // namespace fastcnn::cuda

@@ -34,7 +34,8 @@ void run(TailTask& task, const Tensor& out) {
   std::optional<Tensor> partials, terms;
   const auto allocate = [&](std::optional<Tensor>& t, int64_t elements) {
     using torch::headeronly::ScalarType;
-    t = torch::stable::new_empty(out, {elements}, task.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float);
+    const auto dtype = task.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+    t = torch::stable::new_empty(out, {elements}, dtype);
     return t->mutable_data_ptr();
   };
   if (task.dbias) task.partials = allocate(partials, bias_partials(task) * task.shape.C);

@@ -19,7 +19,7 @@
 #include <cuda_runtime.h>
 #endif
 
-#include "stream.h"
+#include "device.h"
 
 #define FASTCNN_DEVICE __device__ __forceinline__
 

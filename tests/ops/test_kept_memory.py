@@ -1,4 +1,4 @@
-"""Memory of large outputs, kept for the next ones. See csrc/cpu/memory.h."""
+"""Memory of large outputs, cached for the next ones. See csrc/cpu/memory.h."""
 
 import re
 import threading

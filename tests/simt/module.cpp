@@ -64,7 +64,9 @@ ConvTask conv_task(int dtype, const Ints& shape, bool channels_last, int64_t gro
   t.dtype = static_cast<DType>(dtype);
   t.shape = {shape[0], shape[1], shape[2], shape[3], channels_last};
   const auto axis = [&](auto part, int i) {
-    return fastcnn::ConvAxis{part(window[0]), part(window[1]), part(window[2]), part(window[3]), shape[2 + i], out[i]};
+    const auto [kernel, stride, padding, dilation] =
+        std::tuple{part(window[0]), part(window[1]), part(window[2]), part(window[3])};
+    return fastcnn::ConvAxis{kernel, stride, padding, dilation, shape[2 + i], out[i]};
   };
   t.h = axis([](Pair p) { return p.first; }, 0), t.w = axis([](Pair p) { return p.second; }, 1);
   t.groups = groups, t.outputs = outputs, t.row = row;

@@ -179,7 +179,7 @@ class Cuda:
         return self._module.Task(*shape, relu, tuple(lrn), kernel, stride, padding, dilation, ceil_mode)
 
     def run(self, op: str, channels_last: bool, tail: TailParams, **tensors: Tensor) -> None:
-        """Execute an operator on CPU tensors; their names are those of ``Task`` in csrc/cuda/kernels.h.
+        """Execute an operator on CPU tensors; their names are those of ``TailTask``.
 
         ``x`` may be on the meta device where the operator does not read it.
         """
