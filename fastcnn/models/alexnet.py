@@ -6,6 +6,7 @@ Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..params import LRNParams, PoolParams
 from ._checks import check_choice
@@ -28,16 +29,8 @@ INITS: dict[str, Initializer] = {
 }
 
 
-@register_model
-def alexnet(
-    *,
-    num_classes: int = 1000,
-    input_size: int = 227,
-    dropout: str = "paper",
-    init: str = "paper",
-    plain: bool = False,
-    lrn_groups: int = 2,
-) -> ConvNet:
+@register_model(input_size=227, dropout="paper", init="paper")
+def alexnet(*, lrn_groups: int = 2, **common: Any) -> ConvNet:
     """AlexNet as published: two towers (``groups=2``), LRN, overlapping pools; 60,965,224 parameters.
 
     Each of its first, second and last stages is convolution -> ReLU -> LRN (not the last) -> max-pool, in this order.
@@ -68,51 +61,25 @@ def alexnet(
     return ConvNet(
         "alexnet",
         lambda size: _stages(size, groups=2, lrn=replace(LRN, groups=lrn_groups)),
-        num_classes=num_classes,
-        input_size=input_size,
-        dropout=dropout,
-        init=init,
-        plain=plain,
         inits=INITS,
         preprocessing=RAW,
+        **common,
     )
 
 
-@register_model
-def alexnet_one_tower(
-    *,
-    num_classes: int = 1000,
-    input_size: int = 227,
-    dropout: str = "paper",
-    init: str = "paper",
-    plain: bool = False,
-) -> ConvNet:
+@register_model(input_size=227, dropout="paper", init="paper")
+def alexnet_one_tower(**common: Any) -> ConvNet:
     """AlexNet's layers without the split: 96-256-384-384-256 maps, LRN, no groups; 62,378,344 parameters.
 
     The arguments are those of :func:`alexnet`.
     """
     return ConvNet(
-        "alexnet_one_tower",
-        lambda size: _stages(size, groups=1, lrn=LRN),
-        num_classes=num_classes,
-        input_size=input_size,
-        dropout=dropout,
-        init=init,
-        plain=plain,
-        inits=INITS,
-        preprocessing=RAW,
+        "alexnet_one_tower", lambda size: _stages(size, groups=1, lrn=LRN), inits=INITS, preprocessing=RAW, **common
     )
 
 
-@register_model
-def caffenet(
-    *,
-    num_classes: int = 1000,
-    input_size: int = 227,
-    dropout: str = "inverted",
-    init: str = "caffe",
-    plain: bool = False,
-) -> ConvNet:
+@register_model(input_size=227, dropout="inverted", init="caffe")
+def caffenet(**common: Any) -> ConvNet:
     """CaffeNet, Caffe's reference model: AlexNet with each pool in front of its LRN; 60,965,224 parameters.
 
     LRN runs across both towers and has k=1. The arguments are those of :func:`alexnet`, but for ``init``: "caffe" is
@@ -123,26 +90,14 @@ def caffenet(
     return ConvNet(
         "caffenet",
         lambda size: _stages(size, groups=2, lrn=replace(LRN, k=1.0), pool_first=True),
-        num_classes=num_classes,
-        input_size=input_size,
-        dropout=dropout,
-        init=init,
-        plain=plain,
         inits={"caffe": Gaussian(bias=1.0, biased=BIASED, stds=CAFFE_STDS), "kaiming": kaiming},
         preprocessing=CAFFE,
+        **common,
     )
 
 
-@register_model
-def alexnet_bn(
-    *,
-    num_classes: int = 1000,
-    input_size: int = 227,
-    dropout: str = "inverted",
-    init: str = "kaiming",
-    plain: bool = False,
-    head: str = "avg",
-) -> ConvNet:
+@register_model(input_size=227, dropout="inverted", init="kaiming")
+def alexnet_bn(*, head: str = "avg", **common: Any) -> ConvNet:
     """AlexNet's two towers with batch norm instead of LRN, and a global pool instead of the last one.
 
     Each stage is convolution (without bias) -> batch norm -> ReLU, the first two with a max-pool behind.
@@ -159,29 +114,11 @@ def alexnet_bn(
         last = map_sizes(stages, size).get("conv5", 0)
         return [*stages[:-1], replace(stages[-1], pool=PoolParams(last) if head == "max" and last > 0 else None)]
 
-    return ConvNet(
-        "alexnet_bn",
-        stages,
-        num_classes=num_classes,
-        input_size=input_size,
-        dropout=dropout,
-        init=init,
-        plain=plain,
-        inits=INITS,
-        preprocessing=TORCHVISION,
-        average=head == "avg",
-    )
+    return ConvNet("alexnet_bn", stages, inits=INITS, preprocessing=TORCHVISION, average=head == "avg", **common)
 
 
-@register_model
-def alexnet_owt(
-    *,
-    num_classes: int = 1000,
-    input_size: int = 224,
-    dropout: str = "inverted",
-    init: str = "kaiming",
-    plain: bool = False,
-) -> ConvNet:
+@register_model(input_size=224, dropout="inverted", init="kaiming")
+def alexnet_owt(**common: Any) -> ConvNet:
     """The one-tower AlexNet of torchvision, without LRN: 64-192-384-256-256 maps; 61,100,840 parameters.
 
     Its ``state_dict`` has torchvision's keys. The arguments are those of :func:`alexnet`; fc6 takes the map that is
@@ -200,17 +137,7 @@ def alexnet_owt(
         ]
 
     return ConvNet(
-        "alexnet_owt",
-        stages,
-        num_classes=num_classes,
-        input_size=input_size,
-        dropout=dropout,
-        init=init,
-        plain=plain,
-        inits=INITS,
-        preprocessing=TORCHVISION,
-        numbered=True,
-        dropout_first=True,
+        "alexnet_owt", stages, inits=INITS, preprocessing=TORCHVISION, numbered=True, dropout_first=True, **common
     )
 
 

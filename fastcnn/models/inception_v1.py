@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +34,10 @@ INCEPTIONS = {
 INITS: dict[str, Initializer] = {"caffe": CaffeXavier(0.2, ("fc", "aux1.fc2", "aux2.fc2")), "kaiming": kaiming}
 
 
-@register_model
-def inception_v1(
-    *,
-    num_classes: int = 1000,
-    input_size: int = 224,
-    dropout: str = "inverted",
-    init: str = "caffe",
-    plain: bool = False,
-    aux: bool = False,
-    ceil_mode: bool = True,
-) -> InceptionV1:
+@register_model(input_size=224, dropout="inverted", init="caffe")
+def inception_v1(*, aux: bool = False, ceil_mode: bool = True, **common: Any) -> InceptionV1:
     """GoogLeNet as published, with LRN and without batch norm; see :class:`InceptionV1` for the arguments."""
-    return InceptionV1(num_classes, input_size, dropout, init, plain=plain, aux=aux, ceil_mode=ceil_mode)
+    return InceptionV1(**common, aux=aux, ceil_mode=ceil_mode)
 
 
 class InceptionOutputs(NamedTuple):

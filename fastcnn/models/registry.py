@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,19 +14,35 @@ Factory = TypeVar("Factory", bound=Callable[..., nn.Module])
 _factories: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register_model(factory: Factory) -> Factory:
+def register_model(factory: Any = None, **defaults: Any) -> Any:
     """Decorator: make ``factory`` known to :func:`create_model` under its own name.
 
-    Its keyword arguments are the model's options; ``num_classes`` and ``plain`` must be among them.
+    Its keyword arguments are the model's options; ``num_classes`` and ``plain`` must be among them. With ``defaults``,
+    of ``input_size``, ``dropout`` and ``init``, the factory takes ``**common`` and gets all five in it.
 
     Raises:
         ValueError: the name is taken.
     """
+    if factory is None:
+        return lambda factory: register_model(_with_common_options(factory, defaults))
     name = factory.__name__
     if name in _factories:
         raise ValueError(f"register_model(): a model named {name!r} is already registered")
     _factories[name] = factory
     return factory
+
+
+def _with_common_options(factory: Factory, defaults: dict[str, Any]) -> Factory:
+    common = {"num_classes": 1000, **defaults, "plain": False}
+    own = [p for p in inspect.signature(factory).parameters.values() if p.kind != p.VAR_KEYWORD]
+    options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in common.items()]
+
+    @functools.wraps(factory)
+    def model(**given: Any) -> nn.Module:
+        return factory(**{**common, **given})
+
+    model.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    return model  # type: ignore[return-value]
 
 
 def list_models() -> list[str]:

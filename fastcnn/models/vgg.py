@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..params import LRNParams, PoolParams
@@ -28,27 +30,8 @@ FROM_A = ("conv1_1", "conv2_1", "conv3_1", "conv3_2", "fc6", "fc7", "fc8")
 def _register(name: str, configuration: str, preprocessing: Preprocessing, *, batch_norm: bool = False) -> None:
     stages = _stages(configuration, batch_norm)
 
-    def vgg(
-        *,
-        num_classes: int = 1000,
-        input_size: int = 224,
-        dropout: str = "inverted",
-        init: str = "glorot",
-        plain: bool = False,
-        start_from: ConvNet | None = None,
-    ) -> ConvNet:
-        model = ConvNet(
-            name,
-            lambda size: stages,
-            num_classes=num_classes,
-            input_size=input_size,
-            dropout=dropout,
-            init=init,
-            plain=plain,
-            inits=INITS,
-            preprocessing=preprocessing,
-            numbered=True,
-        )
+    def vgg(*, start_from: ConvNet | None = None, **common: Any) -> ConvNet:
+        model = ConvNet(name, lambda size: stages, inits=INITS, preprocessing=preprocessing, numbered=True, **common)
         if start_from is not None:
             _copy_layers_of_a(name, start_from, model)
         return model
@@ -73,7 +56,7 @@ def _register(name: str, configuration: str, preprocessing: Preprocessing, *, ba
     Shape, errors: see :class:`fastcnn.models.ConvNet`.
 
     Source: Simonyan and Zisserman (2015), table 1 (layers) and 3.1 (initialization)."""
-    register_model(vgg)
+    register_model(input_size=224, dropout="inverted", init="glorot")(vgg)
 
 
 def _stages(configuration: str, batch_norm: bool) -> list[Stage]:

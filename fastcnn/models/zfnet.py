@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..params import LRNParams, PoolParams
 from .convnet import ConvNet
 from .initialize import Gaussian, Initializer, kaiming
@@ -12,15 +14,8 @@ from .stages import Stage
 INITS: dict[str, Initializer] = {"paper": Gaussian(), "kaiming": kaiming}
 
 
-@register_model
-def zfnet(
-    *,
-    num_classes: int = 1000,
-    input_size: int = 224,
-    dropout: str = "inverted",
-    init: str = "paper",
-    plain: bool = False,
-) -> ConvNet:
+@register_model(input_size=224, dropout="inverted", init="paper")
+def zfnet(**common: Any) -> ConvNet:
     """ZFNet as published: smaller and denser filters first, LRN behind the pools; 62,357,608 parameters.
 
     Args:
@@ -44,28 +39,11 @@ def zfnet(
         Stage("4", 384, 384, 3, padding=1),
         Stage("5", 384, 256, 3, padding=1, pool=PoolParams(3, 2)),
     ]
-    return ConvNet(
-        "zfnet",
-        lambda size: stages,
-        num_classes=num_classes,
-        input_size=input_size,
-        dropout=dropout,
-        init=init,
-        plain=plain,
-        inits=INITS,
-        preprocessing=RAW,
-    )
+    return ConvNet("zfnet", lambda size: stages, inits=INITS, preprocessing=RAW, **common)
 
 
-@register_model
-def zfnet512(
-    *,
-    num_classes: int = 1000,
-    input_size: int = 224,
-    dropout: str = "inverted",
-    init: str = "paper",
-    plain: bool = False,
-) -> ConvNet:
+@register_model(input_size=224, dropout="inverted", init="paper")
+def zfnet512(**common: Any) -> ConvNet:
     """ZFNet-512 of the ONNX model zoo: 512 maps in the last stages, 1024 units in fc7, LRN in front of the pools.
 
     The arguments are those of :func:`zfnet`. What its training images went through is not published;
@@ -81,15 +59,4 @@ def zfnet512(
         Stage("4", 512, 512, 3, padding=1),
         Stage("5", 512, 512, 3, padding=1, pool=PoolParams(2)),
     ]
-    return ConvNet(
-        "zfnet512",
-        lambda size: stages,
-        num_classes=num_classes,
-        input_size=input_size,
-        dropout=dropout,
-        init=init,
-        plain=plain,
-        inits=INITS,
-        preprocessing=CAFFE,
-        hidden=(4096, 1024),
-    )
+    return ConvNet("zfnet512", lambda size: stages, inits=INITS, preprocessing=CAFFE, hidden=(4096, 1024), **common)
