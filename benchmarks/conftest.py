@@ -1,7 +1,5 @@
 """The cases of ``fastcnn bench kernels``: a test gets a ``call`` for each of them and each provider."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture

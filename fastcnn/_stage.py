@@ -3,8 +3,6 @@
 A part of a stage is None, a layer, or a :class:`Function`. Layers are asked for their parameters in every call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ The environment variable ``FASTCNN_BACKEND`` or :class:`use` forces one; otherwi
 inside each op, on real tensors. Convolutions also have ``cudnn``, which runs on GPUs where no backend is forced.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """The command ``fastcnn``, also ``python -m fastcnn``."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from dataclasses import asdict

@@ -5,8 +5,6 @@ of calls such as convolution -> ReLU -> max-pool are one call each. Each module 
 being calls: one that cannot be traced keeps its forward, and nothing else is lost.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import random

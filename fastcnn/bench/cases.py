@@ -1,7 +1,5 @@
 """What is measured: operators as AlexNet uses them, whole networks, shapes, dtypes, memory formats and modes."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import product

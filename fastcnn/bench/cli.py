@@ -1,7 +1,5 @@
 """The commands ``fastcnn bench ...``."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence

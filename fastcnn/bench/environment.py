@@ -1,7 +1,5 @@
 """What the figures were taken on: versions, processor, threads."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterator

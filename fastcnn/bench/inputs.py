@@ -1,7 +1,5 @@
 """The numbers the cases run on: random ones, or the feature maps of real photographs."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from math import prod, sqrt
 

@@ -1,7 +1,5 @@
 """Check the outputs, then take the times: every provider of a case in turn, one call each a round."""
 
-from __future__ import annotations
-
 import random
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Check a network, then take the times: every provider of a case in turn, one call each a round."""
 
-from __future__ import annotations
-
 import ctypes
 import statistics
 from collections.abc import Callable, Iterable

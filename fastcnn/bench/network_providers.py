@@ -1,7 +1,5 @@
 """Who runs a network: fastcnn, PyTorch as it is and compiled, and other runtimes where they are installed."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A network's outputs are compared with those of the plain network in float64 before any time is taken."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 

@@ -4,8 +4,6 @@ Their modes: "inference" is a forward without gradients; "training step" forward
 "input gradient" a loss on the features of a network whose weights are frozen, and its gradient for the images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import product

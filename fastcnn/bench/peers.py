@@ -3,8 +3,6 @@
 ``pip install fastcnn[peers]`` brings them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io

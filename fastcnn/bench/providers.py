@@ -1,7 +1,5 @@
 """Who runs a case: fastcnn by each of its backends, PyTorch as it is, PyTorch compiled."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

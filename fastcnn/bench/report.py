@@ -1,7 +1,5 @@
 """The rows as JSON, as tables, and in a few lines."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence

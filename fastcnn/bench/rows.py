@@ -1,7 +1,5 @@
 """What one measurement tells, and how rows compare."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

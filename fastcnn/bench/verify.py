@@ -1,7 +1,5 @@
 """Outputs are compared with the reference in float64 before any time is taken."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Photographs and data sets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Checks of the models' options and inputs, at the door."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Collection
 from itertools import count

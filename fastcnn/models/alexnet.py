@@ -3,8 +3,6 @@
 Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks" (2012).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

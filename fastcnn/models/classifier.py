@@ -1,7 +1,5 @@
 """The fully connected part: two hidden layers with dropout, and the logits."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 from torch import nn

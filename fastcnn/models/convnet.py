@@ -1,7 +1,5 @@
 """The networks that are a row of convolutional stages and three fully connected layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """How weights and biases are drawn, a layer at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Layers that only the networks need."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """A graph read from a file matched with a model, step by step in their order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

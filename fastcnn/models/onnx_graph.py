@@ -1,7 +1,5 @@
 """ONNX files as lists of steps: what is read of the graphs of AlexNet, CaffeNet, ZFNet, GoogLeNet and VGG."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The models by name."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Convolutional stages, convolution -> batch norm? -> ReLU -> LRN? -> max-pool?, fused or from layers of torch."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass

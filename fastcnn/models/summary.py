@@ -1,7 +1,5 @@
 """The layers of a model as a table: shapes, parameters, multiply-adds, and what runs each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

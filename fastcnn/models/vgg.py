@@ -1,7 +1,5 @@
 """VGG: Simonyan, Zisserman, "Very deep convolutional networks for large-scale image recognition" (2015)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Other people's weights: torch, safetensors and ONNX files into a model, all of them or none."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """ZFNet: Zeiler, Fergus, "Visualizing and understanding convolutional networks" (2014)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..params import LRNParams, PoolParams

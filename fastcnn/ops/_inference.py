@@ -1,7 +1,5 @@
 """Inference on CPU from weights that do not change: packed once, convolution and tail sharing one small buffer."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache

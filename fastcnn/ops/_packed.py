@@ -4,8 +4,6 @@ A cache beside the weights, not in them: ``state_dict``, deepcopy and pickling k
 when its weight goes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

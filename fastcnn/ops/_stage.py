@@ -1,7 +1,5 @@
 """A whole stage, convolution -> ReLU? -> LRN? -> max-pool?, from the operators that take the fewest passes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

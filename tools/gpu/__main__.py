@@ -5,8 +5,6 @@ Each part is a process of its own, so that none can spoil the next, and is stopp
 same parts, with what can run on a CPU in them.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

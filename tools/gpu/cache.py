@@ -1,7 +1,5 @@
 """Triton's cache on disk as something that can be taken to another machine."""
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile

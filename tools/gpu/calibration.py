@@ -4,8 +4,6 @@ For each kind of instruction, how many lanes a multiprocessor finishes per clock
 on a busy device; the rates of a copy and of matrix products. The kernels are in ``calibration.cu``.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import shutil

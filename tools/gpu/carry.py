@@ -4,8 +4,6 @@ These are the libraries, Triton's kernels with their launchers, and the calibrat
 that run this. ``make gpu`` takes from the folder what fits, and compiles the rest.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Triton kernels compiled for a GPU that is not here, into Triton's cache, complete enough to be taken to it."""
 
-from __future__ import annotations
-
 import functools
 import subprocess
 import tempfile

@@ -5,8 +5,6 @@
 A kernel that loses the CUDA context ends the process: it starts anew, and leaves that one out of the case.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import json

@@ -3,8 +3,6 @@
 ``python -m tools.gpu.precompile kernels|networks|tuning``, for ``sm_$FASTCNN_GPU_ARCH`` (90).
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

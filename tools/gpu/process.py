@@ -1,7 +1,5 @@
 """Commands within a budget of seconds."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """``results.json``, ``report.md`` and two plots, written anew as the parts of ``make gpu`` report."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -5,8 +5,6 @@ worker of pytest-xdist that has lost its context ends, another takes its place, 
 the run stops.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -5,8 +5,6 @@ compiled for ``sm_$FASTCNN_GPU_ARCH`` (90) instead. So the tests themselves are 
 Triton's cache gets all that they will want there. What is about streams, graphs and torch.compile is left out.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

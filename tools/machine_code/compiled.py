@@ -9,8 +9,6 @@ tensors on the meta device, say what is compiled::
     print(kernels[0].registers, kernels[0].loads)
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

@@ -3,8 +3,6 @@
 The kernels know nothing of shapes: one is compiled for each dtype, memory format and kind of window.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import shutil

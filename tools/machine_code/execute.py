@@ -6,8 +6,6 @@ to a warp, and how many 32-byte sectors, 128-byte lines and shared-memory wavefr
 what our memory-bound kernels consist of is understood; anything else is refused, not guessed.
 """
 
-from __future__ import annotations
-
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence

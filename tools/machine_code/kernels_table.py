@@ -3,8 +3,6 @@
 Kernels and configurations come from the launchers themselves, called with tensors on the meta device; nothing runs.
 """
 
-from __future__ import annotations
-
 import functools
 import multiprocessing
 import sys

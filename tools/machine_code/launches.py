@@ -4,8 +4,6 @@ The Triton launchers say it themselves, called with tensors on the meta device. 
 by nvcc as they are and linked with ``recorder.cpp``, a CUDA runtime that has no device and only notes what is launched.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.machinery

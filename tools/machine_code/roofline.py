@@ -16,8 +16,6 @@ and 85% leave what dependent instructions, barriers and an uneven mix of warps c
 documentation (pipes, wavefronts, sectors); Williams, Waterman, Patterson, "Roofline", 2009; Little's law for latency.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """NVIDIA's machine code (SASS, of sm_75 and later) as ``cuobjdump -sass`` prints it, taken apart."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What the memory-bound operators do in AlexNet and VGG-16, as calls with tensors on the meta device."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator
