@@ -72,8 +72,7 @@ class TileLRN {
   template <typename Source, typename Sink>
   void forward(const Tile& tile, Source x, Sink y) const {
     with_power([&]<Power power>() {
-      if (!tile.channels_last && before_ + after_ == 4) forward_planes<power, 5>(tile, x, y);
-      else if (!tile.channels_last) forward_planes<power, 0>(tile, x, y);
+      if (!tile.channels_last) forward_planes<power>(tile, x, y);
       else if (in_registers(tile)) forward_registers<power>(tile, x, y);
       else forward_tile<power>(tile, x, y);
     });
@@ -84,8 +83,7 @@ class TileLRN {
   template <typename Source, typename Gradient, typename Sink>
   void backward(const Tile& tile, Source x, Gradient dy, Sink dx) const {
     with_power([&]<Power power>() {
-      if (!tile.channels_last && before_ + after_ == 4) backward_planes<power, 5>(tile, x, dy, dx);
-      else if (!tile.channels_last) backward_planes<power, 0>(tile, x, dy, dx);
+      if (!tile.channels_last) backward_planes<power>(tile, x, dy, dx);
       else if (in_registers(tile)) backward_registers<power>(tile, x, dy, dx);
       else backward_tile<power>(tile, x, dy, dx);
     });
@@ -134,6 +132,12 @@ class TileLRN {
 
   static int64_t row_stride(int64_t pixels) { return (pixels + kVectorBytes - 1) / kVectorBytes * kVectorBytes; }
 
+  template <Power power, typename Source, typename Sink>
+  void forward_planes(const Tile& tile, Source x, Sink y) const {
+    if (before_ + after_ == 4) forward_planes<power, 5>(tile, x, y);
+    else forward_planes<power, 0>(tile, x, y);
+  }
+
   template <Power power, int fixed, typename Source, typename Sink>
   void forward_planes(const Tile& tile, Source x, Sink y) const {
     const int64_t n = tile.pixels, channels = tile.group();
@@ -151,6 +155,12 @@ class TileLRN {
         });
       }
     }
+  }
+
+  template <Power power, typename Source, typename Gradient, typename Sink>
+  void backward_planes(const Tile& tile, Source x, Gradient dy, Sink dx) const {
+    if (before_ + after_ == 4) backward_planes<power, 5>(tile, x, dy, dx);
+    else backward_planes<power, 0>(tile, x, dy, dx);
   }
 
   // Channel c completes the sum of channel c - before, whose x is then the oldest of its ring.
