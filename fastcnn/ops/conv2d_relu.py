@@ -118,13 +118,7 @@ def _backward_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | N
 
 
 def _vmap(
-    info: Any,
-    in_dims: Any,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv: ConvParams,
-    with_mask: bool,
+    info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, with_mask: bool
 ) -> Any:
     op = torch.ops.fastcnn.conv2d_relu
     if in_dims[1] is None and in_dims[2] is None and not with_mask:

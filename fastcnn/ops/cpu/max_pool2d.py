@@ -23,12 +23,7 @@ def forward(x: Tensor, pool: PoolParams, with_argmax: bool, library: Any = CPU) 
 
 
 def backward(
-    dy: Tensor,
-    argmax: Tensor,
-    size: list[int],
-    channels_last: bool,
-    pool: PoolParams,
-    library: Any = CPU,
+    dy: Tensor, argmax: Tensor, size: list[int], channels_last: bool, pool: PoolParams, library: Any = CPU
 ) -> Tensor:
     format, dx = format_of(channels_last), kept(outputs.unpooled(dy, size, channels_last))
     dy, argmax = dense(dy, format), dense(argmax, format)

@@ -19,14 +19,8 @@ def forward(
     format = output_format(x)
     y, argmax = outputs.pooled(x, tail.pool, with_argmax)
     y = kept(y, lasting=with_argmax)
-    library.relu_lrn_max_pool2d(
-        dense(x, format),
-        wide_bias("relu_lrn_max_pool2d", bias, x),
-        y,
-        argmax if argmax.numel() else None,
-        format == torch.channels_last,
-        *tail.op_args(),
-    )
+    tensors = dense(x, format), wide_bias("relu_lrn_max_pool2d", bias, x), y, argmax if argmax.numel() else None
+    library.relu_lrn_max_pool2d(*tensors, format == torch.channels_last, *tail.op_args())
     return y, argmax
 
 
@@ -36,14 +30,6 @@ def backward(
     format, dx = output_format(x), kept(outputs.empty_output(x))
     kernel_bias = wide_bias("relu_lrn_max_pool2d", bias, x)
     dbias = None if kernel_bias is None else torch.empty_like(kernel_bias)
-    library.relu_lrn_max_pool2d_backward(
-        dense(dy, format),
-        dense(x, format),
-        kernel_bias,
-        None if tail.pool is None else dense(argmax, format),
-        dx,
-        dbias,
-        format == torch.channels_last,
-        *tail.op_args(),
-    )
+    inputs = dense(dy, format), dense(x, format), kernel_bias, None if tail.pool is None else dense(argmax, format)
+    library.relu_lrn_max_pool2d_backward(*inputs, dx, dbias, format == torch.channels_last, *tail.op_args())
     return dx, x.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype)

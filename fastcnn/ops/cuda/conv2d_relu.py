@@ -29,13 +29,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, with_m
     """By the kernel; the mask in passes of torch."""
     rows = weight_rows(weight)
     y, mask = outputs.convolved(x, weight, conv, False)
-    torch.ops.fastcnn_cuda.conv2d_relu(
-        dense(x, output_format(x)),
-        rows if rows.data_ptr() % 16 == 0 else rows.clone(),
-        None if bias is None else bias.contiguous(),
-        y,
-        is_channels_last(x),
-        list(weight.shape[2:]),
-        *conv.op_args(),
-    )
+    rows, bias = rows if rows.data_ptr() % 16 == 0 else rows.clone(), None if bias is None else bias.contiguous()
+    tensors = dense(x, output_format(x)), rows, bias, y
+    torch.ops.fastcnn_cuda.conv2d_relu(*tensors, is_channels_last(x), list(weight.shape[2:]), *conv.op_args())
     return y, relu_mask.pack(y) if with_mask else mask
