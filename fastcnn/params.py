@@ -38,15 +38,16 @@ def check_input(op: str, input: Tensor) -> None:
         raise NotImplementedError(f"{op}(): input must have layout torch.strided, got {input.layout}")
 
 
-def check_bias(op: str, bias: Tensor | None, input: Tensor) -> None:
-    """``bias`` is None, or one value a channel of ``input``, in its dtype or (beside 16-bit input) in float32."""
+def check_bias(op: str, bias: Tensor | None, input: Tensor, channels: int | None = None) -> None:
+    """``bias`` is None, or one value per channel in the dtype of ``input``, or (beside 16-bit input) in float32."""
     if bias is None:
         return
+    channels = input.shape[1] if channels is None else channels
     if not isinstance(bias, Tensor):
         raise TypeError(f"{op}(): argument 'bias' must be Tensor or None, not {type(bias).__name__}")
-    if bias.dim() != 1 or bias.shape[0] != input.shape[1]:
+    if bias.dim() != 1 or bias.shape[0] != channels:
         raise RuntimeError(
-            f"{op}(): expected bias to be 1-dimensional with {input.shape[1]} elements (one a channel), "
+            f"{op}(): expected bias to be 1-dimensional with {channels} elements (one a channel), "
             f"but got bias of size {list(bias.shape)}"
         )
     wide = bias.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
@@ -348,8 +349,7 @@ class ConvParams:
                 f"{op}(): given groups={groups} and weight of size {list(weight.shape)}, expected input to have "
                 f"{weight.shape[1] * groups} channels, but got input of size {list(input.shape)}"
             )
-        # check_bias looks at dimension 1: one value an output channel
-        check_bias(op, bias, weight.transpose(0, 1))
+        check_bias(op, bias, input, weight.shape[0])
         if bias is not None and bias.dtype != input.dtype:
             raise RuntimeError(f"{op}(): input type ({input.dtype}) and bias type ({bias.dtype}) should be the same")
 

@@ -152,7 +152,7 @@ conv_backward_op = define(
     setup_context=_backward_setup_context,
     backward=_backward_backward,
     vmap=_backward_vmap,
-    select=select.select_backward,
+    select={"cudnn": select.select_backward},
     engine=select.backward_engine,
 )
 conv_op = define(
@@ -163,6 +163,6 @@ conv_op = define(
     setup_context=_setup_context,
     backward=_backward,
     vmap=_vmap,
-    select=select.select,
+    select={"cudnn": select.select, "triton": select.select},
     engine=select.engine,
 )

@@ -8,7 +8,8 @@ cheaper than the op's own autograd kernel, and under ``torch.func`` only a Funct
 exported, a Function would lose its gradient. So all three are built here from one ``setup_context`` and ``backward``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -47,7 +48,7 @@ def define(
     setup_context: Callable[..., None],
     backward: Callable[..., tuple[Tensor | None, ...]],
     vmap: Callable[..., Any] | int,
-    select: Callable[..., Implementation] | None = None,
+    select: Mapping[str, Callable[..., Implementation]] = MappingProxyType({}),
     engine: Callable[[str, torch.device], str] | None = None,
 ) -> Callable[..., Any]:
     """Register ``fastcnn::<name>`` and return the function that calls it.
@@ -64,7 +65,7 @@ def define(
         backward: ``(ctx, *grads)`` -> the gradients of the first arguments; those of the others are None.
         vmap: as for :func:`torch.library.register_vmap`; or, where the op treats every image alone, how many of its
             first arguments are tensors, whose mapped dimension then joins the batch.
-        select: the chosen backend, its implementation, and the arguments -> the function that runs in its place.
+        select: backend name -> its implementation and the arguments -> the function that runs in its place.
         engine: backend, device -> what really computes, for people; the backend itself if None.
     """
     name = schema[: schema.index("(")]
@@ -82,10 +83,10 @@ def define(
         return *args[:first], *args[first].op_args(), *args[first + 1 :]
 
     def implementation(*args: Any) -> Any:
-        args = gathered(args)
+        args = *args[:first], from_op(*args[first:last]), *args[last:]
         backend = backends.choose(name, implementations, args[0])
         run = implementations[backend]
-        return (run if select is None else select(backend, run, *args))(*args)
+        return (select[backend](run, *args) if backend in select else run)(*args)
 
     def setup_gathered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, gathered(inputs), output)
@@ -138,7 +139,9 @@ def define(
             return op(*spread(args))
         if torch._C._are_functorch_transforms_active():
             return Transformable.apply(*spread(args))
-        return Eager.apply(*args) if needs_grad(*args) else op(*spread(args))
+        if needs_grad(*args):
+            return Eager.apply(*args)
+        return op(*args[:first], *args[first].op_args(), *args[first + 1 :])
 
     return call
 

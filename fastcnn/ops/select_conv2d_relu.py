@@ -28,23 +28,20 @@ from .triton import conv2d_relu as triton
 Run = Callable[..., tuple[Tensor, Tensor]]  # of the op's arguments
 
 
-def select(
-    backend: str, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, with_mask: bool
-) -> Run:
-    """``run``, the backend's implementation, or in its place the candidate that was tuned to be the fastest."""
-    if backend == "cudnn" and backends.why_not("triton", x.device):
+def select(run: Run, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, with_mask: bool) -> Run:
+    """``run``, the implementation of "cudnn" or "triton", or in its place the fastest candidate where that is tuned."""
+    ours = backends.forced() == "triton"
+    if not ours and backends.why_not("triton", x.device):
         return aten.forward
-    if not x.is_cuda or backend not in ("cudnn", "triton") or not triton.can_run(x):
-        return run
-    if backend == "cudnn" and not _tunes():
+    if not x.is_cuda or not triton.can_run(x) or not (ours or _tunes()):
         return run
     runs = candidates(x, weight, conv)
     return runs[choose(runs, x, weight, bias, conv, with_mask)]
 
 
-def select_backward(backend: str, run: Callable[..., Any], dy: Tensor, *args: Any) -> Callable[..., Any]:
-    """``run``, the backend's implementation, where its kernels for ReLU and bias can run."""
-    return aten.backward if backend == "cudnn" and backends.why_not("triton", dy.device) else run
+def select_backward(run: Callable[..., Any], dy: Tensor, *args: Any) -> Callable[..., Any]:
+    """``run``, the implementation of "cudnn", where its kernels for ReLU and bias can run."""
+    return aten.backward if backends.why_not("triton", dy.device) else run
 
 
 def candidates(x: Tensor, weight: Tensor, conv: ConvParams) -> dict[str, Run]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...memory_format import dense, format_of, is_channels_last, output, output_format
+from ...memory_format import dense, format_of, output, output_format
 from ...params import ConvBackwardParams, ConvParams
 from .. import outputs
 from .._packed import Frozen, contents_of
@@ -22,14 +22,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, wi
     x = dense(x, format)
     bias = None if bias is None else bias.contiguous()
     # From packed weights oneDNN writes channels_last: of no use to NCHW.
-    cache = contents_of(weight) if onednn.runs(x) and is_channels_last(x) else None
+    by_onednn = onednn.runs(x)
+    cache = contents_of(weight) if by_onednn and format == torch.channels_last else None
     if winograd.runs(x, weight, stride, padding, dilation, groups):
         y, mask = outputs.convolved(x, weight, conv, with_mask)
         y, out_mask = kept(y, lasting=with_mask), mask if with_mask else None
         run = partial(winograd.convolve, cache=cache, relu=True, out_mask=out_mask)
         if run(x, weight, bias, y, padding, groups) is not None:
             return y, mask
-    if onednn.runs(x) and _cannot_be_nan(x, weight, bias, cache):
+    if by_onednn and _cannot_be_nan(x, weight, bias, cache):
         if cache is not None:
             weight = cache.get("forward", lambda: onednn.pack(weight, x, stride, padding, dilation, groups))
         y = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
