@@ -283,12 +283,7 @@ def row(work: Workload, language: str) -> Row:
     fields = {name: getattr(work, name) for name in ("op", "layer", "dtype", "format", "mode", "shape")}
     first = work.arguments()[0].numel() if work.op in OPS else work.elements
     return Row(
-        **fields,
-        first_elements=first,
-        language=language,
-        bytes=work.bytes,
-        launches=launches,
-        predictions=predictions,
+        **fields, first_elements=first, language=language, bytes=work.bytes, launches=launches, predictions=predictions
     )
 
 
