@@ -138,6 +138,21 @@ def test_any_pool_has_the_output_size_of_torch_or_is_refused_by_both(size, **poo
         assert PoolParams(**pool).output_size(*size) == expected
 
 
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("lrn", (-1, 1e-4, 0.75, 1.0, 1)),
+        ("lrn", (0, 1e-4, 0.75, 1.0, 1)),
+        ("max_pool2d", ([2, 2], [0, 1], [0, 0], [1, 1], False, True)),
+        ("relu_lrn_max_pool2d", (None, True, 3, 1e-4, 0.75, 1.0, 1, [2, 2], [2, 2], [0, 2], [1, 1], False, True)),
+    ],
+    ids=str,
+)
+def test_registered_ops_check_their_parameters_too(each_backend, op, args):
+    with pytest.raises(RuntimeError, match=r"but got (size|stride|padding)="):
+        getattr(torch.ops.fastcnn, op)(IMAGE, *args)
+
+
 # -- both -------------------------------------------------------------------------------------------------------------
 
 

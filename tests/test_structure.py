@@ -1,7 +1,8 @@
-"""The house: imports have one direction and no circles, and CONTRIBUTING's list of an operator's files is true."""
+"""Imports have one direction and no circles, and CONTRIBUTING's lists of an operator's files are true."""
 
 import ast
 import graphlib
+import importlib
 import re
 from pathlib import Path
 
@@ -73,13 +74,22 @@ def test_imports_point_downwards(imported):
 
 
 def test_operators_take_no_private_names_from_each_other(imported):
-    private = re.compile(r"\b(\w+)\._[a-z]\w*")
+    private = re.compile(r"\b(\w+)\._\w")
     for name, found in imported.items():
         if not name.startswith("fastcnn.ops"):
             continue
         assert not [taken for _, taken, _ in found if taken and taken.startswith("_") and taken != "__version__"], name
         neighbours = {here for _, taken, here in found if taken is None}
         assert not neighbours.intersection(private.findall(modules()[name].read_text())), name
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_backend_is_implemented_in_the_file_of_its_name(op):
+    door = importlib.import_module(f"fastcnn.ops.{op}")
+    assert set(door.BACKENDS) == set(IMPLEMENTATIONS[op])
+    for backend, module in door.BACKENDS.items():
+        assert module.__name__ == f"fastcnn.ops.{'aten' if backend == 'reference' else backend}.{op}"
+        assert IMPLEMENTATIONS[op][backend] is module.forward
 
 
 # -- CONTRIBUTING -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ from torch._subclasses import FakeTensorMode
 
 import fastcnn
 from fastcnn.ops import select_conv2d_relu
+from fastcnn.ops.aten import conv2d_relu as aten
 from fastcnn.ops.autotune import Memory, Tuner, agree, cache_folder
+from fastcnn.ops.cudnn import conv2d_relu as cudnn
 from fastcnn.ops.triton import conv2d_relu
 from fastcnn.params import ConvParams
 
@@ -245,6 +247,27 @@ def choice(x=None, weight=None, bias=None, conv=([1, 1], [1, 1], [1, 1], 2), wit
 def test_cudnn_runs_where_nothing_is_tuned(gpu):
     assert choice() == "cudnn"
     assert not gpu
+
+
+def test_only_a_tuned_or_forced_convolution_runs_another_candidate(gpu, monkeypatch):
+    x, weight = torch.empty(2, 8, 9, 9, device="cuda"), torch.empty(32, 4, 3, 3, device="cuda")
+    given = x, weight, None, ConvParams([1, 1], [1, 1], [1, 1], 2), False
+
+    def selected():
+        return select_conv2d_relu.select(cudnn.forward, *given)
+
+    missing = {"triton": "it is not installed"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(fastcnn.backends, "why_not", lambda name, device: missing.get(name, ""))
+    assert selected() is aten.forward
+    assert select_conv2d_relu.select_backward(cudnn.backward, x) is aten.backward
+    missing.clear()
+    assert selected() is cudnn.forward
+    assert select_conv2d_relu.select_backward(cudnn.backward, x) is cudnn.backward
+    assert not gpu
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("FASTCNN_TUNE", "1")
+    assert selected().func is conv2d_relu.forward
 
 
 def test_benchmark_mode_tunes_among_all(gpu, monkeypatch):

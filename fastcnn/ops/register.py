@@ -53,7 +53,7 @@ def define(
 ) -> Callable[..., Any]:
     """Register ``fastcnn::<name>`` and return the function that calls it.
 
-    Wherever arguments are spoken of here, ``params`` are one of them.
+    Throughout, the parameters count as one argument.
 
     Args:
         schema: ``name(arguments) -> returns``, with ``{params}`` for all of the parameters; the first argument is the
@@ -83,7 +83,7 @@ def define(
         return *args[:first], *args[first].op_args(), *args[first + 1 :]
 
     def implementation(*args: Any) -> Any:
-        args = *args[:first], from_op(*args[first:last]), *args[last:]
+        args = *args[:first], from_op(*args[first:last]), *args[last:]  # in place: a frame less in every call
         backend = backends.choose(name, implementations, args[0])
         run = implementations[backend]
         return (select[backend](run, *args) if backend in select else run)(*args)
@@ -129,7 +129,7 @@ def define(
         def forward(*args: Any) -> Any:
             return op(*args)
 
-    # A Function may return None for more arguments than it has.
+    # Eager has fewer arguments than the op; autograd ignores the Nones that are left over.
     Eager.backward = Transformable.backward = staticmethod(padded_backward)  # type: ignore[method-assign]
     Transformable.setup_context = staticmethod(setup_gathered)  # type: ignore[method-assign]
     Eager.__name__ = Eager.__qualname__ = Transformable.__name__ = Transformable.__qualname__ = name

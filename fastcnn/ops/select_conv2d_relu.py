@@ -122,14 +122,14 @@ def tolerance(dtype: torch.dtype) -> float:
 def engine(backend: str, device: torch.device) -> str:
     """What computes convolutions where this backend was chosen: rarely a kernel of ours."""
     if device.type == "cuda" and backend != "reference":
-        return _engine_on_gpu(backend, device)
+        return _engine_on_gpu(device)
     if backend != "cpu":
         return backend
     library = "oneDNN" if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled else "aten"
     return library if backends.cpu_capability() == "baseline" else f"{library}, 3x3 also Winograd"
 
 
-def _engine_on_gpu(backend: str, device: torch.device) -> str:
+def _engine_on_gpu(device: torch.device) -> str:
     if backends.forced() == "triton":
         return "triton"
     if backends.forced() == "cuda":  # whose kernel multiplies float32 as TF32
