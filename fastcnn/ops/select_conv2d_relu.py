@@ -7,6 +7,7 @@ cuDNN's, because compilers have got such loops wrong.
 """
 
 import functools
+import importlib.metadata
 import os
 from collections.abc import Callable
 from typing import Any
@@ -96,9 +97,7 @@ def _key(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, with_
 
 @functools.cache
 def _triton_version() -> str:
-    import triton
-
-    return triton.__version__
+    return importlib.metadata.version("triton")
 
 
 def _check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor | None, ...]]:
