@@ -2,7 +2,18 @@
 
 from . import backends, functional, models, nn, reference
 from ._version import __version__
-from .optimize import optimize
+from .optimize import optimize, refresh
 from .params import LRNParams, PoolParams
 
-__all__ = ["LRNParams", "PoolParams", "__version__", "backends", "functional", "models", "nn", "optimize", "reference"]
+__all__ = [
+    "LRNParams",
+    "PoolParams",
+    "__version__",
+    "backends",
+    "functional",
+    "models",
+    "nn",
+    "optimize",
+    "reference",
+    "refresh",
+]

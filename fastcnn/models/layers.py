@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import convolution_arguments
-from ..ops._stage import run_stage
+from ..ops.stage import run_stage
 from ..params import LRNParams, PoolParams
 
 

@@ -28,7 +28,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastcnn
 import fastcnn.functional as FF
-from fastcnn.ops import _packed
+from fastcnn.ops import packed
 from fastcnn.params import ConvParams
 
 OP, BACKWARD = torch.ops.fastcnn.conv2d_relu.default, torch.ops.fastcnn.conv2d_relu_backward.default
@@ -227,23 +227,23 @@ def test_frozen_weights_may_change_in_any_way(each_backend, change):
 
 def test_packed_weights_go_when_the_weight_goes(best_backend):
     (x, w, b), kwargs = case("vgg_conv1_1", format=torch.channels_last)
-    before = len(_packed._frozen)
+    before = len(packed._frozen)
     FF.conv2d_relu(x, w, b, **kwargs)
     layer = fastcnn.nn.ConvReLU2d(3, 16, 3, padding=1).requires_grad_(False)
     layer(x)
-    assert len(_packed._frozen) == before + (2 if best_backend == "cpu" else 0)
+    assert len(packed._frozen) == before + (2 if best_backend == "cpu" else 0)
     torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
     torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), layer(x))
     del w, layer
-    assert len(_packed._frozen) == before
+    assert len(packed._frozen) == before
 
 
 def test_trained_weights_are_not_packed(best_backend):
     (x, w, b), kwargs = case("vgg_conv1_1", format=torch.channels_last)
-    before = len(_packed._frozen)
+    before = len(packed._frozen)
     for _ in range(2):
         FF.conv2d_relu(x, leaf(w), b, **kwargs).sum().backward()
-    assert len(_packed._frozen) == before
+    assert len(packed._frozen) == before
 
 
 @pytest.mark.parametrize("elements", [1, 7, 64, 1000, 20_000, 100_003])

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastcnn import backends
-from fastcnn.ops import _stage
+from fastcnn.ops import stage
 from fastcnn.ops.cuda import conv2d_relu as cuda
 from fastcnn.ops.cudnn import conv2d_relu as cudnn
 from fastcnn.ops.register import IMPLEMENTATIONS
@@ -139,7 +139,7 @@ def _patches(arch: int) -> list[Any]:
         mock.patch.object(torch.nn.Module, "cuda", lambda module, *_: module),
         mock.patch.object(backends, "why_not", return_value=""),
         mock.patch.object(backends, "_preferred", return_value=("triton",)),
-        mock.patch.object(_stage, "_by_winograd", return_value=False),
+        mock.patch.object(stage, "_by_winograd", return_value=False),
         mock.patch.object(cuda, "can_run", return_value=True),
         mock.patch.object(cuda, "run", IMPLEMENTATIONS["conv2d_relu"]["cpu"]),
         mock.patch.object(cudnn, "forward", _compiled(cudnn.forward, IMPLEMENTATIONS["conv2d_relu"]["cpu"])),

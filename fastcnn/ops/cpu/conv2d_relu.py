@@ -10,7 +10,7 @@ from torch import Tensor
 from ...memory_format import dense, format_of, output, output_format
 from ...params import ConvBackwardParams, ConvParams
 from .. import outputs
-from .._packed import Frozen, contents_of
+from ..packed import Frozen, contents_of
 from ..aten.conv2d_relu import convolution_backward
 from . import onednn, winograd
 from .memory import kept

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import backends
 from ...memory_format import is_channels_last
-from .._packed import Frozen
+from ..packed import Frozen
 
 _TILES_OF_A_THREAD = 12  # with fewer, reading the transformed weights takes longer than what the products save
 

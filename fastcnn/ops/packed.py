@@ -61,3 +61,9 @@ def unchanged(weight: Tensor) -> Frozen:
     if known is None or known.contents != contents:
         known = _unchanged[weight] = Frozen(contents)
     return known
+
+
+def forget(weight: Tensor) -> None:
+    """Make the entries of a weight anew when they are needed next."""
+    for entries in (_frozen, _unchanged):
+        entries.pop(weight, None)

@@ -1,0 +1,142 @@
+"""Drop-in replacement over a whole model: its layers stay where they are, runs of their calls become one call each."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.packed import forget
+from ..params import FLOATING_DTYPES
+from .report import Entry, Report
+
+__all__ = ["Entry", "Report", "optimize", "refresh"]
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    inference: bool = False,
+    dtype: torch.dtype | None = None,
+    inplace: bool = False,
+    example_inputs: Sequence[Any] | None = None,
+) -> nn.Module:
+    """The same model with fused calls: same outputs, gradients, side effects, ``state_dict`` and train/eval behaviour.
+
+    Convolution -> ReLU [-> LRN] [-> max-pool], [ReLU ->] LRN [-> max-pool], ReLU -> max-pool, and single LRN and
+    max-pool, be they layers or calls of functions, run as the operators of :mod:`fastcnn.functional`. The modules stay
+    as they are. TorchDynamo makes a graph of what a call runs when the first of its kind comes, which takes 0.2 to 2
+    seconds, and another where what it took for granted has changed: shapes, modes, hooks, layers, attributes. Where it
+    can make none, the plain forward runs, and the report says why; the modules in it then have graphs of their own. So
+    it does under ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.fx`` and the transforms of
+    ``torch.func``, all of which see the plain forward. While a graph is made ``torch.compiler.is_compiling()`` is True.
+
+    Args:
+        model: any module.
+        inference: also make it one for inference: in evaluation mode and its weights frozen. On CPU convolutions and
+            linear layers then compute from packed copies of their weights, with the batch norm behind a convolution in
+            them. The copies are made anew where torch sees that a weight changed; it does not see writes through
+            ``.data`` nor those of another process, after which :func:`refresh` is due.
+        dtype: of the weights and to which the inputs of layers with weights are cast, with ``inference``; None: as
+            they are.
+        inplace: change ``model`` itself, otherwise a deep copy.
+        example_inputs: positional arguments of a call that is made at once, so that the report is complete.
+
+    Returns:
+        The model. Its attribute ``fastcnn_report`` is a :class:`Report`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: ``dtype`` without ``inference``, or one that is not floating point.
+        RuntimeError: the model cannot be copied, because it holds a tensor with a history.
+    """
+    from .engine import Engine  # with TorchDynamo, which takes a second to import
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"optimize(): argument 'model' must be Module, not {type(model).__name__}")
+    for name, value in (("inference", inference), ("inplace", inplace)):
+        if not isinstance(value, bool):
+            raise TypeError(f"optimize(): argument '{name}' must be bool, not {type(value).__name__}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"optimize(): argument 'dtype' must be torch.dtype or None, not {type(dtype).__name__}")
+    if dtype is not None and not (inference and dtype in FLOATING_DTYPES):
+        raise ValueError(
+            f"optimize(): dtype={dtype} needs inference=True and must be one of {', '.join(map(str, FLOATING_DTYPES))}"
+        )
+    if example_inputs is not None and not isinstance(example_inputs, tuple | list):
+        raise TypeError(
+            f"optimize(): argument 'example_inputs' must be tuple, list or None, not {type(example_inputs).__name__}"
+        )
+    if not inplace:
+        model = _copied(model)
+    if inference:
+        model.eval().requires_grad_(False).to(dtype=dtype)
+    report = Report()
+    for name, module in model.named_modules():
+        report.layers += _scanned(module, name, inference)
+        if _has_engine(module) or (dtype is not None and module._parameters):
+            Engine(module, name, report, inference=inference, dtype=dtype)
+    model.fastcnn_report = report  # type: ignore[assignment]
+    if example_inputs is not None:
+        with torch.no_grad():
+            model(*example_inputs)
+    return model
+
+
+def refresh(model: nn.Module) -> None:
+    """Forget the packed copies of the weights of a model, after writes that torch cannot see.
+
+    Those are writes through ``.data``, and writes of another process to shared memory.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        forget(tensor)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        found = [
+            f"{name}.{attribute}".lstrip(".")
+            for name, module in model.named_modules()
+            for attribute, value in vars(module).items()
+            if any(t.grad_fn is not None for t in _tensors(value))
+        ]
+        if not found:
+            raise
+        raise RuntimeError(
+            f"optimize(): cannot copy the model, because it holds tensors with a history: {', '.join(found)}. "
+            "Detach them, or let the model itself change: optimize(model, inplace=True)"
+        ) from error
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _has_engine(module: nn.Module) -> bool:
+    """Whether a module has calls of its own to fuse, when it is called by itself or by a forward without a graph."""
+    if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward:
+        return False
+    if isinstance(module, nn.Sequential | nn.LocalResponseNorm | nn.MaxPool2d):
+        return True
+    return type(module).__module__.partition(".")[0] != "torch"
+
+
+_LAYERS = (nn.Conv2d, nn.LocalResponseNorm, nn.MaxPool2d)
+
+
+def _scanned(module: nn.Module, name: str, inference: bool) -> list[Entry]:
+    """What can be said of a layer before it is called."""
+    what = type(module).__name__
+    if isinstance(module, nn.CrossMapLRN2d):
+        return [Entry(name, what, why_not="it computes something else than LocalResponseNorm")]
+    if not isinstance(module, (*_LAYERS, nn.Linear) if inference else _LAYERS):
+        return []
+    reason = "it returns indices" if getattr(module, "return_indices", False) else "it was not called yet"
+    return [Entry(name or what, what, why_not=reason)]

@@ -1,0 +1,366 @@
+"""Find the stages in a graph of calls of torch's functions, as TorchDynamo makes it, and let each run as one call.
+
+Why the answer stays the same: the calls of a stage follow each other, so nothing runs in between. What one of them
+returns is new memory that only the next one uses, so nobody can tell that it is never written. And where the output of
+a stage is used by anything but the next stage, it has the strides that torch would have given it.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..params import FLOATING_DTYPES, LRNParams, PoolParams, TailParams
+from .report import Entry
+from .stage import LinearStage, Stage
+
+# What may follow each other in a stage; any part may be missing.
+_MAPS = ("conv", "norm", "relu", "lrn", "pool")
+_VECTORS = ("linear", "relu", "dropout", "factor")
+_FOR_INFERENCE = {"norm", "linear", "dropout", "factor"}
+
+
+@dataclass(eq=False)
+class Call:
+    """What may become a part of a stage: one call, or several in a row that compute one thing.
+
+    Args:
+        nodes: of the graph; the last one returns what they compute.
+        input: the node of the map or the vectors that they take.
+        parts: the parts of a stage that they are, and the arguments of each.
+    """
+
+    nodes: list[fx.Node]
+    input: fx.Node
+    parts: dict[str, Any]
+
+    @property
+    def output(self) -> fx.Node:
+        return self.nodes[-1]
+
+
+# -- one call ---------------------------------------------------------------------------------------------------------
+
+
+def _conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # type: ignore[no-untyped-def]
+    return input, {"conv": (weight, bias, (stride, padding, dilation, groups))}
+
+
+def _norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):  # type: ignore[no-untyped-def]
+    by_batch = training or running_mean is None or running_var is None
+    return input, {} if by_batch else {"norm": (weight, bias, running_mean, running_var, eps)}
+
+
+def _relu(input, inplace=False):  # type: ignore[no-untyped-def]
+    return input, {"relu": inplace}
+
+
+def _relu_(input):  # type: ignore[no-untyped-def]
+    return input, {"relu": True}
+
+
+def _lrn(input, size, alpha=1e-4, beta=0.75, k=1.0):  # type: ignore[no-untyped-def]
+    return input, {"lrn": LRNParams(size, alpha, beta, k)}
+
+
+def _pool(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):  # type: ignore[no-untyped-def]
+    return input, {} if return_indices else {"pool": PoolParams(kernel_size, stride, padding, dilation, ceil_mode)}
+
+
+def _linear(input, weight, bias=None):  # type: ignore[no-untyped-def]
+    return input, {"linear": (weight, bias)}
+
+
+def _dropout(input, p=0.5, training=True, inplace=False):  # type: ignore[no-untyped-def]
+    return input, {} if training else {"dropout": None}
+
+
+def _product(a, b):  # type: ignore[no-untyped-def]
+    input, factor = (b, a) if isinstance(a, float) else (a, b)
+    return input, {"factor": factor} if isinstance(factor, float) else {}
+
+
+def _our_conv(input, weight, bias, *conv_and_mask):  # type: ignore[no-untyped-def]
+    return input, {"conv": (weight, bias, conv_and_mask[:-1]), "relu": False}
+
+
+def _our_lrn(input, *lrn):  # type: ignore[no-untyped-def]
+    return input, {"lrn": LRNParams.from_op(*lrn)}
+
+
+def _our_pool(input, *pool_and_argmax):  # type: ignore[no-untyped-def]
+    return input, {"pool": PoolParams.from_op(*pool_and_argmax[:-1])}
+
+
+def _our_tail(input, bias, *tail_and_argmax):  # type: ignore[no-untyped-def]
+    tail = TailParams.from_op(*tail_and_argmax[:-1])
+    parts = {"bias": bias, "relu": False if tail.relu else None, "lrn": tail.lrn, "pool": tail.pool}
+    return input, {name: value for name, value in parts.items() if value is not None}
+
+
+_OURS: dict[Any, Callable[..., tuple[Any, dict[str, Any]]]] = {
+    torch.ops.fastcnn.conv2d_relu.default: _our_conv,
+    torch.ops.fastcnn.lrn.default: _our_lrn,
+    torch.ops.fastcnn.max_pool2d.default: _our_pool,
+    torch.ops.fastcnn.relu_lrn_max_pool2d.default: _our_tail,
+}
+_FUNCTIONS: dict[Any, Callable[..., tuple[Any, dict[str, Any]]]] = {
+    torch.conv2d: _conv,
+    F.batch_norm: _norm,
+    **dict.fromkeys((torch.relu, F.relu, "relu"), _relu),
+    **dict.fromkeys((torch.relu_, "relu_"), _relu_),
+    F.local_response_norm: _lrn,
+    **dict.fromkeys((torch.max_pool2d, F.max_pool2d), _pool),
+    F.linear: _linear,
+    F.dropout: _dropout,
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), _product),
+    **_OURS,
+}
+# Their outputs are new, and the same whatever the memory format of their inputs.
+_ANY_FORMAT = {
+    *(torch.cat, torch.concat, torch.relu, "relu", torch.add, operator.add),
+    *(F.batch_norm, F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d, torch.max_pool2d),
+}
+
+
+def _read(nodes: Sequence[fx.Node]) -> Call | str:
+    """What begins with the first of these nodes and may be part of a stage; or why it may not, if there is a reason."""
+    node = nodes[0]
+    grouped = _read_grouped_lrn(nodes[: len(_GROUPED_LRN)])
+    if grouped is not None:
+        return grouped
+    if node.op not in ("call_function", "call_method") or node.target not in _FUNCTIONS:
+        return ""
+    try:
+        input, parts = _FUNCTIONS[node.target](*node.args, **node.kwargs)
+    except (TypeError, ValueError, RuntimeError):  # as for a size that is a node of the graph
+        return "its arguments are computed"
+    if not isinstance(input, fx.Node) or not parts:
+        return "it returns indices" if "return_indices" in node.kwargs else ""
+    called = [node]
+    if node.target in _OURS and not isinstance(_value(node), Tensor):  # a pair, of which only the first may be used
+        if len(node.users) != 1 or nodes[1].target is not operator.getitem or nodes[1].args != (node, 0):
+            return ""
+        called.append(nodes[1])
+    reason = _why_not(_value(called[-1]), 2 if "linear" in parts else None)
+    return reason or Call(called, input, parts)
+
+
+def _read_grouped_lrn(nodes: Sequence[fx.Node]) -> Call | None:
+    """LRN within groups, in the nine calls of :class:`fastcnn.nn.GroupedLocalResponseNorm`."""
+    if [getattr(node.target, "__name__", node.target) for node in nodes] != _GROUPED_LRN:
+        return None
+    square, cut, pad, mean, joined, alpha, k, beta, quotient = nodes
+    x, size, groups = square.args[0], mean.args[1][0], cut.args[2][0]  # type: ignore[index]
+    numbers = [alpha.args[1], k.args[1], beta.args[1]]
+    expected = [(x, x), (square, 1, (groups, -1)), (cut, (0, 0, 0, 0, size // 2, (size - 1) // 2), "constant", None)]
+    expected += [(pad, (size, 1, 1)), (mean, 1, 2), *zip((joined, alpha, k), numbers, strict=True), (x, beta)]
+    if [node.args for node in nodes] != expected or mean.kwargs != {"stride": 1}:
+        return None
+    if any(len(node.users) > 1 for node in nodes[:-1]) or _why_not(_value(quotient), None):
+        return None
+    return Call(list(nodes), x, {"lrn": LRNParams(size, *numbers, groups)})  # type: ignore[arg-type]
+
+
+_GROUPED_LRN = ["mul", "unflatten", "pad", "avg_pool3d", "flatten", "mul", "add", "pow", "truediv"]
+
+
+def _value(node: fx.Node) -> Any:
+    """What TorchDynamo knows of what a node returns: a fake tensor."""
+    return node.meta.get("example_value")
+
+
+def _why_not(y: Any, dims: int | None) -> str:
+    """Why nothing of ours computes a tensor like this one; empty if something does."""
+    if not isinstance(y, Tensor) or is_traceable_wrapper_subclass(y) or y.layout != torch.strided:
+        return "it is no plain tensor"
+    if y.dtype not in FLOATING_DTYPES:
+        return f"it is of dtype {y.dtype}"
+    return "" if y.dim() == dims or (dims is None and y.dim() in (2, 4)) else f"it has {y.dim()} dimensions"
+
+
+def _format(y: Tensor) -> torch.memory_format | None:
+    """The memory format of a fake map, whose sizes may be symbols; None if it has neither."""
+    if y.dim() != 4:
+        return None
+    if not any(isinstance(n, torch.SymInt) for n in (*y.shape, *y.stride())):
+        formats = (torch.contiguous_format, torch.channels_last)
+        return next((format for format in formats if y.is_contiguous(memory_format=format)), None)
+    ones = [isinstance(y.stride(i), int) and y.stride(i) == 1 for i in (1, 3)]
+    return torch.contiguous_format if ones[1] else torch.channels_last if ones[0] else None
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) -> list[Entry]:
+    """Make one call of each stage of the graph.
+
+    Args:
+        graph: as TorchDynamo gives it to a backend; changed in place.
+        names: path -> class of the layers that have no layers in them, for the report.
+        inference: see :func:`fastcnn.optimize`.
+
+    Returns:
+        What was found.
+    """
+    owners = _owners(graph)
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    entries, fused = [], []
+    while nodes:
+        first = _read(nodes)
+        stage, reason = ([], first) if isinstance(first, str) else _stage(first, nodes, owners, inference)
+        if reason and nodes[0].target not in (*_OURS, F.linear, "mul", operator.mul):
+            entries.append(Entry(*_names([nodes[0]], names), why_not=reason))
+        if stage:
+            entries.append(Entry(*_names([node for call in stage for node in call.nodes], names), _now(stage, inference)))
+            fused.append(_replace(graph, stage, inference))
+        del nodes[: sum(len(call.nodes) for call in stage) or 1]
+    _restore_formats(graph, fused)
+    graph.lint()
+    return entries
+
+
+def _stage(
+    first: Call, nodes: Sequence[fx.Node], owners: Mapping[int, fx.Node], inference: bool
+) -> tuple[list[Call], str]:
+    """The calls that can run as one, starting with this; none if that gains nothing, or may not be, and why."""
+    stage, parts, taken = [], [], 0  # type: tuple[list[Call], list[str], int]
+    call: Call | str = first
+    while not isinstance(call, str) and _follows(call, stage, parts, inference):
+        stage.append(call)
+        parts += [part for part in call.parts if part != "bias"]
+        taken += len(call.nodes)
+        call = _read(nodes[taken:]) if taken < len(nodes) else ""
+    if not stage:
+        return [], ""
+    if parts[0] == "conv" and "relu" not in parts[1:3]:
+        stage = stage[: 2 if parts[1:2] == ["norm"] else 1] if inference else []
+        if not stage:
+            return [], "no ReLU is called on its output alone"
+    if first.parts.get("relu") and not _is_read_once(first, owners):
+        return [], ""  # it writes what others can see
+    if parts == ["relu"] or (len(stage) == 1 and first.nodes[0].target in _OURS and not inference):
+        return [], ""
+    last = _value(stage[-1].output)
+    if last.dim() == 4 and _format(last) is None:
+        return [], "its output has the strides of no memory format"
+    return stage, ""
+
+
+def _follows(call: Call, stage: Sequence[Call], parts: Sequence[str], inference: bool) -> bool:
+    """Whether a call may be the next one of a stage with these parts."""
+    new = [part for part in call.parts if part != "bias"]
+    if not inference and _FOR_INFERENCE.intersection(new):
+        return False
+    if "bias" in call.parts and (list(parts) != ["conv"] or stage[0].parts["conv"][1] is not None):
+        return False
+    if "conv" not in new and "linear" not in new and _value(call.output).dtype != _value(call.input).dtype:
+        return False  # as under autocast
+    if not stage:
+        return new[0] in ("conv", "relu", "lrn", "pool", "linear") and (
+            new[0] == "linear" or _value(call.output).dim() == 4
+        )
+    order = _VECTORS if parts[0] == "linear" else _MAPS
+    if not set(new) <= set(order) or order.index(new[0]) <= order.index(parts[-1]):
+        return False
+    return call.input is stage[-1].output and set(call.input.users) <= set(call.nodes)
+
+
+def _owners(graph: fx.Graph) -> dict[int, fx.Node]:
+    """The memory of each tensor -> the node that returned it first."""
+    owners: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        values = _value(node)
+        for value in values if isinstance(values, list | tuple) else (values,):
+            if isinstance(value, Tensor) and value.layout == torch.strided and not is_traceable_wrapper_subclass(value):
+                owners.setdefault(value.untyped_storage()._cdata, node)
+    return owners
+
+
+def _is_read_once(call: Call, owners: Mapping[int, fx.Node]) -> bool:
+    """Whether the input of a call is new memory that nothing else reads."""
+    source = call.input
+    new = source.op not in ("placeholder", "get_attr") and owners[_value(source).untyped_storage()._cdata] is source
+    return new and set(source.users) <= set(call.nodes)
+
+
+def _replace(graph: fx.Graph, stage: Sequence[Call], inference: bool) -> fx.Node:
+    parts = {name: value for call in stage for name, value in call.parts.items()}
+    parameters: tuple[Any, ...] = ()
+    run: Stage | LinearStage
+    if "linear" in parts:
+        parameters = parts["linear"]
+        run = LinearStage("relu" in parts, parts.get("factor", 1.0))
+    else:
+        conv, eps = None, None
+        if "conv" in parts:
+            weight, bias, conv = parts["conv"]
+            parameters = weight, parts.get("bias", bias)
+        if "norm" in parts:
+            *norm, eps = parts["norm"]
+            parameters = *parameters, *norm
+        run = Stage(conv, eps, "relu" in parts, parts.get("lrn"), parts.get("pool"), inference=inference)
+    last = stage[-1].output
+    with graph.inserting_before(last):
+        node = graph.call_function(run, (stage[0].input, *parameters))
+    node.meta = dict(last.meta)
+    last.replace_all_uses_with(node)
+    for erased in reversed([node for call in stage for node in call.nodes]):
+        graph.erase_node(erased)
+    return node
+
+
+def _restore_formats(graph: fx.Graph, stages: Sequence[fx.Node]) -> None:
+    """Let maps have any memory format between stages, and torch's wherever something else sees them."""
+    loose: set[fx.Node] = set()
+
+    def takes_any(user: fx.Node, node: fx.Node) -> bool:
+        if isinstance(user.target, Stage):
+            return user.args.index(node) == 0 and user.args.count(node) == 1
+        return user.target in _ANY_FORMAT and isinstance(_value(user), Tensor) and _format(_value(user)) is not None
+
+    for node in list(graph.nodes):
+        if not isinstance(node.target, Stage) and not loose.intersection(node.all_input_nodes):
+            continue
+        if node.target not in _ANY_FORMAT and not isinstance(node.target, Stage):
+            continue  # a copy that is made below
+        if all(takes_any(user, node) for user in node.users):
+            loose.add(node)
+            continue
+        with graph.inserting_after(node):
+            dense = graph.call_method("contiguous", (node,), {"memory_format": _format(_value(node))})
+        dense.meta = dict(node.meta)
+        node.replace_all_uses_with(dense, delete_user_cb=lambda user, dense=dense: user is not dense)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def _now(stage: Sequence[Call], inference: bool) -> str:
+    parts = [part for call in stage for part in call.parts if part not in ("norm", "dropout", "bias")]
+    if parts[0] == "linear":
+        return "linear, packed"
+    if parts[0] == "conv":
+        now = {1: "conv2d", 2: "conv2d_relu"}.get(len(parts), "conv2d + relu_lrn_max_pool2d")
+        return f"{now}, packed" if inference else now
+    return "relu_lrn_max_pool2d"
+
+
+def _names(nodes: Sequence[fx.Node], names: Mapping[str, str]) -> tuple[str, str]:
+    """Where these nodes come from, and what was called there."""
+    found: dict[str, str] = {}
+    for node in nodes:
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        path = stack[-1][0].partition(".")[2] if stack else ""
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        if path in names:
+            found[path] = names[path]
+        elif name != "getitem":
+            found[f"{path}.{node.name}".lstrip(".")] = name
+    return " + ".join(found), " -> ".join(found.values())
