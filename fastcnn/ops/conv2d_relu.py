@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..memory_format import is_channels_last
 from ..params import ConvBackwardParams, ConvParams, IntOrPair, autocast
 from . import outputs, relu_mask
@@ -14,10 +15,12 @@ from .aten import conv2d_relu as aten
 from .cpu import conv2d_relu as cpu
 from .cuda import conv2d_relu as cuda
 from .cudnn import conv2d_relu as cudnn
+from .overridable import overridable
 from .register import define, fold_batch, needs_grad, one_by_one, unfold_batch
 from .triton import conv2d_relu as triton
 
 
+@overridable(reference.conv2d_relu)
 def conv2d_relu(
     input: Tensor,
     weight: Tensor,

@@ -9,11 +9,14 @@ from ..params import LRNParams, check_input
 from .aten import lrn as aten
 from .cpu import lrn as cpu
 from .cuda import lrn as cuda
+from .onnx import local_response_norm as composite
 from .outputs import empty_output
+from .overridable import overridable
 from .register import define, double_backward
 from .triton import lrn as triton
 
 
+@overridable(composite)
 def local_response_norm(
     input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, groups: int = 1
 ) -> Tensor:

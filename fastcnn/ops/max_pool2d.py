@@ -11,10 +11,12 @@ from . import outputs
 from .aten import max_pool2d as aten
 from .cpu import max_pool2d as cpu
 from .cuda import max_pool2d as cuda
+from .overridable import overridable
 from .register import define, needs_grad
 from .triton import max_pool2d as triton
 
 
+@overridable(reference.max_pool2d)
 def max_pool2d(
     input: Tensor,
     kernel_size: IntOrPair,

@@ -13,10 +13,32 @@ from .cpu import relu_lrn_max_pool2d as cpu
 from .cuda import relu_lrn_max_pool2d as cuda
 from .lrn import local_response_norm
 from .max_pool2d import max_pool2d
+from .overridable import overridable
 from .register import define, double_backward, fold_batch, needs_grad, one_by_one, unfold_batch
 from .triton import relu_lrn_max_pool2d as triton
 
 
+def _composition(
+    input: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    lrn: LRNParams | None = None,
+    pool: PoolParams | None = None,
+) -> Tensor:
+    """The single operators, one after the other."""
+    if input.dim() < 2 and (bias is not None or lrn is not None):
+        raise ValueError(f"relu_lrn_max_pool2d(): expected an input with channels (got {input.dim()} dimensions)")
+    check_bias("relu_lrn_max_pool2d", bias, input)
+    y = reference.rectified(input, bias, relu)
+    if lrn is not None:
+        y = local_response_norm(y, lrn.size, lrn.alpha, lrn.beta, lrn.k, groups=lrn.groups)
+    if pool is not None:
+        y = max_pool2d(y, *pool.op_args())
+    return y.to(input.dtype, copy=y is input)
+
+
+@overridable(_composition)
 def relu_lrn_max_pool2d(
     input: Tensor,
     bias: Tensor | None = None,
@@ -56,7 +78,7 @@ def relu_lrn_max_pool2d(
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{op}(): argument '{name}' must be {kind.__name__} or None, not {type(value).__name__}")
     if input.dim() != 4:
-        return _composition(input, bias, relu, lrn, pool)
+        return _composition(input, bias, relu=relu, lrn=lrn, pool=pool)
     check_bias(op, bias, input)
     if lrn is not None:
         lrn.check_shape(input.shape)
@@ -68,18 +90,6 @@ def relu_lrn_max_pool2d(
         pool.output_size(input.shape[2], input.shape[3])
     with_argmax = pool is not None and needs_grad(input, bias)
     return tail_op(input, bias, TailParams(relu, lrn, pool), with_argmax)[0]
-
-
-def _composition(x: Tensor, bias: Tensor | None, relu: bool, lrn: LRNParams | None, pool: PoolParams | None) -> Tensor:
-    if x.dim() < 2 and (bias is not None or lrn is not None):
-        raise ValueError(f"relu_lrn_max_pool2d(): expected an input with channels (got {x.dim()} dimensions)")
-    check_bias("relu_lrn_max_pool2d", bias, x)
-    y = reference.rectified(x, bias, relu)
-    if lrn is not None:
-        y = local_response_norm(y, lrn.size, lrn.alpha, lrn.beta, lrn.k, groups=lrn.groups)
-    if pool is not None:
-        y = max_pool2d(y, *pool.op_args())
-    return y.to(x.dtype, copy=y is x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -5,20 +5,22 @@ stock settings leave gaps, which are closed here. A module without a graph runs 
 calls, which have engines of their own, run through theirs.
 """
 
+import contextlib
 import itertools
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo import config, eval_frame, optimize
+from torch._dynamo import config, eval_frame, maybe_mark_dynamic, optimize
 from torch._dynamo.exc import TorchDynamoException
 from torch.autograd import forward_ad
 from torch.fx.experimental import _config as fx_config
 from torch.nn.modules import module as module_state
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from .graph import fuse
 from .report import Entry, Report
@@ -63,7 +65,8 @@ class Engine:
 
     def _arm(self) -> None:
         self._compiled: Callable[..., Any] | None = None
-        self._classes: tuple[tuple[type, Any], ...] = ()  # in a graph, and their forwards
+        self._methods: tuple[tuple[type, str, Any], ...] = ()  # of the classes in a graph, which no guard watches
+        self._shapes: dict[Any, list[torch.Size]] = {}  # kind of call -> shapes of the first one
         self._ran = False  # a graph, in this call
         self._in_a_row: dict[Any, int] = {}  # kind of call -> how many of them each made a graph
         self._plain: dict[Any, list[int]] = {}  # kind of call -> how often it had no graph, calls until the next try
@@ -93,7 +96,7 @@ class Engine:
             args, kwargs = pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
         if _sees_every_call() or (self._plain and self._is_plain(args, kwargs)):
             return self.module._call_impl(*args, **kwargs)
-        if any(cls.forward is not forward for cls, forward in self._classes):
+        if any(vars(cls).get(name) is not value for cls, name, value in self._methods):
             self._arm()
         if self._compiled is None:
             self._compile()
@@ -128,12 +131,13 @@ class Engine:
             self._compiled = function
             return
 
-        def callback(*frame: Any) -> Any:
-            """Called where no graph fits; a graph that cannot be made must not run anything."""
-            if torch._C._len_torch_dispatch_stack():
-                raise NoGraph("it was first called under a TorchDispatchMode")
-            with config.patch(_SETTINGS), fx_config.patch(_FX_SETTINGS):
-                found = inner(*frame)
+        def callback(frame: Any, *state: Any) -> Any:
+            """Called for frames that no graph fits; where none can be made of ours, nothing of it may run."""
+            if frame.f_code is not code:
+                return inner(frame, *state)
+            with config.patch(_SETTINGS), fx_config.patch(_FX_SETTINGS), _disable_current_modes():
+                with self._marked_dynamic(**frame.f_locals):
+                    found = inner(frame, *state)
             if found.guarded_code is None:
                 raise NoGraph(getattr(found, "skip_reason", None) or "TorchDynamo skipped it")
             return found
@@ -156,8 +160,13 @@ class Engine:
             self._ran = True
             return forward(*args)
 
-        classes = {cls for m in self.module.modules() for cls in type(m).__mro__ if "forward" in vars(cls)}
-        self._classes = tuple((cls, cls.forward) for cls in classes)
+        classes = {cls for m in self.module.modules() for cls in type(m).__mro__ if issubclass(cls, nn.Module)}
+        self._methods = tuple(
+            (cls, name, value)
+            for cls in classes
+            for name, value in vars(cls).items()
+            if isinstance(value, types.FunctionType) and (cls is not nn.Module or "call" in name)
+        )
         prefix = f"{self.name}." if self.name else ""
         self.report.add([self._in_model(entry, prefix) for entry in entries])
         return run
@@ -166,6 +175,20 @@ class Engine:
     def _in_model(entry: Entry, prefix: str) -> Entry:
         where = " + ".join((prefix + path).rstrip(".") for path in entry.where.split(" + "))
         return Entry(where, entry.what, entry.now, entry.why_not)
+
+    @contextlib.contextmanager
+    def _marked_dynamic(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Let the second graph of a kind of call be one for all shapes. By itself TorchDynamo takes one step a graph."""
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        shapes = [x.shape for x in tensors]
+        marked = [] if self._shapes.setdefault(self._kind(args, kwargs), shapes) == shapes else tensors
+        for t in marked:
+            maybe_mark_dynamic(t, [i for i in range(t.dim()) if i != 1])  # but for channels
+        try:
+            yield
+        finally:
+            for t in marked:
+                del t._dynamo_weak_dynamic_indices  # type: ignore[attr-defined]
 
     # -- calls without a graph ----------------------------------------------------------------------------------------
 
@@ -191,8 +214,7 @@ class Engine:
     def _made_a_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kind = self._kind(args, kwargs)
         self._in_a_row[kind] = self._in_a_row.get(kind, 0) + 1
-        if self._in_a_row[kind] == _IN_A_ROW:
-            del self._in_a_row[kind]
+        if self._in_a_row[kind] >= _IN_A_ROW:
             self._has_no_graph(kind, f"{_IN_A_ROW} calls of one kind in a row each needed a new graph")
 
     def _has_no_graph(self, kind: Any, reason: str) -> None:
@@ -212,9 +234,10 @@ def _sees_every_call() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or fx._symbolic_trace.is_fx_tracing()
+        or fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or (torch._C._len_torch_dispatch_stack() and any(m.is_infra_mode() for m in _get_current_dispatch_mode_stack()))
         or module_state._global_forward_hooks
         or module_state._global_forward_pre_hooks
         or module_state._global_backward_hooks

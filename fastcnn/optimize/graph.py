@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..params import FLOATING_DTYPES, LRNParams, PoolParams, TailParams
@@ -139,6 +140,8 @@ def _read(nodes: Sequence[fx.Node]) -> Call | str:
     try:
         input, parts = _FUNCTIONS[node.target](*node.args, **node.kwargs)
     except (TypeError, ValueError, RuntimeError):  # as for a size that is a node of the graph
+        return "its arguments are computed"
+    if "conv" in parts and any(isinstance(n, fx.Node) for n in pytree.tree_leaves(parts["conv"][2])):
         return "its arguments are computed"
     if not isinstance(input, fx.Node) or not parts:
         return "it returns indices" if "return_indices" in node.kwargs else ""
@@ -349,7 +352,7 @@ def _now(stage: Sequence[Call], inference: bool) -> str:
     if parts[0] == "conv":
         now = {1: "conv2d", 2: "conv2d_relu"}.get(len(parts), "conv2d + relu_lrn_max_pool2d")
         return f"{now}, packed" if inference else now
-    return "relu_lrn_max_pool2d"
+    return {"lrn": "local_response_norm", "pool": "max_pool2d"}.get("".join(parts), "relu_lrn_max_pool2d")
 
 
 def _names(nodes: Sequence[fx.Node], names: Mapping[str, str]) -> tuple[str, str]:

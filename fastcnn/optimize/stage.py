@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.lrn import local_response_norm
+from ..ops.max_pool2d import max_pool2d
 from ..ops.packed import unchanged
 from ..ops.relu_lrn_max_pool2d import relu_lrn_max_pool2d
 from ..ops.stage import run_stage
@@ -48,7 +50,7 @@ class Stage:
     ) -> Tensor:
         """``norm``: scale, shift, running mean and running variance of the batch norm."""
         if weight is None or self.conv is None:
-            return relu_lrn_max_pool2d(x, relu=self.relu, lrn=self.lrn, pool=self.pool)
+            return self._without_convolution(x)
         if self.inference:
             if runs_packed(x, weight, bias, *norm):
                 y = self._packed(x, weight, bias, *norm)
@@ -64,6 +66,14 @@ class Stage:
         if not self.relu:  # then nothing follows
             return y
         return relu_lrn_max_pool2d(y, relu=True, lrn=self.lrn, pool=self.pool)
+
+    def _without_convolution(self, x: Tensor) -> Tensor:
+        if self.lrn is None and not self.relu and self.pool is not None:
+            return max_pool2d(x, *self.pool.op_args())
+        if self.pool is None and not self.relu and self.lrn is not None:
+            size, alpha, beta, k, groups = self.lrn.op_args()
+            return local_response_norm(x, size, alpha, beta, k, groups=groups)
+        return relu_lrn_max_pool2d(x, relu=self.relu, lrn=self.lrn, pool=self.pool)
 
     def _packed(self, x: Tensor, weight: Tensor, bias: Tensor | None, *norm: Any) -> Tensor | None:
         """None where the batch norm makes a weight that is not finite, or more has to be padded behind than before."""
