@@ -161,7 +161,9 @@ def what_runs(name: str, device: str) -> str:
 
 def needs_grad(*args: Any) -> bool:
     """Whether autograd will ask for a gradient of an op called with these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def double_backward(

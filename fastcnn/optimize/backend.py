@@ -28,5 +28,5 @@ def fastcnn(
     if options:
         raise ValueError(f"backend 'fastcnn' has no options {sorted(options)}; it has 'inner'")
     fuse(module.graph, {})
-    module.recompile()
+    module = fx.GraphModule(module, module.graph)
     return module.forward if inner is None else lookup_backend(inner)(module, example_inputs)

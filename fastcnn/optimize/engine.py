@@ -7,9 +7,13 @@ calls, which have engines of their own, run through theirs.
 
 import contextlib
 import itertools
+import logging
 import os
+import re
 import types
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +69,9 @@ class Engine:
 
     def _arm(self) -> None:
         self._compiled: Callable[..., Any] | None = None
-        self._methods: tuple[tuple[type, str, Any], ...] = ()  # of the classes in a graph, which no guard watches
+        # What graphs take for granted without a guard: the environment, and the methods of the classes.
+        self._environ = dict(os.environ._data)  # type: ignore[attr-defined]
+        self._methods: tuple[tuple[type, str, Any], ...] = ()
         self._shapes: dict[Any, list[torch.Size]] = {}  # kind of call -> shapes of the first one
         self._ran = False  # a graph, in this call
         self._in_a_row: dict[Any, int] = {}  # kind of call -> how many of them each made a graph
@@ -96,7 +102,7 @@ class Engine:
             args, kwargs = pytree.tree_map_only(Tensor, self._cast, (args, kwargs))
         if _sees_every_call() or (self._plain and self._is_plain(args, kwargs)):
             return self.module._call_impl(*args, **kwargs)
-        if any(vars(cls).get(name) is not value for cls, name, value in self._methods):
+        if self._environ != os.environ._data or any(vars(cls).get(name) is not value for cls, name, value in self._methods):
             self._arm()
         if self._compiled is None:
             self._compile()
@@ -136,8 +142,10 @@ class Engine:
             if frame.f_code is not code:
                 return inner(frame, *state)
             with config.patch(_SETTINGS), fx_config.patch(_FX_SETTINGS), _disable_current_modes():
-                with self._marked_dynamic(**frame.f_locals):
+                with self._marked_dynamic(**frame.f_locals), _nothing_said() as warned:
                     found = inner(frame, *state)
+            if any("lru_cache" in str(warning.message) for warning in warned):
+                raise NoGraph("it calls a function with functools.lru_cache, which TorchDynamo would call every time")
             if found.guarded_code is None:
                 raise NoGraph(getattr(found, "skip_reason", None) or "TorchDynamo skipped it")
             return found
@@ -152,9 +160,8 @@ class Engine:
                 raise NoGraph(f"it calls {node.target.name()}, which a graph cannot run as the forward does")
         names = {name: type(m).__name__ for name, m in self.module.named_modules() if not m._modules}
         entries = fuse(graph_module.graph, names, inference=self.inference)
-        graph_module.recompile()
+        forward = fx.GraphModule(graph_module, graph_module.graph).forward  # the module itself compiles its code later
         self.graphs += 1
-        forward = graph_module.forward
 
         def run(*args: Any) -> Any:
             self._ran = True
@@ -181,14 +188,16 @@ class Engine:
         """Let the second graph of a kind of call be one for all shapes. By itself TorchDynamo takes one step a graph."""
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         shapes = [x.shape for x in tensors]
-        marked = [] if self._shapes.setdefault(self._kind(args, kwargs), shapes) == shapes else tensors
+        known = self._shapes.setdefault(self._kind(args, kwargs), shapes) == shapes
+        marked = {id(t): t for t in tensors if not known and not hasattr(t, "_dynamo_weak_dynamic_indices")}.values()
         for t in marked:
             maybe_mark_dynamic(t, [i for i in range(t.dim()) if i != 1])  # but for channels
         try:
             yield
         finally:
             for t in marked:
-                del t._dynamo_weak_dynamic_indices  # type: ignore[attr-defined]
+                if hasattr(t, "_dynamo_weak_dynamic_indices"):  # not of a tensor of less than two dimensions
+                    del t._dynamo_weak_dynamic_indices  # type: ignore[attr-defined]
 
     # -- calls without a graph ----------------------------------------------------------------------------------------
 
@@ -245,6 +254,19 @@ def _sees_every_call() -> bool:
     )
 
 
+@contextlib.contextmanager
+def _nothing_said() -> Iterator[list[warnings.WarningMessage]]:
+    """No warning and no logged error of TorchDynamo: whatever is wrong with a call, the plain forward will say."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            yield warned
+    finally:
+        log.disabled = disabled
+
+
 def _dynamo_is_off() -> str:
     if config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return "TorchDynamo is disabled"
@@ -253,6 +275,9 @@ def _dynamo_is_off() -> str:
 
 
 def _reason(error: BaseException) -> str:
-    inner = getattr(error, "inner_exception", None)
-    lines = [line.strip() for line in str(inner or error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """What TorchDynamo says, in a sentence, and the line of the model that it speaks of."""
+    text = str(getattr(error, "inner_exception", None) or error)
+    explained = re.search(r"Explanation: *(.+)", text)
+    sentence = (explained.group(1) if explained else text.strip().partition("\n")[0]).partition(". ")[0]
+    places = re.findall(r'File "([^"]+)", line (\d+), in', text)
+    return f"{sentence} ({Path(places[-1][0]).name}:{places[-1][1]})" if places else sentence

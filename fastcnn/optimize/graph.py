@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -194,8 +195,12 @@ def _format(y: Tensor) -> torch.memory_format | None:
     if not any(isinstance(n, torch.SymInt) for n in (*y.shape, *y.stride())):
         formats = (torch.contiguous_format, torch.channels_last)
         return next((format for format in formats if y.is_contiguous(memory_format=format)), None)
-    ones = [isinstance(y.stride(i), int) and y.stride(i) == 1 for i in (1, 3)]
-    return torch.contiguous_format if ones[1] else torch.channels_last if ones[0] else None
+    _, c, h, w = y.shape
+    strides = {torch.contiguous_format: (c * h * w, h * w, w, 1), torch.channels_last: (c * h * w, 1, c * w, c)}
+    for format, expected in strides.items():
+        if all(statically_known_true(stride == other) for stride, other in zip(y.stride(), expected, strict=True)):
+            return format
+    return None
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
