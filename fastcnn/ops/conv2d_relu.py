@@ -20,7 +20,7 @@ from .register import define, fold_batch, needs_grad, one_by_one, unfold_batch
 from .triton import conv2d_relu as triton
 
 
-@overridable(reference.conv2d_relu)
+@overridable("input", "weight", "bias", composite=reference.conv2d_relu)
 def conv2d_relu(
     input: Tensor,
     weight: Tensor,

@@ -16,7 +16,7 @@ from .register import define, double_backward
 from .triton import lrn as triton
 
 
-@overridable(composite)
+@overridable("input", composite=composite)
 def local_response_norm(
     input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0, *, groups: int = 1
 ) -> Tensor:

@@ -16,7 +16,7 @@ from .register import define, needs_grad
 from .triton import max_pool2d as triton
 
 
-@overridable(reference.max_pool2d)
+@overridable("input", composite=reference.max_pool2d)
 def max_pool2d(
     input: Tensor,
     kernel_size: IntOrPair,

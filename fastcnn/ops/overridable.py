@@ -7,20 +7,23 @@ from typing import TypeVar
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .onnx import is_exporting
 
 F = TypeVar("F", bound=Callable)
 
 
-def overridable(composite: Callable | None = None) -> Callable[[F], F]:
-    """Decorate a function of tensors so that others may see through it.
+def overridable(*tensors: str, composite: Callable | None = None) -> Callable[[F], F]:
+    """Decorate a function so that others may see through it; ``tensors`` are its first parameters.
 
     - An argument with ``__torch_function__`` gets the call, as from any function of torch: so a Proxy of
       :func:`torch.fx.symbolic_trace` makes a node of it.
-    - ``torch.jit.trace``, exports to ONNX and forward-mode differentiation call ``composite`` in its place: the same
-      function in torch's own operators. None: the function consists of such calls.
+    - ``torch.jit.trace``, exports to ONNX, FLOP counters and forward-mode differentiation call ``composite`` in its
+      place: the same function in torch's own operators. None: the function consists of such calls.
     """
+
+    count = len(tensors)
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
@@ -28,12 +31,22 @@ def overridable(composite: Callable | None = None) -> Callable[[F], F]:
             if torch.compiler.is_compiling():
                 to_onnx = composite is not None and torch.compiler.is_exporting() and is_exporting()
                 return (composite if to_onnx else function)(*args, **kwargs)
-            if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
-                return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
-            if composite is not None and (forward_ad._current_level >= 0 or torch.jit.is_tracing()):
+            given = args[:count]
+            if kwargs:
+                given += tuple([kwargs[name] for name in tensors if name in kwargs])
+            if has_torch_function(given):
+                return handle_torch_function(call, given, *args, **kwargs)
+            elsewhere = forward_ad._current_level >= 0 or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
+            if elsewhere and composite is not None and _needs_composite():
                 return composite(*args, **kwargs)
             return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def _needs_composite() -> bool:
+    if forward_ad._current_level >= 0 or torch._C._is_tracing():
+        return True
+    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in _get_current_dispatch_mode_stack())

@@ -161,9 +161,9 @@ def what_runs(name: str, device: str) -> str:
 
 def needs_grad(*args: Any) -> bool:
     """Whether autograd will ask for a gradient of an op called with these arguments."""
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
         return False
-    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()  # under which grad may be enabled
 
 
 def double_backward(

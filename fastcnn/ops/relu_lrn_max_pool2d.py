@@ -38,7 +38,7 @@ def _composition(
     return y.to(input.dtype, copy=y is input)
 
 
-@overridable(_composition)
+@overridable("input", "bias", composite=_composition)
 def relu_lrn_max_pool2d(
     input: Tensor,
     bias: Tensor | None = None,

@@ -16,7 +16,7 @@ from .register import needs_grad
 from .relu_lrn_max_pool2d import relu_lrn_max_pool2d
 
 
-@overridable()
+@overridable("x", "weight", "bias")
 def run_stage(
     x: Tensor,
     weight: Tensor,

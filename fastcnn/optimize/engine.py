@@ -143,7 +143,10 @@ class Engine:
                 return inner(frame, *state)
             with config.patch(_SETTINGS), fx_config.patch(_FX_SETTINGS), _disable_current_modes():
                 with self._marked_dynamic(**frame.f_locals), _nothing_said() as warned:
-                    found = inner(frame, *state)
+                    try:
+                        found = inner(frame, *state)
+                    except Exception as error:
+                        raise NoGraph(_reason(error)) from error
             if any("lru_cache" in str(warning.message) for warning in warned):
                 raise NoGraph("it calls a function with functools.lru_cache, which TorchDynamo would call every time")
             if found.guarded_code is None:
@@ -189,15 +192,15 @@ class Engine:
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         shapes = [x.shape for x in tensors]
         known = self._shapes.setdefault(self._kind(args, kwargs), shapes) == shapes
-        marked = {id(t): t for t in tensors if not known and not hasattr(t, "_dynamo_weak_dynamic_indices")}.values()
-        for t in marked:
+        marked = [] if known else [(t, dict(vars(t))) for t in tensors]
+        for t, _ in marked:
             maybe_mark_dynamic(t, [i for i in range(t.dim()) if i != 1])  # but for channels
         try:
             yield
         finally:
-            for t in marked:
-                if hasattr(t, "_dynamo_weak_dynamic_indices"):  # not of a tensor of less than two dimensions
-                    del t._dynamo_weak_dynamic_indices  # type: ignore[attr-defined]
+            for t, attributes in reversed(marked):  # a tensor may be there twice
+                vars(t).clear()
+                vars(t).update(attributes)
 
     # -- calls without a graph ----------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ returns is new memory that only the next one uses, so nobody can tell that it is
 a stage is used by anything but the next stage, it has the strides that torch would have given it.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -217,16 +218,17 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
     Returns:
         What was found.
     """
-    owners = _owners(graph)
+    owners, labels = _owners(graph), _labels(graph, names)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     entries, fused = [], []
     while nodes:
         first = _read(nodes)
         stage, reason = ([], first) if isinstance(first, str) else _stage(first, nodes, owners, inference)
         if reason and nodes[0].target not in (*_OURS, F.linear, "mul", operator.mul):
-            entries.append(Entry(*_names([nodes[0]], names), why_not=reason))
+            entries.append(Entry(*labels[nodes[0]], why_not=reason))
         if stage:
-            entries.append(Entry(*_names([node for call in stage for node in call.nodes], names), _now(stage, inference)))
+            where = dict(labels[node] for call in stage for node in call.nodes if node.target is not operator.getitem)
+            entries.append(Entry(" + ".join(where), " -> ".join(where.values()), _now(stage, inference)))
             fused.append(_replace(graph, stage, inference))
         del nodes[: sum(len(call.nodes) for call in stage) or 1]
     _restore_formats(graph, fused)
@@ -360,15 +362,19 @@ def _now(stage: Sequence[Call], inference: bool) -> str:
     return {"lrn": "local_response_norm", "pool": "max_pool2d"}.get("".join(parts), "relu_lrn_max_pool2d")
 
 
-def _names(nodes: Sequence[fx.Node], names: Mapping[str, str]) -> tuple[str, str]:
-    """Where these nodes come from, and what was called there."""
-    found: dict[str, str] = {}
-    for node in nodes:
+def _labels(graph: fx.Graph, names: Mapping[str, str]) -> dict[fx.Node, tuple[str, str]]:
+    """Where each call is in the model, and what is called: a layer, or a function in the forward of a module."""
+    labels, used = {}, set(names)
+    for node in graph.nodes:
         stack = list(node.meta.get("nn_module_stack", {}).values())
         path = stack[-1][0].partition(".")[2] if stack else ""
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        where = path
         if path in names:
-            found[path] = names[path]
-        elif name != "getitem":
-            found[f"{path}.{node.name}".lstrip(".")] = name
-    return " + ".join(found), " -> ".join(found.values())
+            what = names[path]
+        else:
+            base = f"{path}.{what}" if path else what
+            where = next(label for i in itertools.count() if (label := f"{base}_{i}" if i else base) not in used)
+            used.add(where)
+        labels[node] = where, what
+    return labels
