@@ -157,19 +157,19 @@ def _read(nodes: Sequence[fx.Node]) -> Call | str:
 
 
 def _read_grouped_lrn(nodes: Sequence[fx.Node]) -> Call | None:
-    """LRN within groups, in the nine calls of :class:`fastcnn.nn.GroupedLocalResponseNorm`."""
+    """LRN within groups, in the nine calls of :class:`fastcnn.models.layers.GroupedLocalResponseNorm`."""
     if [getattr(node.target, "__name__", node.target) for node in nodes] != _GROUPED_LRN:
         return None
     square, cut, pad, mean, joined, alpha, k, beta, quotient = nodes
     x, size, groups = square.args[0], mean.args[1][0], cut.args[2][0]  # type: ignore[index]
-    numbers = [alpha.args[1], k.args[1], beta.args[1]]
+    numbers = {"alpha": alpha.args[1], "k": k.args[1], "beta": beta.args[1]}
     expected = [(x, x), (square, 1, (groups, -1)), (cut, (0, 0, 0, 0, size // 2, (size - 1) // 2), "constant", None)]
-    expected += [(pad, (size, 1, 1)), (mean, 1, 2), *zip((joined, alpha, k), numbers, strict=True), (x, beta)]
+    expected += [(pad, (size, 1, 1)), (mean, 1, 2), *zip((joined, alpha, k), numbers.values(), strict=True), (x, beta)]
     if [node.args for node in nodes] != expected or mean.kwargs != {"stride": 1}:
         return None
     if any(len(node.users) > 1 for node in nodes[:-1]) or _why_not(_value(quotient), None):
         return None
-    return Call(list(nodes), x, {"lrn": LRNParams(size, *numbers, groups)})  # type: ignore[arg-type]
+    return Call(list(nodes), x, {"lrn": LRNParams(size, **numbers, groups=groups)})  # type: ignore[arg-type]
 
 
 _GROUPED_LRN = ["mul", "unflatten", "pad", "avg_pool3d", "flatten", "mul", "add", "pow", "truediv"]

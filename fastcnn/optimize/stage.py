@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.cpu.memory import kept
 from ..ops.lrn import local_response_norm
 from ..ops.max_pool2d import max_pool2d
 from ..ops.packed import unchanged
@@ -81,7 +82,8 @@ class Stage:
             weight, bias = normalized(self.eps, weight, bias, *norm)  # type: ignore[assignment]
             if weight is None:
                 return None
-        x = x.contiguous(memory_format=torch.channels_last)
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = kept(torch.empty_like(x, memory_format=torch.channels_last)).copy_(x)
         kind = x.shape, x.dtype, weight.shape, torch.get_num_threads()
         if kind not in self._kinds:
             assert self.conv is not None
