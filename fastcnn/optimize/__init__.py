@@ -75,7 +75,8 @@ def optimize(
     report = Report()
     for name, module in model.named_modules():
         report.layers += _scanned(module, name, inference)
-        if _has_engine(module) or (dtype is not None and module._parameters):
+        compiled = module._compiled_call_impl is not None and not hasattr(module, "_fastcnn_engine")
+        if not compiled and (_has_engine(module) or (dtype is not None and module._parameters)):
             Engine(module, name, report, inference=inference, dtype=dtype)
     model.fastcnn_report = report  # type: ignore[assignment]
     if example_inputs is not None:
@@ -134,6 +135,10 @@ _LAYERS = (nn.Conv2d, nn.LocalResponseNorm, nn.MaxPool2d)
 def _scanned(module: nn.Module, name: str, inference: bool) -> list[Entry]:
     """What can be said of a layer before it is called."""
     what = type(module).__name__
+    if type(module).__name__ == "OptimizedModule" or (
+        module._compiled_call_impl is not None and not hasattr(module, "_fastcnn_engine")
+    ):
+        return [Entry(name or what, what, why_not="torch.compile runs it, and sees the plain forward")]
     if isinstance(module, nn.CrossMapLRN2d):
         return [Entry(name, what, why_not="it computes something else than LocalResponseNorm")]
     if not isinstance(module, (*_LAYERS, nn.Linear) if inference else _LAYERS):

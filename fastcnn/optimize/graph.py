@@ -129,6 +129,8 @@ _ANY_FORMAT = {
     *(torch.cat, torch.concat, torch.relu, "relu", torch.add, operator.add),
     *(F.batch_norm, F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d, torch.max_pool2d),
 }
+# Their outputs are new memory. Fake tensors do not tell: they have copies where eval-mode dropout returns its input.
+_NEW = {*_ANY_FORMAT, torch.conv2d, F.linear, F.local_response_norm}
 
 
 def _read(nodes: Sequence[fx.Node]) -> Call | str:
@@ -218,12 +220,12 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
     Returns:
         What was found.
     """
-    owners, labels = _owners(graph), _labels(graph, names)
+    labels = _labels(graph, names)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     entries, fused = [], []
     while nodes:
         first = _read(nodes)
-        stage, reason = ([], first) if isinstance(first, str) else _stage(first, nodes, owners, inference)
+        stage, reason = ([], first) if isinstance(first, str) else _stage(first, nodes, inference)
         if reason and nodes[0].target not in (*_OURS, F.linear, "mul", operator.mul):
             entries.append(Entry(*labels[nodes[0]], why_not=reason))
         if stage:
@@ -236,9 +238,7 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
     return entries
 
 
-def _stage(
-    first: Call, nodes: Sequence[fx.Node], owners: Mapping[int, fx.Node], inference: bool
-) -> tuple[list[Call], str]:
+def _stage(first: Call, nodes: Sequence[fx.Node], inference: bool) -> tuple[list[Call], str]:
     """The calls that can run as one, starting with this; none if that gains nothing, or may not be, and why."""
     stage, parts, taken = [], [], 0  # type: tuple[list[Call], list[str], int]
     call: Call | str = first
@@ -253,7 +253,7 @@ def _stage(
         stage = stage[: 2 if parts[1:2] == ["norm"] else 1] if inference else []
         if not stage:
             return [], "no ReLU is called on its output alone"
-    if first.parts.get("relu") and not _is_read_once(first, owners):
+    if first.parts.get("relu") and not _is_read_once(first):
         return [], ""  # it writes what others can see
     if parts == ["relu"] or (len(stage) == 1 and first.nodes[0].target in _OURS and not inference):
         return [], ""
@@ -282,22 +282,10 @@ def _follows(call: Call, stage: Sequence[Call], parts: Sequence[str], inference:
     return call.input is stage[-1].output and set(call.input.users) <= set(call.nodes)
 
 
-def _owners(graph: fx.Graph) -> dict[int, fx.Node]:
-    """The memory of each tensor -> the node that returned it first."""
-    owners: dict[int, fx.Node] = {}
-    for node in graph.nodes:
-        values = _value(node)
-        for value in values if isinstance(values, list | tuple) else (values,):
-            if isinstance(value, Tensor) and value.layout == torch.strided and not is_traceable_wrapper_subclass(value):
-                owners.setdefault(value.untyped_storage()._cdata, node)
-    return owners
-
-
-def _is_read_once(call: Call, owners: Mapping[int, fx.Node]) -> bool:
+def _is_read_once(call: Call) -> bool:
     """Whether the input of a call is new memory that nothing else reads."""
     source = call.input
-    new = source.op not in ("placeholder", "get_attr") and owners[_value(source).untyped_storage()._cdata] is source
-    return new and set(source.users) <= set(call.nodes)
+    return (isinstance(source.target, Stage) or source.target in _NEW) and set(source.users) <= set(call.nodes)
 
 
 def _replace(graph: fx.Graph, stage: Sequence[Call], inference: bool) -> fx.Node:

@@ -1,9 +1,13 @@
 """What :func:`fastcnn.optimize` found in a model, and what became of it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.table import Table
+
+
+class NoGraph(Exception):
+    """A call has no graph, and the plain forward has to run; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,12 @@ class Report:
         layers: the layers that :func:`fastcnn.optimize` may fuse; they count until a graph has shown what becomes
             of them.
         graphs: what was found in the graphs of calls.
-        plain: module -> why it, or a kind of its calls, runs without a graph. What it calls may still have one.
+        plain: the modules of which some calls had no graph, and why: by module and reason. What they call may have one.
     """
 
     layers: list[Entry] = field(default_factory=list)
     graphs: list[Entry] = field(default_factory=list)
-    plain: dict[str, Entry] = field(default_factory=dict)
+    plain: dict[tuple[str, str], Entry] = field(default_factory=dict)
 
     @property
     def entries(self) -> list[Entry]:
@@ -48,9 +52,13 @@ class Report:
         """The places where what the model calls runs as it is."""
         return [entry for entry in self.entries if not entry.now]
 
-    def add(self, entries: list[Entry]) -> None:
-        """What a new graph has shown."""
-        self.graphs += [entry for entry in entries if entry not in self.graphs]
+    def add(self, module: str, entries: list[Entry]) -> None:
+        """What a new graph of a module has shown; the places are those in the module."""
+        for entry in entries:
+            paths = (f"{module}.{path}".strip(".") for path in entry.where.split(" + "))
+            entry = replace(entry, where=" + ".join(paths))
+            if entry not in self.graphs:
+                self.graphs.append(entry)
 
     def __str__(self) -> str:
         table = Table("where", "what", "runs as", "left alone because", box=None)

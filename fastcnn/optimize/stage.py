@@ -59,7 +59,9 @@ class Stage:
                     return y
             x = x.contiguous(memory_format=torch.channels_last)
             if not weight.requires_grad:
-                weight = unchanged(weight).get("channels_last", lambda w=weight: w.to(memory_format=torch.channels_last))
+                weight = unchanged(weight).get(
+                    "channels_last", lambda w=weight: w.to(memory_format=torch.channels_last)
+                )
         if self.eps is None:
             return run_stage(x, weight, bias, *self.conv, relu=self.relu, lrn=self.lrn, pool=self.pool)
         scale, shift, mean, variance = norm

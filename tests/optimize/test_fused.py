@@ -1,18 +1,23 @@
 """optimize(): the same network, fused."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from promises import FORMATS, assert_bitwise, ident, in_format, leaf, randn
 from torch import nn
 
 import fastcnn
 
-from .networks import LRN, NETWORKS, STAGES, Branching, X, assert_same, called, network, outputs_and_gradients, sequential
+from .networks import (
+    NETWORKS,
+    STAGES,
+    X,
+    assert_same,
+    called,
+    network,
+    outputs_and_gradients,
+)
 
 
 @pytest.mark.parametrize("training", [False, True])

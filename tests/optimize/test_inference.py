@@ -15,6 +15,7 @@ from fastcnn.ops.cpu import winograd
 
 from .networks import LRN
 
+
 class Classifier(nn.Module):
     """Every kind of layer that inference treats."""
 

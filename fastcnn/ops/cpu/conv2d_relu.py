@@ -10,8 +10,8 @@ from torch import Tensor
 from ...memory_format import dense, format_of, output, output_format
 from ...params import ConvBackwardParams, ConvParams
 from .. import outputs
-from ..packed import Frozen, contents_of
 from ..aten.conv2d_relu import convolution_backward
+from ..packed import Frozen, contents_of
 from . import onednn, winograd
 from .memory import kept
 
