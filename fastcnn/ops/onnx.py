@@ -1,4 +1,4 @@
-"""Local response normalization where a model is exported to ONNX: as ONNX's operator LRN, not as what it consists of."""
+"""Local response normalization where a model is exported to ONNX: as ONNX's operator LRN, not as its parts."""
 
 import sys
 from functools import cache
@@ -33,7 +33,7 @@ def local_response_norm(
         _register()
         y = torch.ops.fastcnn.lrn(x, *lrn.op_args())
     else:
-        attributes = {"size": size, "alpha": float(alpha), "beta": float(beta), "bias": float(k)}
+        attributes: dict[str, Any] = {"size": size, "alpha": float(alpha), "beta": float(beta), "bias": float(k)}
         y = torch.onnx.ops.symbolic("LRN", (x,), attributes, dtype=x.dtype, shape=x.shape, version=13)
     return y if groups == 1 else y.reshape(-1, *shape[1:])
 
@@ -42,7 +42,7 @@ def local_response_norm(
 def _register() -> None:
     """Tell the exporter that works by tracing which operator ``fastcnn::lrn`` is."""
 
-    @torch.onnx.symbolic_helper.parse_args("v", "i", "f", "f", "f", "i")  # type: ignore[untyped-decorator]
+    @torch.onnx.symbolic_helper.parse_args("v", "i", "f", "f", "f", "i")
     def symbolic(graph: Any, x: Any, size: int, alpha: float, beta: float, k: float, groups: int) -> Any:
         y = graph.op("LRN", x, size_i=size, alpha_f=alpha, beta_f=beta, bias_f=k)
         y.setType(x.type())

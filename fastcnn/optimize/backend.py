@@ -1,6 +1,6 @@
 """``torch.compile(model, backend="fastcnn")``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, fx
@@ -9,7 +9,7 @@ from .graph import fuse
 
 
 def fastcnn(
-    module: fx.GraphModule, example_inputs: Sequence[Tensor], *, options: Mapping[str, Any] | None = None
+    module: fx.GraphModule, example_inputs: list[Tensor], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """A backend of :func:`torch.compile` that runs the stages of a graph fused, and leaves the rest as it is.
 

@@ -60,7 +60,7 @@ def compiled(backend: Backend, is_new: Callable[[tuple[Any, ...], dict[str, Any]
     context = optimize(backend, nopython=True)
     if not hasattr(context, "callback"):  # TORCHDYNAMO_DISABLE
         return function
-    inner = context.callback
+    inner: Callable[..., Any] = context.callback  # type: ignore[assignment]
 
     def callback(frame: Any, *state: Any) -> Any:
         """Called for a frame that no graph fits."""
@@ -70,7 +70,7 @@ def compiled(backend: Backend, is_new: Callable[[tuple[Any, ...], dict[str, Any]
         try:
             with (
                 config.patch(SETTINGS),
-                fx_config.patch(FX_SETTINGS),
+                fx_config.patch(FX_SETTINGS),  # type: ignore[attr-defined]
                 _disable_current_modes(),
                 _marked_dynamic(args, kwargs) if is_new(args, kwargs) else contextlib.nullcontext(),
                 _nothing_said() as warned,

@@ -1,7 +1,7 @@
 """How an optimized module is called: through graphs, or as it is wherever that is not sure to be the same.
 
 TorchDynamo guards what it took for granted when it made a graph, and makes another where that no longer holds. A module
-without a graph runs its own forward, and the modules that it calls, which have engines of their own, run through theirs.
+without a graph runs its own forward, and the modules that it calls, having engines of their own, run through theirs.
 """
 
 import os
@@ -68,9 +68,9 @@ class Engine:
         # What graphs take for granted without a guard: the environment, and the methods of classes.
         self._environ = dict(os.environ._data)  # type: ignore[attr-defined]
         self._methods: tuple[tuple[type, str, Any], ...] = ()
-        self.module._compiled_call_impl = self.call  # type: ignore[assignment]
+        self.module._compiled_call_impl = self.call
         self.module._fastcnn_engine = self  # type: ignore[assignment]
-        self.module._replicate_for_data_parallel = self.replicate  # type: ignore[assignment,method-assign]
+        self.module._replicate_for_data_parallel = self.replicate  # type: ignore[method-assign]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("module", "name", "report", "inference", "dtype")}

@@ -163,15 +163,16 @@ def _read_grouped_lrn(nodes: Sequence[fx.Node]) -> Call | None:
     if [getattr(node.target, "__name__", node.target) for node in nodes] != _GROUPED_LRN:
         return None
     square, cut, pad, mean, joined, alpha, k, beta, quotient = nodes
-    x, size, groups = square.args[0], mean.args[1][0], cut.args[2][0]  # type: ignore[index]
-    numbers = {"alpha": alpha.args[1], "k": k.args[1], "beta": beta.args[1]}
+    args: list[Any] = [node.args for node in nodes]
+    x, groups, size = args[0][0], args[1][2][0], args[3][1][0]
+    numbers = {"alpha": args[5][1], "k": args[6][1], "beta": args[7][1]}
     expected = [(x, x), (square, 1, (groups, -1)), (cut, (0, 0, 0, 0, size // 2, (size - 1) // 2), "constant", None)]
     expected += [(pad, (size, 1, 1)), (mean, 1, 2), *zip((joined, alpha, k), numbers.values(), strict=True), (x, beta)]
-    if [node.args for node in nodes] != expected or mean.kwargs != {"stride": 1}:
+    if args != expected or mean.kwargs != {"stride": 1} or any(len(node.users) > 1 for node in nodes[:-1]):
         return None
-    if any(len(node.users) > 1 for node in nodes[:-1]) or _why_not(_value(quotient), None):
+    if _why_not(_value(quotient), None):
         return None
-    return Call(list(nodes), x, {"lrn": LRNParams(size, **numbers, groups=groups)})  # type: ignore[arg-type]
+    return Call(list(nodes), x, {"lrn": LRNParams(size, **numbers, groups=groups)})
 
 
 _GROUPED_LRN = ["mul", "unflatten", "pad", "avg_pool3d", "flatten", "mul", "add", "pow", "truediv"]

@@ -1,6 +1,7 @@
 """Inference on CPU from weights that do not change: packed once, convolution and tail sharing one small buffer."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,9 +113,7 @@ class Convolution:
     def _empty(self, x: Tensor) -> Tensor:
         return kept(torch.empty(self.out_shape, dtype=x.dtype, memory_format=torch.channels_last))
 
-    def _winograd(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, frozen: Frozen, **then: bool
-    ) -> bool:
+    def _winograd(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, frozen: Frozen, **then: Any) -> bool:
         _, padding, _, groups = self.conv
         return winograd.convolve(x, weight, bias, y, padding, groups, cache=frozen, **then) is not None
 

@@ -1,5 +1,6 @@
-"""What :func:`fastcnn.optimize` puts in the place of several calls in a row: a convolution or a linear layer and more."""
+"""What :func:`fastcnn.optimize` puts in the place of calls in a row: a convolution or a linear layer and more."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,10 +59,8 @@ class Stage:
                 if y is not None:
                     return y
             x = x.contiguous(memory_format=torch.channels_last)
-            if not weight.requires_grad:
-                weight = unchanged(weight).get(
-                    "channels_last", lambda w=weight: w.to(memory_format=torch.channels_last)
-                )
+            if not weight.requires_grad and not weight.is_contiguous(memory_format=torch.channels_last):
+                weight = unchanged(weight).get("channels_last", partial(_to_channels_last, weight))
         if self.eps is None:
             return run_stage(x, weight, bias, *self.conv, relu=self.relu, lrn=self.lrn, pool=self.pool)
         scale, shift, mean, variance = norm
@@ -95,6 +94,10 @@ class Stage:
             self._kinds[kind] = None if asymmetric else Convolution(x, weight, conv, self.relu, self._tail)
         run = self._kinds[kind]
         return None if run is None else run(x, weight, bias)
+
+
+def _to_channels_last(weight: Tensor) -> Tensor:
+    return weight.to(memory_format=torch.channels_last)
 
 
 class LinearStage:

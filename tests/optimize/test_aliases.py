@@ -55,7 +55,7 @@ WRITES = [
 
 
 class Drawn(nn.Module):
-    """A forward of up to twelve calls, each of what an earlier one returned, that returns one to four of the tensors."""
+    """A forward of up to twelve calls, each of what an earlier one returned; returns one to four of the tensors."""
 
     def __init__(self, draw):
         super().__init__()

@@ -279,7 +279,7 @@ def test_frozen_features_as_of_lpips(format):
     assert all(p.grad is None for p in fast.parameters())
 
 
-# -- arguments ----------------------------------------------------------------------------------------------------------
+# -- arguments --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

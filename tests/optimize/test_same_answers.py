@@ -1,4 +1,4 @@
-"""optimize() changes no answer: outputs, gradients, side effects and hooks, whatever a forward does and is done to it."""
+"""optimize() changes no answer: outputs, gradients, side effects, hooks, whatever a forward does and is done to it."""
 
 import collections
 import contextlib
@@ -43,10 +43,10 @@ def test_outputs_and_gradients(pair, training, format):
 def test_strides(format, weights, inference):
     """Of every prefix of a network, for dense inputs and others: the caller, or a view behind it, may look at them."""
     model = sequential(inplace=False).to(memory_format=weights).eval()
-    for length in (1, 2, 3, 4, 6, 9, 10, 12, len(model)):
+    for length in (1, 2, 4, 6, 10, len(model)):
         part = model[:length]
         fast = fastcnn.optimize(part, inference=inference)
-        for x in (in_format(X, format), in_format(X, format)[:, :, 1:, 2:], in_format(X, format).transpose(2, 3)):
+        for x in (in_format(X, format), in_format(X, format)[:, :, 1:, 2:]):
             y, expected = fast(x), part(x)
             torch.testing.assert_close(y, expected)
             assert y.stride() == expected.stride()
