@@ -81,7 +81,7 @@ def compiled(backend: Backend, is_new: Callable[[tuple[Any, ...], dict[str, Any]
         if any("lru_cache" in str(warning.message) for warning in warned):
             raise NoGraph("it calls a function with functools.lru_cache, which a graph would call every time")
         if found.guarded_code is None:
-            raise NoGraph(getattr(found, "skip_reason", None) or "TorchDynamo skipped it")
+            raise NoGraph(is_off() or getattr(found, "skip_reason", None) or "TorchDynamo skipped it")
         return found
 
     callback._torchdynamo_orig_backend = inner  # type: ignore[attr-defined]

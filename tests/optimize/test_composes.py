@@ -23,6 +23,7 @@ import fastcnn
 
 from .networks import X, assert_same, called, network, sequential
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 OPTIONS = [{}, {"inference": True}]
 
 
@@ -296,9 +297,13 @@ def test_many_sizes_and_batches(first, options):
             for batch in (3, 1, 2):
                 x = X.new_ones(batch, 3, height, width)
                 torch.testing.assert_close(fast(x), model(x), rtol=1e-6, atol=1e-9)
-    assert fast._fastcnn_engine.graphs <= 4
-    assert not fast.fastcnn_report.plain
     assert len(fast.fastcnn_report.replaced) >= 2
+    if TORCH >= (2, 13):
+        assert fast._fastcnn_engine.graphs <= 4
+        assert not fast.fastcnn_report.plain
+    else:  # its pools guard whether sizes are even
+        assert fast._fastcnn_engine.graphs < 30
+        assert all("new graph" in entry.why_not for entry in fast.fastcnn_report.plain.values())
 
 
 def test_parts_of_a_model_are_as_fused_as_the_whole():

@@ -614,7 +614,7 @@ def test_threads():
     def run(i):
         try:
             for j in range(4):
-                x = torch.rand(1 + i % 3, 3, 24 + 2 * i, 24 + j, generator=torch.Generator().manual_seed(i + 10 * j))
+                x = torch.rand(1 + i % 3, 3, 24 + 8 * i, 24 + 8 * j, generator=torch.Generator().manual_seed(i + 10 * j))
                 found[i, j] = fast(x), x
         except Exception as error:
             errors.append(error)
