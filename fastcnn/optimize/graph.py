@@ -124,13 +124,19 @@ _FUNCTIONS: dict[Any, Callable[..., tuple[Any, dict[str, Any]]]] = {
     **dict.fromkeys((operator.mul, torch.mul, "mul"), _product),
     **_OURS,
 }
-# Their outputs are new, and the same whatever the memory format of their inputs.
-_ANY_FORMAT = {
-    *(torch.cat, torch.concat, torch.relu, "relu", torch.add, operator.add),
+# Functions of maps, whatever their memory format, that return new memory. Fake tensors do not tell which do: they have
+# copies where eval-mode dropout returns its input.
+_PURE = {
+    *(torch.cat, torch.concat, torch.relu, "relu", torch.sigmoid, "sigmoid", torch.tanh, "tanh", F.gelu),
+    *(torch.add, operator.add, "add", torch.mul, operator.mul, "mul", torch.sub, operator.sub, operator.truediv),
     *(F.batch_norm, F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d, torch.max_pool2d),
 }
-# Their outputs are new memory. Fake tensors do not tell: they have copies where eval-mode dropout returns its input.
-_NEW = {*_ANY_FORMAT, torch.conv2d, F.linear, F.local_response_norm}
+# The same, but they may return their input, be it written or not.
+_IN_PLACE = {
+    *(F.relu, torch.relu_, "relu_", F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.silu, F.hardswish, F.hardsigmoid),
+    *(operator.iadd, "add_", operator.imul, "mul_", F.dropout, F.dropout2d),
+}
+_NEW = {*_PURE, torch.conv2d, F.linear, F.local_response_norm}
 
 
 def _read(nodes: Sequence[fx.Node]) -> Call | str:
@@ -223,7 +229,7 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
     """
     labels = _labels(graph, names)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-    entries, fused = [], []
+    entries = []
     while nodes:
         first = _read(nodes)
         stage, reason = ([], first) if isinstance(first, str) else _stage(first, nodes, inference)
@@ -232,9 +238,9 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
         if stage:
             where = dict(labels[node] for call in stage for node in call.nodes if node.target is not operator.getitem)
             entries.append(Entry(" + ".join(where), " -> ".join(where.values()), _now(stage, inference)))
-            fused.append(_replace(graph, stage, inference))
+            _replace(graph, stage, inference)
         del nodes[: sum(len(call.nodes) for call in stage) or 1]
-    _restore_formats(graph, fused)
+    _restore_formats(graph)
     graph.lint()
     return entries
 
@@ -289,7 +295,7 @@ def _is_read_once(call: Call) -> bool:
     return (isinstance(source.target, Stage) or source.target in _NEW) and set(source.users) <= set(call.nodes)
 
 
-def _replace(graph: fx.Graph, stage: Sequence[Call], inference: bool) -> fx.Node:
+def _replace(graph: fx.Graph, stage: Sequence[Call], inference: bool) -> None:
     parts = {name: value for call in stage for name, value in call.parts.items()}
     parameters: tuple[Any, ...] = ()
     run: Stage | LinearStage
@@ -312,30 +318,30 @@ def _replace(graph: fx.Graph, stage: Sequence[Call], inference: bool) -> fx.Node
     last.replace_all_uses_with(node)
     for erased in reversed([node for call in stage for node in call.nodes]):
         graph.erase_node(erased)
-    return node
 
 
-def _restore_formats(graph: fx.Graph, stages: Sequence[fx.Node]) -> None:
+def _restore_formats(graph: fx.Graph) -> None:
     """Let maps have any memory format between stages, and torch's wherever something else sees them."""
     loose: set[fx.Node] = set()
-
-    def takes_any(user: fx.Node, node: fx.Node) -> bool:
-        if isinstance(user.target, Stage):
-            return user.args.index(node) == 0 and user.args.count(node) == 1
-        return user.target in _ANY_FORMAT and isinstance(_value(user), Tensor) and _format(_value(user)) is not None
-
     for node in list(graph.nodes):
         if not isinstance(node.target, Stage) and not loose.intersection(node.all_input_nodes):
             continue
-        if node.target not in _ANY_FORMAT and not isinstance(node.target, Stage):
-            continue  # a copy that is made below
-        if all(takes_any(user, node) for user in node.users):
+        if all(_takes_any_format(user, node) for user in node.users):
             loose.add(node)
             continue
         with graph.inserting_after(node):
             dense = graph.call_method("contiguous", (node,), {"memory_format": _format(_value(node))})
         dense.meta = dict(node.meta)
         node.replace_all_uses_with(dense, delete_user_cb=lambda user, dense=dense: user is not dense)
+
+
+def _takes_any_format(user: fx.Node, node: fx.Node) -> bool:
+    """Whether one call may get what another returns in any memory format, and nobody else is the wiser."""
+    if isinstance(user.target, Stage):
+        return user.args.index(node) == 0 and user.args.count(node) == 1
+    if not isinstance(_value(user), Tensor) or _format(_value(user)) is None:
+        return False
+    return user.target in _PURE or (user.target in _IN_PLACE and len(node.users) == 1)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

@@ -105,8 +105,8 @@ def test_layers_can_be_traced_symbolically():
 
 @pytest.mark.parametrize("name", ["alexnet", "vgg11", "inception_v1"])
 def test_networks_can_be_traced_symbolically(name):
-    model = fastcnn.models.create_model(name, input_size=67 if name == "alexnet" else 64, num_classes=5).eval()
-    x = randn(1, 3, model.input_size, model.input_size) if hasattr(model, "input_size") else randn(1, 3, 67, 67)
+    size = 67 if name == "alexnet" else 64
+    model, x = fastcnn.models.create_model(name, input_size=size, num_classes=5).eval(), randn(1, 3, size, size)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
 
 

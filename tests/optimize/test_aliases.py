@@ -1,5 +1,6 @@
 """Random forwards of views, in-place calls and stages: values, memory that is shared, strides and the input stay."""
 
+import operator
 import random
 
 import pytest
@@ -38,6 +39,10 @@ CALLS = {
     "add": (1, lambda m, x: x + 1, False),
     "mul": (1, lambda m, x: x * 0.5, False),
     "avg_pool2d": (1, lambda m, x: F.avg_pool2d(x, 3, 1, 1), False),
+    "relu6": (1, lambda m, x: F.relu6(x), False),
+    "relu6 inplace": (1, lambda m, x: F.relu6(x, inplace=True), False),
+    "sum": (1, lambda m, x: x + x.relu(), False),
+    "sum inplace": (1, lambda m, x: operator.iadd(x, x.sigmoid()), False),
     "softmax": (1, lambda m, x: x.softmax(1), False),
     "slice": (1, lambda m, x: x[:, :4], True),
     "flatten": (1, lambda m, x: x.flatten(2), True),

@@ -41,6 +41,29 @@ def test_every_stage_is_fused(name):
         assert called(fast) == ["relu_lrn_max_pool2d", "conv2d_relu", "relu_lrn_max_pool2d", "lrn"]
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("name", ["alexnet", "caffenet", "zfnet", "alexnet_bn", "vgg_a_lrn", "inception_v1"])
+def test_networks_of_the_zoo(name, plain, inference):
+    """LRN within towers is no single function in torch; every stage of a plain network is fused nevertheless."""
+    size = 67 if "alexnet" in name or "caffe" in name else 96 if name == "zfnet" else 64
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = fastcnn.models.create_model(name, input_size=size, num_classes=5, init="kaiming", plain=plain).eval()
+    for module in model.modules():
+        if isinstance(module, nn.LocalResponseNorm):
+            module.alpha = 0.5
+    x = randn(2, 3, size, size, dtype=torch.float64)
+    fast = fastcnn.optimize(model, inference=inference)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-9, atol=1e-9)
+    assert not fast.fastcnn_report.plain
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    stages = [entry for entry in fast.fastcnn_report.replaced if "conv2d" in entry.now]
+    if inference or (plain and name != "alexnet_bn"):
+        assert len(stages) == len(convolutions)
+    assert all("conv2d_relu" in e.now or "relu_lrn" in e.now for e in stages)
+
+
 def test_modules_keys_and_the_original_stay(pair):
     model, fast = pair
     assert list(dict(fast.named_modules())) == list(dict(model.named_modules()))

@@ -279,6 +279,32 @@ def test_inference_in_bfloat16(classifier):
     assert error(y, exact) < 2 * error(rounded(IMAGES.bfloat16().double()), exact)
 
 
+def test_inputs_are_cast_in_front_of_every_layer_with_weights():
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3).float(), nn.Linear(8, 4).float()
+
+        def forward(self, x):
+            x = F.relu(self.conv(x / torch.full((), 255.0, dtype=torch.float32)))
+            return self.fc(x.float().mean((2, 3)))
+
+    model, x = Scales(), torch.randint(0, 256, (2, 3, 9, 9), dtype=torch.uint8)
+    y = fastcnn.optimize(model, inference=True, dtype=torch.bfloat16)(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), model(x), rtol=0.02, atol=0.02)
+
+
+def test_refresh_after_writes_that_torch_cannot_see(classifier):
+    fast, model = fastcnn.optimize(classifier, inference=True), classifier.eval()
+    fast(IMAGES)
+    for m in (fast, model):
+        for parameter in m.parameters():
+            parameter.data.mul_(0.5)
+    fastcnn.refresh(fast)
+    torch.testing.assert_close(fast(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
+
+
 def test_inference_sees_weights_that_change(classifier):
     fast, model = fastcnn.optimize(classifier, inference=True), classifier.eval()
     fast(IMAGES)

@@ -52,6 +52,64 @@ def test_strides(format, weights, inference):
             assert y.stride() == expected.stride()
 
 
+class Viewed(nn.Module):
+    """As networks of AlexNet's time are written: layers called in several places, ``view`` behind any of them."""
+
+    def __init__(self, convolutions=2):
+        super().__init__()
+        sizes = [3, *[8] * convolutions]
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sizes))
+        self.act, self.norm = nn.ReLU(inplace=True), nn.LocalResponseNorm(5, k=2.0)
+        self.pool, self.drop = nn.MaxPool2d(3, 2), nn.Dropout()
+        self.fc = nn.LazyLinear(5)
+
+    def forward(self, x):
+        flat = []
+        for convolution in self.convolutions:
+            x = self.act(convolution(x))
+            flat.append(x.view(x.size(0), -1).mean(1))
+            x = self.pool(self.norm(x))
+            flat.append(x.view(-1, x.size(1) * x.size(2) * x.size(3)).mean(1))
+        return self.fc(self.drop(self.act(x.view(x.size(0), -1)))), *flat
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_views_behind_any_layer(options):
+    model = Viewed().eval()
+    model(X)
+    fast = fastcnn.optimize(model, **options)
+    for x in (X, X[:1], X.flip(2)):
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-6, atol=1e-9)
+    assert len(fast.fastcnn_report.replaced) >= 2
+
+
+class BatchNormBehindReLU(nn.Module):
+    """Batch norm behind ReLU, ``padding="same"``, and a global pool in front of ``view``."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 5, 2), nn.ReLU())
+        self.two = nn.Sequential(nn.BatchNorm2d(8), nn.MaxPool2d(3, 2), nn.Conv2d(8, 8, 3, 1, "same"), nn.ReLU())
+        self.three = nn.Sequential(nn.Conv2d(8, 6, (2, 4), 1, "same"), nn.ReLU())
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.pool(self.three(self.two(self.one(x))))
+        return self.fc(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_behind_relu(training):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using padding='same'")
+        model = BatchNormBehindReLU().train(training)
+        fast = fastcnn.optimize(model)
+        assert_same(fast, model, X)
+        torch.testing.assert_close(fast.state_dict(), model.state_dict())
+        fast = fastcnn.optimize(model, inference=True)
+        torch.testing.assert_close(fast(X), model.eval()(X))
+
+
 # -- what a forward does ----------------------------------------------------------------------------------------------
 
 COUNTER, OUTSIDE, KEY = itertools.count(), {"value": 1.0}, "FASTCNN_TEST_KEY"
@@ -614,7 +672,9 @@ def test_threads():
     def run(i):
         try:
             for j in range(4):
-                x = torch.rand(1 + i % 3, 3, 24 + 8 * i, 24 + 8 * j, generator=torch.Generator().manual_seed(i + 10 * j))
+                x = torch.rand(
+                    1 + i % 3, 3, 24 + 8 * i, 24 + 8 * j, generator=torch.Generator().manual_seed(i + 10 * j)
+                )
                 found[i, j] = fast(x), x
         except Exception as error:
             errors.append(error)
