@@ -21,14 +21,17 @@ struct Block {
 
 class CachingAllocator {
  public:
-  // A block of this many bytes, at most twice as many, or an empty one where the system has none left. One saved for
-  // backward, while others are computed, wastes less: it is at most a quarter larger, and little is cached beside it.
+  // A block of this many bytes, at most twice as many, or an empty one where the system has none left. A larger one
+  // is taken if a new one would cost it its place and the peak stays. One saved for backward, while others are computed,
+  // wastes less: it is at most a quarter larger, and little is cached beside it.
   Block take(int64_t bytes, bool saved) {
     const std::lock_guard lock(mutex_);
     auto best = cached_.end();
+    const bool is_full = cached_bytes_ > std::max(kAlwaysCached, peak_bytes_ - used_bytes_ - bytes);
     for (auto it = cached_.begin(); it != cached_.end(); ++it) {
-      const bool fits = it->bytes >= bytes && it->bytes - bytes <= (saved ? bytes / 4 : bytes);
-      if (fits && (best == cached_.end() || it->bytes <= best->bytes)) best = it;
+      const bool is_close = it->bytes - bytes <= (saved ? bytes / 4 : bytes);
+      const bool fits = is_close || (!saved && is_full && used_bytes_ + it->bytes <= peak_bytes_);
+      if (it->bytes >= bytes && fits && (best == cached_.end() || it->bytes <= best->bytes)) best = it;
     }
     if (best != cached_.end()) {
       use(best->bytes);

@@ -107,6 +107,8 @@ class Convolution:
                 return y
         if self.tail is not None:
             return self._with_tail(x, weight, bias, frozen)
+        if self.relu and self.step < len(x):
+            return self._rectified(x, weight, bias, frozen)
         y = self._convolve(x, weight, bias, frozen)
         return torch.relu_(y) if self.relu else y  # oneDNN's own makes 0 of NaN, and saves next to nothing
 
@@ -127,6 +129,12 @@ class Convolution:
         return torch.ops.mkldnn._convolution_pointwise(
             x, packed, bias, padding, stride, dilation, groups, "none", [], ""
         ).contiguous(memory_format=torch.channels_last)
+
+    def _rectified(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
+        y = self._empty(x)
+        for part, out in zip(x.split(self.step), y.split(self.step), strict=True):
+            torch.clamp_min(self._convolve(part, weight, bias, frozen), 0, out=out)
+        return y
 
     def _with_tail(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
         """A few images at a time, so that the convolution's output stays in memory that is used again."""

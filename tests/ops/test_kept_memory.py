@@ -84,11 +84,20 @@ def test_memory_is_used_again_and_never_while_in_use() -> None:
     ],
 )
 def test_a_block_goes_to_outputs_of_about_its_size(size: int, lasting: bool, fits: bool) -> None:
-    large, block = memory.kept(torch.empty(8_192_000)), memory.kept(torch.empty(1_024_000))
-    del large  # the first to be unmapped
+    large, block = memory.kept(torch.empty(4_096_000)), memory.kept(torch.empty(1_024_000))
+    del large
     there = block.data_ptr()
     del block
     assert (memory.kept(torch.empty(size), lasting=lasting).data_ptr() == there) == fits
+
+
+def test_a_larger_block_is_taken_rather_than_unmapped() -> None:
+    fastcnn.backends.release_memory()
+    large, beside = megabytes(100), megabytes(20)
+    there = large.data_ptr()
+    del large
+    assert megabytes(24).data_ptr() == there
+    del beside
 
 
 def mapped() -> int:
