@@ -1,6 +1,9 @@
 """Drop-in replacement over a whole model: its layers stay where they are, runs of their calls become one call each."""
 
+import contextlib
 import copy
+import random
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,7 +44,7 @@ def optimize(
         dtype: of the weights and to which the inputs of layers with weights are cast, with ``inference``; None: as
             they are.
         inplace: change ``model`` itself, otherwise a deep copy.
-        example_inputs: positional arguments of a call that is made at once, so that the report is complete.
+        example_inputs: positional arguments of a call that a copy of the model makes at once, for a full report.
 
     Returns:
         The model. Its attribute ``fastcnn_report`` is a :class:`Report`.
@@ -75,13 +78,14 @@ def optimize(
     report = Report()
     for name, module in model.named_modules():
         report.layers += _scanned(module, name, inference)
-        compiled = module._compiled_call_impl is not None and not hasattr(module, "_fastcnn_engine")
-        if not compiled and (_has_engine(module) or (dtype is not None and module._parameters)):
+        if _has_engine(module) or (dtype is not None and module._parameters):
             Engine(module, name, report, inference=inference, dtype=dtype)
     model.fastcnn_report = report  # type: ignore[assignment]
     if example_inputs is not None:
-        with torch.no_grad():
-            model(*example_inputs)
+        tried: Any = _copied(model)
+        with _generators_restored(), torch.no_grad():
+            tried(*example_inputs)
+        report.graphs, report.plain = tried.fastcnn_report.graphs, tried.fastcnn_report.plain
     return model
 
 
@@ -92,6 +96,20 @@ def refresh(model: nn.Module) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         forget(tensor)
+
+
+@contextlib.contextmanager
+def _generators_restored() -> Iterator[None]:
+    """Random numbers that are drawn meanwhile will be drawn again."""
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(drawn[0])
+        if numpy:
+            numpy.random.set_state(drawn[1])
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -122,11 +140,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _has_engine(module: nn.Module) -> bool:
     """Whether a module has calls of its own to fuse, when it is called by itself or by a forward without a graph."""
-    if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward:
+    if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward or _is_compiled(module):
         return False
     if isinstance(module, nn.Sequential | nn.LocalResponseNorm | nn.MaxPool2d):
         return True
     return type(module).__module__.partition(".")[0] != "torch"
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made the module, or was told to run it."""
+    by_torch = module._compiled_call_impl is not None and "_fastcnn_engine" not in vars(module)
+    return by_torch or isinstance(module, torch._dynamo.OptimizedModule)
 
 
 _LAYERS = (nn.Conv2d, nn.LocalResponseNorm, nn.MaxPool2d)
@@ -135,9 +159,7 @@ _LAYERS = (nn.Conv2d, nn.LocalResponseNorm, nn.MaxPool2d)
 def _scanned(module: nn.Module, name: str, inference: bool) -> list[Entry]:
     """What can be said of a layer before it is called."""
     what = type(module).__name__
-    if type(module).__name__ == "OptimizedModule" or (
-        module._compiled_call_impl is not None and not hasattr(module, "_fastcnn_engine")
-    ):
+    if _is_compiled(module):
         return [Entry(name or what, what, why_not="torch.compile runs it, and sees the plain forward")]
     if isinstance(module, nn.CrossMapLRN2d):
         return [Entry(name, what, why_not="it computes something else than LocalResponseNorm")]

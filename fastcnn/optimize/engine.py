@@ -23,6 +23,7 @@ except ImportError as error:  # a torch whose private parts are others
     dynamo, _MISSING = None, f"this torch has another TorchDynamo: {error}"  # type: ignore[assignment]
 
 _IN_A_ROW = 8  # calls of one kind of which each made a graph, until the plain forward runs
+_KINDS = 256  # of calls that are remembered
 
 
 @dataclass
@@ -58,13 +59,15 @@ class Engine:
     ) -> None:
         self.module, self.name, self.report, self.inference, self.dtype = module, name, report, inference, dtype
         self._arm()
+        if dynamo is None:
+            self._ran_plain(_MISSING)
 
     def _arm(self) -> None:
         self.graphs = 0
         self._compiled: Callable[..., Any] | None = None
         self._ran = False  # a graph, in this call
         self._kinds: dict[Any, Kind] = {}
-        self._watched = False  # some kind of call had no graph, or made one just now
+        self._watched = False  # some kind of call had no graph, or made some in a row
         # What graphs take for granted without a guard: the environment, and the methods of classes.
         self._environ = dict(os.environ._data)  # type: ignore[attr-defined]
         self._methods: tuple[tuple[type, str, Any], ...] = ()
@@ -141,22 +144,20 @@ class Engine:
     # -- kinds of calls -----------------------------------------------------------------------------------------------
 
     def _kind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind:
+        def described(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                return x.dim(), x.dtype, x.device, x.requires_grad
+            return x if isinstance(x, bool | str | None) else type(x)
+
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        simple = bool | int | float | str | None
-        described = (
-            (x.dim(), x.dtype, x.device, x.requires_grad)
-            if isinstance(x, Tensor)
-            else (type(x), isinstance(x, simple) and x)
-            for x in leaves
-        )
-        key = self.module.training, torch.is_grad_enabled(), structure, *described
+        key = self.module.training, torch.is_grad_enabled(), structure, *map(described, leaves)
+        if key not in self._kinds and len(self._kinds) == _KINDS:
+            self._kinds.clear()
         return self._kinds.setdefault(key, Kind())
 
     def _has_new_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        kind, shapes = (
-            self._kind(args, kwargs),
-            [t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)],
-        )
+        kind = self._kind(args, kwargs)
+        shapes = [t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if kind.shapes is None:
             kind.shapes = shapes
         return kind.shapes != shapes
@@ -171,7 +172,7 @@ class Engine:
         kind.in_a_row = kind.in_a_row + 1 if made_a_graph else 0
         if kind.in_a_row >= _IN_A_ROW:
             self._had_no_graph(kind, f"{_IN_A_ROW} calls of one kind in a row each needed a new graph")
-        self._watched = any(kind.in_a_row or kind.waiting > 0 for kind in self._kinds.values())
+        self._watched = any(kind.in_a_row > 1 or kind.waiting > 0 for kind in self._kinds.values())
 
     def _had_no_graph(self, kind: Kind, reason: str) -> None:
         """Calls of this kind run the plain forward: so many of them until the next try that trying costs little."""

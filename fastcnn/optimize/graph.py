@@ -134,7 +134,7 @@ _PURE = {
 # The same, but they may return their input, be it written or not.
 _IN_PLACE = {
     *(F.relu, torch.relu_, "relu_", F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.silu, F.hardswish, F.hardsigmoid),
-    *(operator.iadd, "add_", operator.imul, "mul_", F.dropout, F.dropout2d),
+    *(operator.iadd, "add_", operator.imul, "mul_"),
 }
 _NEW = {*_PURE, torch.conv2d, F.linear, F.local_response_norm}
 
@@ -160,6 +160,9 @@ def _read(nodes: Sequence[fx.Node]) -> Call | str:
         if len(node.users) != 1 or nodes[1].target is not operator.getitem or nodes[1].args != (node, 0):
             return ""
         called.append(nodes[1])
+    tensors = [n for n in pytree.tree_leaves([*parts.values()]) if isinstance(n, fx.Node)]
+    if any(is_traceable_wrapper_subclass(_value(n)) for n in tensors):
+        return "it has a parameter that is no plain tensor"
     reason = _why_not(_value(called[-1]), 2 if "linear" in parts else None)
     return reason or Call(called, input, parts)
 
@@ -341,7 +344,9 @@ def _takes_any_format(user: fx.Node, node: fx.Node) -> bool:
         return user.args.index(node) == 0 and user.args.count(node) == 1
     if not isinstance(_value(user), Tensor) or _format(_value(user)) is None:
         return False
-    return user.target in _PURE or (user.target in _IN_PLACE and len(node.users) == 1)
+    if user.target is F.dropout and not _dropout(*user.args, **user.kwargs)[1]:
+        return False  # it draws one number after the other, in the order of memory
+    return user.target in _PURE or (user.target in (*_IN_PLACE, F.dropout) and len(node.users) == 1)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

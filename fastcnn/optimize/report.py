@@ -56,7 +56,7 @@ class Report:
         """What a new graph of a module has shown; the places are those in the module."""
         for entry in entries:
             paths = (f"{module}.{path}".strip(".") for path in entry.where.split(" + "))
-            entry = replace(entry, where=" + ".join(paths))
+            entry = replace(entry, where=" + ".join(paths) or entry.what)
             if entry not in self.graphs:
                 self.graphs.append(entry)
 

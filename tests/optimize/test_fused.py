@@ -1,9 +1,12 @@
 """optimize(): the same network, fused."""
 
 import copy
+import random
 
+import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 from promises import FORMATS, assert_bitwise, ident, in_format, leaf, randn
 from torch import nn
 
@@ -239,6 +242,28 @@ def test_report_is_a_readable_table():
     assert "no ReLU is called on its output alone" in text
     assert "not called" not in text
     assert str(fastcnn.optimize(model, example_inputs=(X,)).fastcnn_report) == text
+
+
+def test_example_inputs_leave_no_trace():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.count = nn.BatchNorm2d(3), 0
+
+        def forward(self, x):
+            self.count += 1
+            return self.norm(F.dropout(x)) * random.random() * numpy.random.rand() * self.count
+
+    model = Draws()
+    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
+        generator(0)
+    fast = fastcnn.optimize(model, example_inputs=[X])
+    assert fast.count == fast.norm.num_batches_tracked == 0
+    assert fast.fastcnn_report.plain
+    y = fast(X)
+    for generator in (random.seed, numpy.random.seed, torch.manual_seed):
+        generator(0)
+    assert_bitwise(y, model(X))
 
 
 def test_padding_of_other_values_is_fused_behind():
