@@ -56,7 +56,7 @@ def compiled(backend: Backend, is_new: Callable[[tuple[Any, ...], dict[str, Any]
     """
     # TorchDynamo counts graphs, and remembers shapes, by code object and name.
     code = _call.__code__.replace(co_name=f"_call_{next(_count)}")
-    function = types.FunctionType(code, globals())
+    function = types.FunctionType(code, dict(globals()))  # to which TorchDynamo adds what it made
     context = optimize(backend, nopython=True)
     if not hasattr(context, "callback"):  # TORCHDYNAMO_DISABLE
         return function

@@ -6,6 +6,7 @@ without a graph runs its own forward, and the modules that it calls, having engi
 
 import os
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ class Engine:
         if self._environ != os.environ._data or any(vars(c).get(name) is not f for c, name, f in self._methods):  # type: ignore[attr-defined]
             self._arm()
         if self._compiled is None:
-            self._compiled = dynamo.compiled(self._backend, self._has_new_shapes)
+            self._compiled = self._compile()
         graphs, self._ran = self.graphs, False
         try:
             result = self._compiled(self.module, args, kwargs)
@@ -118,6 +119,10 @@ class Engine:
     def _cast(self, t: Tensor) -> Tensor:
         return t.to(self.dtype) if t.is_floating_point() else t
 
+    def _compile(self) -> Callable[..., Any]:
+        engine = weakref.proxy(self)  # what TorchDynamo keeps must not keep the model
+        return dynamo.compiled(lambda *graph: engine._backend(*graph), lambda *call: engine._has_new_shapes(*call))
+
     def _backend(self, graph_module: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
         for node in graph_module.graph.nodes:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -126,9 +131,10 @@ class Engine:
         entries = fuse(graph_module.graph, names, inference=self.inference)
         forward = fx.GraphModule(graph_module, graph_module.graph).forward  # the module itself compiles its code later
         self.graphs += 1
+        engine = weakref.proxy(self)  # what TorchDynamo keeps must not keep the model
 
         def run(*args: Any) -> Any:
-            self._ran = True
+            engine._ran = True
             return forward(*args)
 
         classes = {cls for m in self.module.modules() for cls in type(m).__mro__ if issubclass(cls, nn.Module)}

@@ -1,10 +1,12 @@
 """optimize() beside everything else that traces, transforms, wraps or watches a model; and how it does not give up."""
 
 import contextlib
+import gc
 import io
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -223,6 +225,17 @@ def test_many_models_in_one_process():
         fast = fastcnn.optimize(nn.Sequential(*layers, nn.MaxPool2d(2)))
         assert called(fast)
         assert not fast.fastcnn_report.plain
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_models_are_freed(options):
+    model = sequential()
+    fast = fastcnn.optimize(model, **options)
+    fast(X)
+    alive = [weakref.ref(x) for x in (fast, fast[0], fast[0].weight)]
+    del fast
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 3
 
 
 class Kinds(nn.Module):
