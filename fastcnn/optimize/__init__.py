@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..ops.packed import forget
 from ..params import FLOATING_DTYPES
@@ -142,7 +142,7 @@ def _has_engine(module: nn.Module) -> bool:
     """Whether a module has calls of its own to fuse, when it is called by itself or by a forward without a graph."""
     if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward or _is_compiled(module):
         return False
-    if isinstance(module, nn.Sequential | nn.LocalResponseNorm | nn.MaxPool2d):
+    if isinstance(module, nn.Sequential | nn.LocalResponseNorm | nn.MaxPool2d | fx.GraphModule):
         return True
     return type(module).__module__.partition(".")[0] != "torch"
 

@@ -7,6 +7,7 @@ a stage is used by anything but the next stage, it has the strides that torch wo
 
 import itertools
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -367,7 +368,10 @@ def _labels(graph: fx.Graph, names: Mapping[str, str]) -> dict[fx.Node, tuple[st
     labels, used = {}, set(names)
     for node in graph.nodes:
         stack = list(node.meta.get("nn_module_stack", {}).values())
-        path = stack[-1][0].partition(".")[2] if stack else ""
+        source = stack[-1][0] if stack else ""
+        while (plain := re.sub(r"getattr\(([^()]*), '(\w*)'\)", r"\1.\2", source)) != source:  # 0 of a GraphModule
+            source = plain
+        path = source.partition(".")[2]
         what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
         where = path
         if path in names:

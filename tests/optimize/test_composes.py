@@ -1,9 +1,11 @@
 """optimize() beside everything else that traces, transforms, wraps or watches a model; and how it does not give up."""
 
 import contextlib
+import copy
 import gc
 import io
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -132,6 +134,25 @@ def test_symbolic_trace_jit_and_fakes(options):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             assert fast(mode.from_tensor(X)).shape == model(X).shape
         fast(X)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_graph_modules(options):
+    """As feature extractors are; layers may be taken out of their graph later."""
+    model = sequential(inplace=False).eval()
+    fast = fastcnn.optimize(torch.fx.symbolic_trace(model), **options)
+    torch.testing.assert_close(fast(X), model(X))
+    assert len(fast.fastcnn_report.replaced) >= 5
+    assert not any("not called" in entry.why_not for entry in fast.fastcnn_report.left)
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        torch.testing.assert_close(again(X), model(X))
+        assert called(again) == called(fast)
+    for node in list(fast.graph.nodes):
+        if node.target == "1":
+            node.replace_all_uses_with(node.args[0])
+            fast.graph.erase_node(node)
+    fast.recompile()
+    torch.testing.assert_close(fast(X), nn.Sequential(model[0], *model[2:])(X))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
