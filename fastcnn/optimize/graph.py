@@ -264,8 +264,10 @@ def _stage(first: Call, nodes: Sequence[fx.Node], inference: bool) -> tuple[list
         stage = stage[: 2 if parts[1:2] == ["norm"] else 1] if inference else []
         if not stage:
             return [], "no ReLU is called on its output alone"
-    if first.parts.get("relu") and not _is_read_once(first):
-        return [], ""  # it writes what others can see
+    # The input is not written in place, and it is saved for backward, where torch's ReLU saves its own output.
+    is_kept = first.parts.get("relu") or _value(stage[-1].output).requires_grad
+    if parts[0] == "relu" and is_kept and not _is_read_once(first):
+        return [], ""
     if parts == ["relu"] or (len(stage) == 1 and first.nodes[0].target in _OURS and not inference):
         return [], ""
     last = _value(stage[-1].output)

@@ -110,6 +110,42 @@ def test_batch_norm_behind_relu(training):
         torch.testing.assert_close(fast(X), model.eval()(X))
 
 
+class Mutates(nn.Module):
+    """Writes what a stage has read, or what it returned."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.norm, self.pool, self.lrn = (
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.MaxPool2d(2),
+            nn.LocalResponseNorm(3),
+        )
+        self.way = way
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        if self.way == "input":
+            y = self.pool(F.relu(x))
+            x.mul_(2)
+            return y + x.mean()
+        if self.way == "input of lrn":
+            y = self.pool(self.lrn(F.relu(x)))
+            x.mul_(2)
+            return y + x.mean()
+        if self.way == "pooled":
+            return self.pool(F.relu(x)).mul_(2)
+        return self.lrn(F.relu(x)).mul_(2)
+
+
+@pytest.mark.parametrize("way", ["input", "input of lrn", "pooled", "normalized"])
+def test_what_backward_needs_may_be_written_where_torch_does_not_need_it(way):
+    model = Mutates(way).eval()
+    fast = fastcnn.optimize(model)
+    assert_same(fast, model, X)
+    assert fast.fastcnn_report.replaced
+
+
 # -- what a forward does ----------------------------------------------------------------------------------------------
 
 COUNTER, OUTSIDE, KEY = itertools.count(), {"value": 1.0}, "FASTCNN_TEST_KEY"
