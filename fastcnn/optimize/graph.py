@@ -232,6 +232,9 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
         What was found.
     """
     labels = _labels(graph, names)
+    for node in reversed(graph.nodes):
+        if node.target is getattr and not node.users:  # of F.pad in deterministic mode
+            graph.erase_node(node)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     entries = []
     while nodes:

@@ -110,6 +110,22 @@ def test_batch_norm_behind_relu(training):
         torch.testing.assert_close(fast(X), model.eval()(X))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_relu_behind_dropout_may_write_the_input(training):
+    """In evaluation mode dropout returns what it gets."""
+
+    class Writes(nn.Module):
+        def forward(self, x):
+            return F.max_pool2d(F.relu(F.dropout(x, 0.5, self.training), inplace=True), 2)
+
+    found = []
+    for model in (Writes(), fastcnn.optimize(Writes())):
+        torch.manual_seed(0)
+        x = X.clone()
+        found.append((model.train(training)(x), x))
+    torch.testing.assert_close(found[1], found[0])
+
+
 class Mutates(nn.Module):
     """Writes what a stage has read, or what it returned."""
 
@@ -295,6 +311,19 @@ def calls(model):
 def test_forwards(body):
     found = [calls(model) for model in (make(body), fastcnn.optimize(make(body), inplace=True))]
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_checkpointing_inside_is_left_to_the_forward():
+    """In a graph nothing would be computed anew for backward."""
+    model = make("checkpoint")
+    fast, counted = fastcnn.optimize(model), []
+    for m in (model, fast):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            m(X)
+        counted.append(sum(saved))
+    assert counted[1] <= counted[0]
+    assert any("checkpoint" in entry.why_not for entry in fast.fastcnn_report.left)
 
 
 def test_time_goes_on():
