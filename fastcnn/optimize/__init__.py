@@ -29,7 +29,7 @@ def optimize(
 
     Convolution -> ReLU [-> LRN] [-> max-pool], [ReLU ->] LRN [-> max-pool], ReLU -> max-pool, and single LRN and
     max-pool, be they layers or calls of functions, run as the operators of :mod:`fastcnn.functional`. The modules stay
-    as they are. TorchDynamo makes a graph of what a call runs when the first of its kind comes, which takes 0.2 to 2
+    as they are. TorchDynamo makes a graph of what a call runs when the first of its kind comes, which takes 0.1 to 3
     seconds, and another where what it took for granted has changed: shapes, modes, hooks, layers, attributes. Where it
     can make none, the plain forward runs, and the report says why; the modules in it then have graphs of their own. So
     it does under ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.fx`` and the transforms of
