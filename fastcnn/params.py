@@ -224,9 +224,9 @@ class TailParams:
 
     SCHEMA: ClassVar[str] = f"bool relu, {LRNParams.SCHEMA}, {PoolParams.SCHEMA}"
 
-    relu: bool
-    lrn: LRNParams | None
-    pool: PoolParams | None
+    relu: bool = True
+    lrn: LRNParams | None = None
+    pool: PoolParams | None = None
 
     def __post_init__(self) -> None:
         lrn = (0, 0.0, 0.0, 0.0, 1) if self.lrn is None else self.lrn.op_args()

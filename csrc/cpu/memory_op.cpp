@@ -21,9 +21,9 @@ struct Block {
 
 class CachingAllocator {
  public:
-  // A block of this many bytes, at most twice as many, or an empty one where the system has none left. A larger one
-  // is taken if a new one would cost it its place and the peak stays. One saved for backward, while others are computed,
-  // wastes less: it is at most a quarter larger, and little is cached beside it.
+  // A block of this many bytes, at most twice as many, or an empty one where the system has none left. A larger one is
+  // taken if mapping a new one would evict it and the peak does not rise. One saved for backward, while others are
+  // computed, wastes less: it is at most a quarter larger, and little is cached beside it.
   Block take(int64_t bytes, bool saved) {
     const std::lock_guard lock(mutex_);
     auto best = cached_.end();

@@ -36,8 +36,7 @@ def overridable(*tensors: str, composite: Callable | None = None) -> Callable[[F
                 given += tuple([kwargs[name] for name in tensors if name in kwargs])
             if has_torch_function(given):
                 return handle_torch_function(call, given, *args, **kwargs)
-            elsewhere = forward_ad._current_level >= 0 or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
-            if elsewhere and composite is not None and _needs_composite():
+            if composite is not None and _is_seen_through():
                 return composite(*args, **kwargs)
             return function(*args, **kwargs)
 
@@ -46,7 +45,9 @@ def overridable(*tensors: str, composite: Callable | None = None) -> Callable[[F
     return decorate
 
 
-def _needs_composite() -> bool:
+def _is_seen_through() -> bool:
     if forward_ad._current_level >= 0 or torch._C._is_tracing():
         return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in _get_current_dispatch_mode_stack())

@@ -18,23 +18,17 @@ from .register import define, double_backward, fold_batch, needs_grad, one_by_on
 from .triton import relu_lrn_max_pool2d as triton
 
 
-def _composition(
-    input: Tensor,
-    bias: Tensor | None = None,
-    *,
-    relu: bool = True,
-    lrn: LRNParams | None = None,
-    pool: PoolParams | None = None,
-) -> Tensor:
+def _composition(input: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """The single operators, one after the other."""
-    if input.dim() < 2 and (bias is not None or lrn is not None):
+    tail = TailParams(**options)
+    if input.dim() < 2 and (bias is not None or tail.lrn is not None):
         raise ValueError(f"relu_lrn_max_pool2d(): expected an input with channels (got {input.dim()} dimensions)")
     check_bias("relu_lrn_max_pool2d", bias, input)
-    y = reference.rectified(input, bias, relu)
-    if lrn is not None:
-        y = local_response_norm(y, lrn.size, lrn.alpha, lrn.beta, lrn.k, groups=lrn.groups)
-    if pool is not None:
-        y = max_pool2d(y, *pool.op_args())
+    y = reference.rectified(input, bias, tail.relu)
+    if tail.lrn is not None:
+        y = local_response_norm(y, tail.lrn.size, tail.lrn.alpha, tail.lrn.beta, tail.lrn.k, groups=tail.lrn.groups)
+    if tail.pool is not None:
+        y = max_pool2d(y, *tail.pool.op_args())
     return y.to(input.dtype, copy=y is input)
 
 

@@ -10,6 +10,7 @@ from .. import backends
 from ..params import ConvParams, LRNParams, PoolParams
 from .conv2d_relu import conv2d_relu
 from .cpu import winograd as _winograd
+from .lrn import local_response_norm
 from .max_pool2d import max_pool2d
 from .overridable import overridable
 from .register import needs_grad
@@ -33,11 +34,18 @@ def run_stage(
     frozen = needs_grad(x) and not needs_grad(weight, bias)
     if relu and ((lrn is None and (pool is None or frozen)) or _by_winograd(x, weight, bias, *arguments)):
         y = conv2d_relu(x, weight, bias, *arguments)
-        if lrn is None:
-            return y if pool is None else max_pool2d(y, *pool.op_args())
-        return relu_lrn_max_pool2d(y, relu=False, lrn=lrn, pool=pool)
+        return y if lrn is None and pool is None else run_tail(y, relu=False, lrn=lrn, pool=pool)
     y = F.conv2d(x, weight, None, *arguments)
     return relu_lrn_max_pool2d(y, bias, relu=relu, lrn=lrn, pool=pool)
+
+
+def run_tail(x: Tensor, *, relu: bool, lrn: LRNParams | None, pool: PoolParams | None) -> Tensor:
+    """:func:`relu_lrn_max_pool2d` of which there is something, by an operator of its own where it is only one thing."""
+    if not relu and lrn is None and pool is not None:
+        return max_pool2d(x, *pool.op_args())
+    if not relu and pool is None and lrn is not None:
+        return local_response_norm(x, lrn.size, lrn.alpha, lrn.beta, lrn.k, groups=lrn.groups)
+    return relu_lrn_max_pool2d(x, relu=relu, lrn=lrn, pool=pool)
 
 
 def _by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> bool:

@@ -38,7 +38,7 @@ def optimize(
     Args:
         model: any module.
         inference: also make it one for inference: in evaluation mode and its weights frozen. On CPU convolutions and
-            linear layers then compute from packed copies of their weights, with the batch norm behind a convolution in
+            linear layers then compute from packed copies of their weights, with the batch norm after a convolution in
             them. The copies are made anew where torch sees that a weight changed; it does not see writes through
             ``.data`` nor those of another process, after which :func:`refresh` is due.
         dtype: of the weights and to which the inputs of layers with weights are cast, with ``inference``; None: as

@@ -1,7 +1,7 @@
 """TorchDynamo as the engine needs it. Whatever is private in torch is used here alone.
 
-Its stock settings leave gaps, through which an answer could change; they are closed while a graph is made, and nowhere
-else, as they belong to the process.
+Its stock settings leave gaps, through which an answer could change. They are closed while a graph is made and, as they
+belong to the process, under the lock under which TorchDynamo makes graphs.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo import config, eval_frame, maybe_mark_dynamic, optimize
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import warn_once_cache
 from torch.autograd import forward_ad
@@ -43,13 +44,13 @@ FX_SETTINGS = {"use_duck_shape": False}  # stock: a square image first makes a g
 _count = itertools.count()
 
 
-def compiled(backend: Backend, is_new: Callable[[tuple[Any, ...], dict[str, Any]], bool]) -> Callable[..., Any]:
+def compiled(backend: Backend, has_new_shapes: Callable[[tuple[Any, ...], dict[str, Any]], bool]) -> Callable[..., Any]:
     """A function ``(module, args, kwargs)`` that calls a module through graphs.
 
     Args:
         backend: makes of a graph what runs in its place.
-        is_new: whether these arguments have shapes that no graph of such a call was made for, while one was for
-            others. The next one then is for any shapes; by itself TorchDynamo takes one step toward that in each.
+        has_new_shapes: whether a call of this kind has a graph, but for other shapes. The next graph is then one for
+            any shapes; TorchDynamo alone makes one dimension dynamic after the other.
 
     Raises:
         NoGraph: from the function, before anything has run.
@@ -69,11 +70,12 @@ def compiled(backend: Backend, is_new: Callable[[tuple[Any, ...], dict[str, Any]
         args, kwargs = frame.f_locals["args"], frame.f_locals["kwargs"]
         try:
             with (
+                compile_lock,
                 config.patch(SETTINGS),
                 fx_config.patch(FX_SETTINGS),  # type: ignore[attr-defined]
                 _disable_current_modes(),
-                _marked_dynamic(args, kwargs) if is_new(args, kwargs) else contextlib.nullcontext(),
-                _nothing_said() as warned,
+                _marked_dynamic(args, kwargs) if has_new_shapes(args, kwargs) else contextlib.nullcontext(),
+                _muted() as warned,
             ):
                 found = inner(frame, *state)
         except Exception as error:
@@ -108,9 +110,9 @@ def _marked_dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _nothing_said() -> Iterator[list[warnings.WarningMessage]]:
+def _muted() -> Iterator[list[warnings.WarningMessage]]:
     """No warning and no logged error of TorchDynamo: whatever is wrong with a call, the plain forward will say."""
-    log, said = logging.getLogger("torch._subclasses.fake_tensor"), set(warn_once_cache)
+    log, already_warned = logging.getLogger("torch._subclasses.fake_tensor"), set(warn_once_cache)
     disabled, log.disabled = log.disabled, True
     warn_once_cache.clear()
     try:
@@ -120,7 +122,7 @@ def _nothing_said() -> Iterator[list[warnings.WarningMessage]]:
     finally:
         log.disabled = disabled
         warn_once_cache.clear()
-        warn_once_cache.update(said)
+        warn_once_cache.update(already_warned)
 
 
 def _reason(error: BaseException) -> str:

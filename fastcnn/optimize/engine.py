@@ -64,17 +64,21 @@ class Engine:
             self._ran_plain(_MISSING)
 
     def _arm(self) -> None:
-        self.graphs = 0
-        self._compiled: Callable[..., Any] | None = None
+        self.graphs = 0  # made so far
         self._ran = False  # a graph, in this call
         self._kinds: dict[Any, Kind] = {}
         self._watched = False  # some kind of call had no graph, or made some in a row
-        # What graphs take for granted without a guard: the environment, and the methods of classes.
-        self._environ = dict(os.environ._data)  # type: ignore[attr-defined]
-        self._methods: tuple[tuple[type, str, Any], ...] = ()
+        self._start_anew()
         self.module._compiled_call_impl = self.call
         self.module._fastcnn_engine = self  # type: ignore[assignment]
         self.module._replicate_for_data_parallel = self.replicate  # type: ignore[method-assign]
+
+    def _start_anew(self) -> None:
+        """Without graphs."""
+        self._compiled: Callable[..., Any] | None = None
+        # What graphs take for granted without a guard: the environment, and the methods of classes.
+        self._environ = dict(os.environ._data)  # type: ignore[attr-defined]
+        self._methods: tuple[tuple[type, str, Any], ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("module", "name", "report", "inference", "dtype")}
@@ -98,7 +102,7 @@ class Engine:
         if dynamo is None or dynamo.sees_every_call() or (self._watched and self._waits(args, kwargs)):
             return self.module._call_impl(*args, **kwargs)
         if self._environ != os.environ._data or any(vars(c).get(name) is not f for c, name, f in self._methods):  # type: ignore[attr-defined]
-            self._arm()
+            self._start_anew()
         if self._compiled is None:
             self._compiled = self._compile()
         graphs, self._ran = self.graphs, False
@@ -108,7 +112,7 @@ class Engine:
             reason = str(no_graph)
         else:
             if self._watched or self.graphs != graphs:
-                self._went_through(args, kwargs, self.graphs != graphs)
+                self._ran_a_graph(args, kwargs, self.graphs != graphs)
             if not self._ran and (why := dynamo.is_off()):
                 self._ran_plain(why)
             return result
@@ -173,7 +177,7 @@ class Engine:
         kind.waiting -= 1
         return kind.waiting >= 0
 
-    def _went_through(self, args: tuple[Any, ...], kwargs: dict[str, Any], made_a_graph: bool) -> None:
+    def _ran_a_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any], made_a_graph: bool) -> None:
         kind = self._kind(args, kwargs)
         kind.in_a_row = kind.in_a_row + 1 if made_a_graph else 0
         if kind.in_a_row >= _IN_A_ROW:

@@ -105,10 +105,8 @@ class Convolution:
             y = self._empty(x)
             if self._winograd(x, weight, bias, y, frozen, relu=self.relu, pool=self.halves):
                 return y
-        if self.tail is not None:
-            return self._with_tail(x, weight, bias, frozen)
-        if self.relu and self.step < len(x):
-            return self._rectified(x, weight, bias, frozen)
+        if self.tail is not None or (self.relu and self.step < len(x)):
+            return self._in_parts(x, weight, bias, frozen)
         y = self._convolve(x, weight, bias, frozen)
         return torch.relu_(y) if self.relu else y  # oneDNN's own makes 0 of NaN, and saves next to nothing
 
@@ -130,18 +128,13 @@ class Convolution:
             x, packed, bias, padding, stride, dilation, groups, "none", [], ""
         ).contiguous(memory_format=torch.channels_last)
 
-    def _rectified(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
-        y = self._empty(x)
-        for part, out in zip(x.split(self.step), y.split(self.step), strict=True):
-            torch.clamp_min(self._convolve(part, weight, bias, frozen), 0, out=out)
-        return y
-
-    def _with_tail(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
+    def _in_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
         """A few images at a time, so that the convolution's output stays in memory that is used again."""
-        assert self.tail is not None
-        y, bias = self._empty(x), None if bias is None else bias.to(opmath(x.dtype))
-        for i in range(0, len(x), max(self.step, 1)):
-            part, out = (x, y) if self.step == len(x) else (x[i : i + self.step], y[i : i + self.step])
-            z = self._convolve(part, weight, None, frozen)
-            torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(z, bias, out, None, True, *self.tail.op_args())
+        y, wide_bias = self._empty(x), None if bias is None else bias.to(opmath(x.dtype))
+        for part, out in zip(x.split(self.step), y.split(self.step), strict=True):
+            if self.tail is None:
+                torch.clamp_min(self._convolve(part, weight, bias, frozen), 0, out=out)
+            else:
+                z = self._convolve(part, weight, None, frozen)
+                torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(z, wide_bias, out, None, True, *self.tail.op_args())
         return y

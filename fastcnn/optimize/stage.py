@@ -8,11 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.cpu.memory import kept
-from ..ops.lrn import local_response_norm
-from ..ops.max_pool2d import max_pool2d
 from ..ops.packed import unchanged
-from ..ops.relu_lrn_max_pool2d import relu_lrn_max_pool2d
-from ..ops.stage import run_stage
+from ..ops.stage import run_stage, run_tail
 from ..params import ConvParams, LRNParams, PoolParams, TailParams
 from .inference import Convolution, linear, normalized, runs_packed
 
@@ -52,7 +49,7 @@ class Stage:
     ) -> Tensor:
         """``norm``: scale, shift, running mean and running variance of the batch norm."""
         if weight is None or self.conv is None:
-            return self._without_convolution(x)
+            return run_tail(x, relu=self.relu, lrn=self.lrn, pool=self.pool)
         if self.inference:
             if runs_packed(x, weight, bias, *norm):
                 y = self._packed(x, weight, bias, *norm)
@@ -67,18 +64,10 @@ class Stage:
         y = F.batch_norm(F.conv2d(x, weight, bias, *self.conv), mean, variance, scale, shift, eps=self.eps)
         if not self.relu:  # then nothing follows
             return y
-        return relu_lrn_max_pool2d(y, relu=True, lrn=self.lrn, pool=self.pool)
-
-    def _without_convolution(self, x: Tensor) -> Tensor:
-        if self.lrn is None and not self.relu and self.pool is not None:
-            return max_pool2d(x, *self.pool.op_args())
-        if self.pool is None and not self.relu and self.lrn is not None:
-            size, alpha, beta, k, groups = self.lrn.op_args()
-            return local_response_norm(x, size, alpha, beta, k, groups=groups)
-        return relu_lrn_max_pool2d(x, relu=self.relu, lrn=self.lrn, pool=self.pool)
+        return run_tail(y, relu=True, lrn=self.lrn, pool=self.pool)
 
     def _packed(self, x: Tensor, weight: Tensor, bias: Tensor | None, *norm: Any) -> Tensor | None:
-        """None where the batch norm makes a weight that is not finite, or more has to be padded behind than before."""
+        """None where the batch norm makes a weight that is not finite, or padding is uneven."""
         if self.eps is not None:
             weight, bias = normalized(self.eps, weight, bias, *norm)  # type: ignore[assignment]
             if weight is None:

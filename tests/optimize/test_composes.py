@@ -8,6 +8,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import warnings
 import weakref
 
 import pytest
@@ -340,6 +342,19 @@ def test_many_sizes_and_batches(first, options):
         assert all("new graph" in entry.why_not for entry in fast.fastcnn_report.plain.values())
 
 
+def test_an_environment_that_changes_in_every_call(monkeypatch):
+    fast = fastcnn.optimize(network("sequential").eval())
+    graphs = 0
+    with torch.no_grad():
+        for i in range(40):
+            monkeypatch.setenv("FASTCNN_TEST_STEP", str(i))
+            before = fast._fastcnn_engine.graphs
+            fast(X)
+            graphs += fast._fastcnn_engine.graphs != before
+    assert graphs <= 12
+    assert any("new graph" in entry.why_not for entry in fast.fastcnn_report.plain.values())
+
+
 def test_parts_of_a_model_are_as_fused_as_the_whole():
     class Parts(nn.Module):
         def __init__(self):
@@ -398,6 +413,47 @@ fastcnn.optimize(torch.nn.ReLU())
 assert "torch._dynamo" in sys.modules
 """
     subprocess.run([sys.executable, "-c", source], check=True)
+
+
+def test_private_names_of_torch_that_are_missing_are_reported():
+    source = """
+import torch, torch._dynamo.utils, fastcnn
+del torch._dynamo.utils.warn_once_cache
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+fast = fastcnn.optimize(model)
+assert torch.equal(fast(torch.ones(1, 3, 8, 8)), model(torch.ones(1, 3, 8, 8)))
+print(fast.fastcnn_report)
+"""
+    output = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout
+    assert "another TorchDynamo" in output
+    assert "warn_once_cache" in output
+
+
+def test_settings_of_the_process_stay_as_they_are():
+    from fastcnn.optimize import dynamo
+
+    def settings():
+        found = [getattr(dynamo.config, name) for name in dynamo.SETTINGS]
+        return found, [getattr(dynamo.fx_config, name) for name in dynamo.FX_SETTINGS], warnings.filters[:]
+
+    before, errors = settings(), []
+    models = [fastcnn.optimize(network("sequential")) for _ in range(6)]
+
+    def run(model):
+        try:
+            for size in (32, 40, 48):
+                model(X[:, :, :1, :1].expand(2, 3, size, size))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert settings() == before
+    assert not any(model.fastcnn_report.plain for model in models)
 
 
 def test_settings_of_torch_that_are_missing_are_reported(monkeypatch):

@@ -268,7 +268,7 @@ def test_example_inputs_leave_no_trace():
     assert_bitwise(y, model(X))
 
 
-def test_padding_of_other_values_is_fused_behind():
+def test_what_follows_padding_of_other_values_is_fused():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU())
     fast = fastcnn.optimize(model)
     assert_same(fast, model, X)

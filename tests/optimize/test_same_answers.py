@@ -41,7 +41,7 @@ def test_outputs_and_gradients(pair, training, format):
 @pytest.mark.parametrize("weights", FORMATS, ids=ident)
 @pytest.mark.parametrize("format", FORMATS, ids=ident)
 def test_strides(format, weights, inference):
-    """Of every prefix of a network, for dense inputs and others: the caller, or a view behind it, may look at them."""
+    """Of every prefix of a network, for dense inputs and others: the caller, or a view of it, may look at them."""
     model = sequential(inplace=False).to(memory_format=weights).eval()
     for length in (1, 2, 4, 6, 10, len(model)):
         part = model[:length]
@@ -53,7 +53,7 @@ def test_strides(format, weights, inference):
 
 
 class Viewed(nn.Module):
-    """As networks of AlexNet's time are written: layers called in several places, ``view`` behind any of them."""
+    """As networks of AlexNet's time are written: layers called in several places, ``view`` after any of them."""
 
     def __init__(self, convolutions=2):
         super().__init__()
@@ -74,7 +74,7 @@ class Viewed(nn.Module):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_views_behind_any_layer(options):
+def test_views_after_any_layer(options):
     model = Viewed().eval()
     model(X)
     fast = fastcnn.optimize(model, **options)
@@ -83,8 +83,8 @@ def test_views_behind_any_layer(options):
     assert len(fast.fastcnn_report.replaced) >= 2
 
 
-class BatchNormBehindReLU(nn.Module):
-    """Batch norm behind ReLU, ``padding="same"``, and a global pool in front of ``view``."""
+class BatchNormAfterReLU(nn.Module):
+    """Batch norm after ReLU, ``padding="same"``, and a global pool in front of ``view``."""
 
     def __init__(self):
         super().__init__()
@@ -99,10 +99,10 @@ class BatchNormBehindReLU(nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_batch_norm_behind_relu(training):
+def test_batch_norm_after_relu(training):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same'")
-        model = BatchNormBehindReLU().train(training)
+        model = BatchNormAfterReLU().train(training)
         fast = fastcnn.optimize(model)
         assert_same(fast, model, X)
         torch.testing.assert_close(fast.state_dict(), model.state_dict())
@@ -111,7 +111,7 @@ def test_batch_norm_behind_relu(training):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_relu_behind_dropout_may_write_the_input(training):
+def test_a_relu_after_dropout_may_write_the_input(training):
     """In evaluation mode dropout returns what it gets."""
 
     class Writes(nn.Module):
