@@ -22,7 +22,6 @@ from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import warn_once_cache
 from torch.autograd import forward_ad
-from torch.fx.experimental import _config as fx_config
 from torch.nn.modules import module as module_state
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
@@ -39,7 +38,6 @@ SETTINGS = {
     "optimize_ddp": False,  # stock: cuts graphs at the buckets of DistributedDataParallel
     "recompile_limit": 64,  # of a code object; each engine has its own
 }
-FX_SETTINGS = {"use_duck_shape": False}  # stock: a square image first makes a graph of square images
 
 _count = itertools.count()
 
@@ -72,7 +70,6 @@ def compiled(backend: Backend, has_new_shapes: Callable[[tuple[Any, ...], dict[s
             with (
                 compile_lock,
                 config.patch(SETTINGS),
-                fx_config.patch(FX_SETTINGS),  # type: ignore[attr-defined]
                 _disable_current_modes(),
                 _marked_dynamic(args, kwargs) if has_new_shapes(args, kwargs) else contextlib.nullcontext(),
                 _muted() as warned,

@@ -195,6 +195,7 @@ def test_functional_call_and_transforms():
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(fast(forward_ad.make_dual(X, X.cos()))).tangent
     torch.testing.assert_close(tangent, theirs[1])
+    assert not fast.fastcnn_report.plain  # nothing was tried and failed
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -224,12 +225,13 @@ def test_distributed_data_parallel(tmp_path):
     model = network("nested")
     with process_group(tmp_path):
         fast = fastcnn.optimize(model)
-        parallel = nn.parallel.DistributedDataParallel(fast)
+        parallel = nn.parallel.DistributedDataParallel(fast, bucket_cap_mb=1e-4)  # at which a graph could be cut
         for _ in range(2):
             parallel(X).sum().backward()
             model(X).sum().backward()
         assert not fast.fastcnn_report.plain
         assert len(fast.fastcnn_report.replaced) >= 8
+        assert fast._fastcnn_engine.graphs == 1
         for a, b in zip(parallel.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad)
 
@@ -335,7 +337,7 @@ def test_many_sizes_and_batches(first, options):
                 torch.testing.assert_close(fast(x), model(x), rtol=1e-6, atol=1e-9)
     assert len(fast.fastcnn_report.replaced) >= 2
     if TORCH >= (2, 13):
-        assert fast._fastcnn_engine.graphs <= 4
+        assert fast._fastcnn_engine.graphs <= 3
         assert not fast.fastcnn_report.plain
     else:  # its pools guard whether sizes are even
         assert fast._fastcnn_engine.graphs < 30
@@ -369,6 +371,7 @@ def test_parts_of_a_model_are_as_fused_as_the_whole():
     assert len(called(fast)) == 5
 
 
+@torch.no_grad()
 def test_what_has_no_graph_is_tried_again():
     fast = fastcnn.optimize(network("sequential"))
     handle = fast[1].register_forward_hook(lambda m, x, y: print(end=""))
@@ -433,8 +436,7 @@ def test_settings_of_the_process_stay_as_they_are():
     from fastcnn.optimize import dynamo
 
     def settings():
-        found = [getattr(dynamo.config, name) for name in dynamo.SETTINGS]
-        return found, [getattr(dynamo.fx_config, name) for name in dynamo.FX_SETTINGS], warnings.filters[:]
+        return [getattr(dynamo.config, name) for name in dynamo.SETTINGS], warnings.filters[:]
 
     before, errors = settings(), []
     models = [fastcnn.optimize(network("sequential")) for _ in range(6)]

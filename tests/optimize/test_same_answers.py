@@ -544,7 +544,7 @@ def test_hooks_see_what_they_saw(index, before):
 def test_hooks_on_all_modules(register):
     model = sequential(inplace=False)
     fast, seen = fastcnn.optimize(model), []
-    fast(X)
+    fast(leaf(X)).sum().backward()  # a graph of the very kind of call that follows
     handle = getattr(nn.modules.module, f"register_module_{register}")(lambda m, *_: seen.append(type(m).__name__))
     try:
         for m in (model, fast):
