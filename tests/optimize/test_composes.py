@@ -382,7 +382,7 @@ def test_what_has_no_graph_is_tried_again():
     handle.remove()
     for _ in range(5):
         fast(X)
-    assert len(called(fast)) == 5
+    assert "conv2d_relu" in called(fast)  # which no layer alone calls
 
 
 def test_dynamo_switched_off_is_reported():
