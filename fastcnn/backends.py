@@ -225,6 +225,11 @@ class use:
 _warned: set[str] = set()
 
 
+def runs_cpu_kernels() -> bool:
+    """Whether the C++ kernels run on CPU tensors: they are there, and no other backend is forced."""
+    return not _why_no_cpu if _forced is None else _forced == "cpu"
+
+
 def choose(op: str, implementations: Collection[str], tensor: Tensor) -> str:
     """The backend that runs ``op``, one of ``implementations``, on a tensor like this one."""
     device = tensor.device

@@ -149,17 +149,18 @@ void transform_output(const WinogradTask& task, int64_t begin, int64_t end, int6
           if ((y && !below) || (x && !right)) continue;
           const IntVec<float> magnitude = (IntVec<float>)out[y][x] & 0x7fffffff;
           largest = magnitude > largest ? magnitude : largest;
-          if (task.relu) out[y][x] = out[y][x] > 0 ? out[y][x] : Floats{};
+          const int64_t pixel = (tile.n * task.out_h + tile.y + y) * task.out_w + tile.x + x;
+          if (task.addend) out[y][x] += load(task.addend + pixel * K + first + k);
+          if (task.relu) out[y][x] = out[y][x] < 0 ? Floats{} : out[y][x];  // NaN of the addend stays
           if (task.pool) continue;
-          const int64_t at = ((tile.n * task.out_h + tile.y + y) * task.out_w + tile.x + x) * K + first + k;
-          store(task.out + at, out[y][x]);
-          if (masked) store_bits(task.out_mask, at, passing<float>(out[y][x]));
+          store(task.out + pixel * task.out_stride + first + k, out[y][x]);
+          if (masked) store_bits(task.out_mask, pixel * K + first + k, passing<float>(out[y][x]));
         }
       if (task.pool && right && below) {
         const Floats up = out[0][0] > out[0][1] ? out[0][0] : out[0][1];
         const Floats low = out[1][0] > out[1][1] ? out[1][0] : out[1][1];
         const int64_t at = (tile.n * (task.out_h / 2) + tile.y / 2) * (task.out_w / 2) + tile.x / 2;
-        store(task.out + at * K + first + k, up > low ? up : low);
+        store(task.out + at * task.out_stride + first + k, up > low ? up : low);
       }
     }
   }

@@ -31,10 +31,12 @@ static void winograd_weight_op(Tensor weight, Tensor out, int64_t groups, bool t
 }
 
 // Returns the largest magnitude before ReLU. Non-finite: the caller must fall back to another algorithm.
-static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight, std::optional<Tensor> bias, Tensor out,
-                          std::optional<Tensor> out_mask, Ints padding, int64_t groups, bool relu, bool pool) {
+static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight, std::optional<Tensor> bias,
+                          std::optional<Tensor> addend, Tensor out, int64_t first, std::optional<Tensor> out_mask,
+                          Ints padding, int64_t groups, bool relu, bool pool) {
   WinogradTask task{};
-  const int64_t N = x.size(0), C = x.size(1), K = out.size(1);
+  STD_TORCH_CHECK(x.size(1) > 0 && groups > 0, "there must be channels and groups");
+  const int64_t N = x.size(0), C = x.size(1), K = weight.numel() / 16 * groups / C, channels = out.size(1);
   task.shape = {N, C, x.size(2), x.size(3), true};
   task.outputs = K, task.groups = groups, task.padding[0] = padding[0], task.padding[1] = padding[1];
   task.out_h = task.shape.H + 2 * padding[0] - 2, task.out_w = task.shape.W + 2 * padding[1] - 2;
@@ -42,7 +44,12 @@ static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight,
   STD_TORCH_CHECK(C % (16 * groups) == 0 && K % (16 * groups) == 0, "channels of a group must be multiples of 16");
   expect("input", x, DType::float32, x.numel());
   expect("weight", weight, DType::float32, C / groups * K * 16);
-  expect("out", out, DType::float32, pool ? N * K * (task.out_h / 2) * (task.out_w / 2) : elements);
+  STD_TORCH_CHECK(first >= 0 && first + K <= channels, "out has ", channels, " channels, too few");
+  STD_TORCH_CHECK(!addend || !pool, "no pool takes an addend");
+  STD_TORCH_CHECK(!out_mask || channels == K, "a mask is of the whole output");
+  const int64_t divisor = pool ? 2 : 1;
+  expect("out", out, DType::float32, N * channels * (task.out_h / divisor) * (task.out_w / divisor));
+  if (addend) expect("addend", *addend, DType::float32, elements);
   if (bias) expect("bias", *bias, DType::float32, K);
   if (x_mask) expect_bytes("mask", *x_mask, x.numel() / 8, 1);
   if (out_mask) expect_bytes("mask", *out_mask, elements / 8, 1);
@@ -51,7 +58,8 @@ static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight,
   task.x_mask = data_or_null<const uint8_t>(x_mask);
   task.weight = static_cast<const float*>(weight.const_data_ptr());
   task.bias = data_or_null<const float>(bias);
-  task.out = static_cast<float*>(out.mutable_data_ptr());
+  task.addend = data_or_null<const float>(addend);
+  task.out = static_cast<float*>(out.mutable_data_ptr()) + first, task.out_stride = channels;
   task.out_mask = data_or_null<uint8_t>(out_mask);
   std::atomic<uint32_t> largest = 0;
   task.largest = &largest;
@@ -60,8 +68,8 @@ static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight,
 }
 
 FASTCNN_OP(fastcnn_cpu, CPU, winograd,
-           "(Tensor input, Tensor? input_mask, Tensor weight, Tensor? bias, Tensor(a!) out, Tensor(b!)? out_mask, "
-           "int[] padding, int groups, bool relu, bool pool) -> float",
+           "(Tensor input, Tensor? input_mask, Tensor weight, Tensor? bias, Tensor? addend, Tensor(a!) out, int first, "
+           "Tensor(b!)? out_mask, int[] padding, int groups, bool relu, bool pool) -> float",
            winograd_op)
 FASTCNN_OP(fastcnn_cpu, CPU, winograd_weight, "(Tensor weight, Tensor(a!) out, int groups, bool turned) -> ()",
            winograd_weight_op)

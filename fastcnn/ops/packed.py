@@ -63,7 +63,17 @@ def unchanged(weight: Tensor) -> Frozen:
     return known
 
 
+_generation = 0
+
+
+def generation() -> int:
+    """A number that changes when entries are forgotten."""
+    return _generation
+
+
 def forget(weight: Tensor) -> None:
     """Make the entries of a weight anew when they are needed next."""
+    global _generation
+    _generation += 1
     for entries in (_frozen, _unchanged):
         entries.pop(weight, None)

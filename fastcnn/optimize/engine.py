@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .graph import fuse
+from .plan import Planned
 from .report import Entry, NoGraph, Report
 
 try:
@@ -76,6 +77,7 @@ class Engine:
     def _start_anew(self) -> None:
         """Without graphs."""
         self._compiled: Callable[..., Any] | None = None
+        self._planned: list[Planned] = []
         # What graphs take for granted without a guard: the environment, and the methods of classes.
         self._environ = dict(os.environ._data)  # type: ignore[attr-defined]
         self._methods: tuple[tuple[type, str, Any], ...] = ()
@@ -135,11 +137,15 @@ class Engine:
         entries = fuse(graph_module.graph, names, inference=self.inference)
         forward = fx.GraphModule(graph_module, graph_module.graph).forward  # the module itself compiles its code later
         self.graphs += 1
-        engine = weakref.proxy(self)  # what TorchDynamo keeps must not keep the model
+        # What TorchDynamo keeps must keep neither the model nor what was made of its weights.
+        engine, planned = weakref.proxy(self), None
+        if self.inference:
+            self._planned.append(Planned(graph_module, graph_module.graph))
+            planned = weakref.ref(self._planned[-1])
 
         def run(*args: Any) -> Any:
             engine._ran = True
-            return forward(*args)
+            return ((planned and planned()) or forward)(*args)
 
         classes = {cls for m in self.module.modules() for cls in type(m).__mro__ if issubclass(cls, nn.Module)}
         self._methods = tuple(

@@ -24,9 +24,9 @@ from .report import Entry
 from .stage import LinearStage, Stage
 
 # What may follow each other in a stage; any part may be missing.
-_MAPS = ("conv", "norm", "relu", "lrn", "pool")
+_MAPS = ("conv", "norm", "sum", "relu", "lrn", "pool")
 _VECTORS = ("linear", "relu", "dropout", "factor")
-_FOR_INFERENCE = {"norm", "linear", "dropout", "factor"}
+_FOR_INFERENCE = {"norm", "sum", "linear", "dropout", "factor"}
 
 
 @dataclass(eq=False)
@@ -89,6 +89,11 @@ def _product(a, b):  # type: ignore[no-untyped-def]
     return input, {"factor": factor} if isinstance(factor, float) else {}
 
 
+def _sum(a, b, *, alpha=1):  # type: ignore[no-untyped-def]
+    is_sum = isinstance(a, fx.Node) and isinstance(b, fx.Node) and alpha == 1
+    return a, {"sum": b} if is_sum else {}
+
+
 def _our_conv(input, weight, bias, *conv_and_mask):  # type: ignore[no-untyped-def]
     return input, {"conv": (weight, bias, conv_and_mask[:-1]), "relu": False}
 
@@ -123,8 +128,10 @@ _FUNCTIONS: dict[Any, Callable[..., tuple[Any, dict[str, Any]]]] = {
     F.linear: _linear,
     F.dropout: _dropout,
     **dict.fromkeys((operator.mul, torch.mul, "mul"), _product),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _sum),
     **_OURS,
 }
+_ARITHMETIC = {node for node, read in _FUNCTIONS.items() if read in (_product, _sum)}
 # Functions of maps, whatever their memory format, that return new memory. Fake tensors do not tell which do: they have
 # copies where eval-mode dropout returns its input.
 _PURE = {
@@ -240,7 +247,7 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
     while nodes:
         first = _read(nodes)
         stage, reason = ([], first) if isinstance(first, str) else _stage(first, nodes, inference)
-        if reason and nodes[0].target not in (*_OURS, F.linear, "mul", operator.mul):
+        if reason and nodes[0].target not in (*_OURS, F.linear, *_ARITHMETIC):
             entries.append(Entry(*labels[nodes[0]], why_not=reason))
         if stage:
             where = dict(labels[node] for call in stage for node in call.nodes if node.target is not operator.getitem)
@@ -261,10 +268,12 @@ def _stage(first: Call, nodes: Sequence[fx.Node], inference: bool) -> tuple[list
         parts += [part for part in call.parts if part != "bias"]
         taken += len(call.nodes)
         call = _read(nodes[taken:]) if taken < len(nodes) else ""
+        if not isinstance(call, str) and call.parts.get("sum") is stage[-1].output:
+            call = Call(call.nodes, call.parts["sum"], {"sum": call.input})
     if not stage:
         return [], ""
-    if parts[0] == "conv" and "relu" not in parts[1:3]:
-        stage = stage[: 2 if parts[1:2] == ["norm"] else 1] if inference else []
+    if parts[0] == "conv" and "relu" not in parts:
+        stage = [call for call in stage if not {"lrn", "pool"}.intersection(call.parts)] if inference else []
         if not stage:
             return [], "no ReLU is called on its output alone"
     # The input is not written in place, and it is saved for backward, where torch's ReLU saves its own output.
@@ -292,10 +301,24 @@ def _follows(call: Call, stage: Sequence[Call], parts: Sequence[str], inference:
         return new[0] in ("conv", "relu", "lrn", "pool", "linear") and (
             new[0] == "linear" or _value(call.output).dim() == 4
         )
+    if "sum" in new and not _may_add(call):
+        return False
+    if parts[-1] == "sum" and new[0] != "relu":
+        return False
     order = _VECTORS if parts[0] == "linear" else _MAPS
     if not set(new) <= set(order) or order.index(new[0]) <= order.index(parts[-1]):
         return False
     return call.input is stage[-1].output and set(call.input.users) <= set(call.nodes)
+
+
+def _may_add(call: Call) -> bool:
+    """Whether the sum of a stage's output and another map may be a part of the stage."""
+    addend = call.parts["sum"]
+    a, b = _value(call.input), _value(addend)
+    if not isinstance(b, Tensor) or call.input is addend or a.dim() != 4 or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    is_written = call.nodes[0].args[0] is addend and call.nodes[0].target in (operator.iadd, "add_")
+    return not is_written or _is_read_once(Call(call.nodes, addend, {}))
 
 
 def _is_read_once(call: Call) -> bool:
@@ -307,6 +330,7 @@ def _is_read_once(call: Call) -> bool:
 def _replace(graph: fx.Graph, stage: Sequence[Call], inference: bool) -> None:
     parts = {name: value for call in stage for name, value in call.parts.items()}
     parameters: tuple[Any, ...] = ()
+    others: dict[str, Any] = {}
     run: Stage | LinearStage
     if "linear" in parts:
         parameters = parts["linear"]
@@ -318,11 +342,13 @@ def _replace(graph: fx.Graph, stage: Sequence[Call], inference: bool) -> None:
             parameters = weight, parts.get("bias", bias)
         if "norm" in parts:
             *norm, eps = parts["norm"]
-            parameters = *parameters, *norm
+            others["norm"] = tuple(norm)
+        if "sum" in parts:
+            others["addend"] = parts["sum"]
         run = Stage(conv, eps, "relu" in parts, parts.get("lrn"), parts.get("pool"), inference=inference)
     last = stage[-1].output
     with graph.inserting_before(last):
-        node = graph.call_function(run, (stage[0].input, *parameters))
+        node = graph.call_function(run, (stage[0].input, *parameters), others)
     node.meta = dict(last.meta)
     last.replace_all_uses_with(node)
     for erased in reversed([node for call in stage for node in call.nodes]):
@@ -347,7 +373,7 @@ def _restore_formats(graph: fx.Graph) -> None:
 def _takes_any_format(user: fx.Node, node: fx.Node) -> bool:
     """Whether one call may get what another returns in any memory format, and nobody else is the wiser."""
     if isinstance(user.target, Stage):
-        return user.args.index(node) == 0 and user.args.count(node) == 1
+        return node not in pytree.tree_leaves((user.args[1:], user.kwargs.get("norm")))
     if not isinstance(_value(user), Tensor) or _format(_value(user)) is None:
         return False
     if user.target is F.dropout and not _dropout(*user.args, **user.kwargs)[1]:

@@ -1,42 +1,211 @@
-"""Inference on CPU from weights that do not change: packed once, convolution and tail sharing one small buffer."""
+"""Inference on CPU from frozen weights: what runs a stage for one kind of input, knowing all that does not change.
+
+Each runs with the arguments of its stage, where they are like those that it was made for.
+"""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
+from ..memory_format import output_format
 from ..ops.cpu import winograd
 from ..ops.cpu.memory import kept
 from ..ops.cpu.onednn import pack
-from ..ops.cpu.onednn import runs as onednn_runs
 from ..ops.packed import Frozen, unchanged
 from ..params import ConvParams, PoolParams, TailParams, opmath, pooled_size
 
+Run = Callable[..., Tensor]
 _HALVES = PoolParams(2).op_args()
 # A larger block is mapped anew each time it is allocated, by the GNU C library for one; smaller ones are used again.
 _REUSED_BYTES = 32 << 20
 _FEW = 4  # vectors, for which reading the weights is all that takes time
 _LINEAR_BATCH = 32  # that weights are packed for, and good for any
+_SMALL_POINTWISE, _SMALL = 1 << 26, 1 << 25  # products, with 1x1 windows and others, of which ours is faster than oneDNN
 
 
-def runs_packed(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether a layer may compute ``x`` from packed copies of its parameters, the weight first.
+class Tail:
+    """ReLU? -> LRN? -> max-pool? of one kind of map."""
 
-    They and ``x`` are real tensors of the CPU that ask for no gradient, and no dispatch mode looks on.
+    __name__ = "tail"
+
+    def __init__(self, shape: torch.Size | list[int], format: torch.memory_format, tail: TailParams) -> None:
+        if tail.lrn is not None:
+            tail.lrn.check_shape(shape)
+        self.args, self.format = (format == torch.channels_last, *tail.op_args()), format
+        self.shape = list(shape)
+        if tail.pool is not None:
+            self.shape[2:] = pooled_size(shape[2:], *tail.pool.op_args())
+
+    def __call__(self, x: Tensor, *_: Any) -> Tensor:
+        y = self.empty(x.dtype)
+        self.write(x, None, y)
+        return y
+
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        return kept(torch.empty(self.shape, dtype=dtype, memory_format=self.format))
+
+    def write(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(x, bias, out, None, *self.args)
+
+    @staticmethod
+    def of(x: Tensor, tail: TailParams) -> "Tail | None":
+        format = output_format(x)
+        return Tail(x.shape, format, tail) if x.dim() == 4 and x.is_contiguous(memory_format=format) else None
+
+
+class Linear:
+    """Linear layer -> ReLU? -> factor, of one kind of vectors."""
+
+    __name__ = "linear"
+
+    def __init__(self, x: Tensor, weight: Tensor, relu: bool, factor: float) -> None:
+        self.relu, self.factor, self.shape = relu, factor, (len(x), len(weight))
+        self.packed: Tensor | None = None
+        if len(x) > _FEW or not weight.is_contiguous():
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self.packed = unchanged(weight).get("linear", lambda: reorder(weight.detach(), _LINEAR_BATCH))
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = None if bias is None else bias.contiguous()
+        if self.packed is None:
+            y = torch.empty(self.shape, dtype=x.dtype)
+            torch.ops.fastcnn_cpu.linear(x.contiguous(), weight, bias, y, self.relu, self.factor)
+            return y
+        y = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        y = torch.relu_(y) if self.relu else y
+        return y if self.factor == 1 else y.mul_(self.factor)
+
+
+class Convolution:
+    """Convolution -> sum? -> ReLU? -> LRN? -> max-pool?, in channels_last, of one kind of input.
+
+    Args:
+        stage: what computes the same should a value not be finite.
+        x: an input.
+        weight: of the convolution, with the batch norm in it. It does not change.
+        bias: the same.
+        conv: the convolution.
+        tail: what follows it.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or type(x) is not Tensor or not x.is_cpu:
-        return False
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters)):
-        return False
-    weight = parameters[0]
-    assert weight is not None
-    if not weight.is_cpu or any(t is not None and t.dtype != x.dtype for t in parameters) or not onednn_runs(x):
-        return False
-    if torch.is_autocast_enabled("cpu") or backends.choose("conv2d_relu", ("reference", "cpu"), x) != "cpu":
-        return False
-    return not weight.is_inference()  # made under torch.inference_mode: whether it changes cannot be seen
+
+    __name__ = "convolution"
+
+    def __init__(
+        self, stage: Run, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, tail: TailParams
+    ) -> None:
+        self.stage, self.conv, self.relu = stage, conv.op_args(), tail.relu
+        self.shape, self.window = conv.output_shape(x.shape, weight.shape), list(weight.shape[2:])
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self.is_converted = not x.is_contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+        frozen, products = unchanged(weight), math.prod(self.shape) * weight[0].numel()
+        self.tail: Tail | None = None
+        self.halves = False
+        by_winograd = winograd.runs(x, weight, *self.conv)
+        if tail.lrn is not None or tail.pool is not None:
+            self.tail = Tail(self.shape, torch.channels_last, tail)
+            self.halves = by_winograd and tail.lrn is None and tail.pool.op_args() == _HALVES  # type: ignore[union-attr]
+        images, image_bytes = self.shape[0], math.prod(self.shape[1:]) * x.element_size()
+        self.step = images if images * image_bytes <= _REUSED_BYTES else max(1, _REUSED_BYTES // 2 // image_bytes)
+        if by_winograd and (self.tail is None or self.halves):
+            self.run, self.packed = self._by_winograd, winograd.transformed(weight, conv.groups, frozen)
+        elif x.dtype == torch.float32 and products <= (_SMALL_POINTWISE if self.window == [1, 1] else _SMALL):
+            self.run, self.packed = self._directly, frozen.get("panels", partial(pack_panels, weight, conv.groups))
+        else:
+            self.run, self.packed = self._by_onednn, frozen.get("onednn", partial(pack, weight, x, *self.conv))
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        norm: tuple[Tensor | None, ...] = (),
+        addend: Tensor | None = None,
+        out: Tensor | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """As the stage; ``out``, in channels_last, gets the output in its channels from ``first`` on."""
+        z = x
+        if self.is_converted:
+            z = kept(torch.empty_like(x, memory_format=torch.channels_last)).copy_(x)
+        if addend is not None:
+            addend = addend.contiguous(memory_format=torch.channels_last)
+        y = self.run(z, addend, out, first)
+        if y is None:
+            y = self.stage(x, weight, bias, norm, addend)
+            if out is not None:
+                out.narrow(1, first, self.shape[1]).copy_(y)
+        return y if out is None else out
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return kept(torch.empty(self.shape, dtype=like.dtype, memory_format=torch.channels_last))
+
+    def _directly(self, x: Tensor, addend: Tensor | None, out: Tensor | None, first: int) -> Tensor:
+        y = self._empty(x) if out is None else out
+        stride, padding, dilation, groups = self.conv
+        shape = first, self.shape[1], self.window
+        torch.ops.fastcnn_cpu.convolution(
+            x, self.packed, self.bias, addend, y, *shape, stride, padding, dilation, groups, self.relu
+        )
+        if self.tail is None:
+            return y
+        return self.tail(y)
+
+    def _by_winograd(self, x: Tensor, addend: Tensor | None, out: Tensor | None, first: int) -> Tensor | None:
+        if out is None:
+            out = self._empty(x) if self.tail is None else self.tail.empty(x.dtype)
+        _, padding, _, groups = self.conv
+        largest = torch.ops.fastcnn_cpu.winograd(
+            x, None, self.packed, self.bias, addend, out, first, None, padding, groups, self.relu, self.halves
+        )
+        return out if math.isfinite(largest) else None
+
+    def _by_onednn(self, x: Tensor, addend: Tensor | None, out: Tensor | None, first: int) -> Tensor:
+        if addend is None and out is None and (self.tail is not None or (self.relu and self.step < len(x))):
+            return self._in_parts(x)
+        y = self._convolve(x, self.bias, addend)
+        if out is None:
+            return torch.relu_(y) if self.relu else y  # oneDNN's own makes 0 of NaN, and saves next to nothing
+        out = out.narrow(1, first, self.shape[1])
+        return torch.clamp_min(y, 0, out=out) if self.relu else out.copy_(y)
+
+    def _convolve(self, x: Tensor, bias: Tensor | None, addend: Tensor | None = None) -> Tensor:
+        stride, padding, dilation, groups = self.conv
+        where = padding, stride, dilation, groups
+        if addend is None:
+            y = torch.ops.mkldnn._convolution_pointwise(x, self.packed, bias, *where, "none", [], "")
+        else:
+            binary = torch.ops.mkldnn._convolution_pointwise.binary
+            y = binary(x, addend, self.packed, bias, *where, "add", None, None, [], None)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        """A few images at a time, so that the convolution's output stays in memory that is used again."""
+        if self.tail is None:
+            y = self._empty(x)
+            for part, out in zip(x.split(self.step), y.split(self.step), strict=True):
+                torch.clamp_min(self._convolve(part, self.bias), 0, out=out)
+            return y
+        y, bias = self.tail.empty(x.dtype), None if self.bias is None else self.bias.to(opmath(x.dtype))
+        for part, out in zip(x.split(self.step), y.split(self.step), strict=True):
+            self.tail.write(self._convolve(part, None), bias, out)
+        return y
+
+
+def pack_panels(weight: Tensor, groups: int) -> Tensor:
+    """``weight`` as csrc/cpu/convolution.h has it."""
+    outputs, channels, *window = weight.shape
+    padded = -(-outputs // groups // 16) * 16
+    panels = -(-padded // 64)
+    cuts = [padded // 16 * i // panels * 16 for i in range(panels + 1)]
+    w = weight.detach().reshape(groups, outputs // groups, channels, *window).permute(0, 3, 4, 2, 1)
+    w = F.pad(w, (0, padded - outputs // groups))
+    return torch.cat([group[..., a:b].reshape(-1) for group in w for a, b in zip(cuts, cuts[1:], strict=False)])
 
 
 def normalized(
@@ -47,94 +216,15 @@ def normalized(
     shift: Tensor | None,
     mean: Tensor,
     variance: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of the convolution that these and a batch norm make together; None where one is not finite."""
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that these and a batch norm make together."""
     made = unchanged(weight).made
     of = [None if t is None else unchanged(t) for t in (bias, scale, shift, mean, variance)]
     known = made.get("normalized")
     if known is None or known[0] != eps or any(a is not b for a, b in zip(known[1], of, strict=True)):
-        with torch.inference_mode(False), torch.no_grad():
-            factor = (variance.double() + eps).rsqrt() * (1 if scale is None else scale)
-            offset = ((0 if bias is None else bias) - mean.double()) * factor + (0 if shift is None else shift)
-            both = (weight * factor.view(-1, 1, 1, 1)).to(weight.dtype), offset.to(weight.dtype)
-            finite = all(bool(t.isfinite().all()) for t in both)
-        known = made["normalized"] = eps, of, both if finite else (None, None)
+        factor = (variance.double() + eps).rsqrt() * (1 if scale is None else scale)
+        offset = ((0 if bias is None else bias) - mean.double()) * factor + (0 if shift is None else shift)
+        both = (weight * factor.view(-1, 1, 1, 1)).to(weight.dtype), offset.to(weight.dtype)
+        known = made["normalized"] = eps, of, both
     return known[2]
 
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool = False, factor: float = 1.0) -> Tensor:
-    """``factor * relu(linear(x, weight, bias))`` of a batch of vectors, or without ReLU."""
-    bias = None if bias is None else bias.contiguous()
-    if 0 < len(x) <= _FEW and weight.is_contiguous():
-        y = torch.empty((len(x), len(weight)), dtype=x.dtype)
-        torch.ops.fastcnn_cpu.linear(x.contiguous(), weight, bias, y, relu, factor)
-        return y
-    reorder = torch.ops.mkldnn._reorder_linear_weight
-    packed = unchanged(weight).get("linear", lambda: reorder(weight.detach(), _LINEAR_BATCH))
-    y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    y = torch.relu_(y) if relu else y
-    return y if factor == 1 else y.mul_(factor)
-
-
-class Convolution:
-    """``tail(conv2d(x, weight, bias))`` in channels_last of one kind of input: all that is known before one comes.
-
-    Args:
-        x: an input in channels_last.
-        weight: its shape counts.
-        conv: the convolution.
-        relu: rectify, where there is no tail.
-        tail: what follows the convolution, if more than ReLU.
-    """
-
-    def __init__(self, x: Tensor, weight: Tensor, conv: ConvParams, relu: bool, tail: TailParams | None) -> None:
-        self.conv, self.relu, self.tail = conv.op_args(), relu, tail
-        self.shape = conv.output_shape(x.shape, weight.shape)
-        self.by_winograd = winograd.runs(x, weight, *self.conv)
-        pool = None if tail is None else tail.pool
-        self.halves = pool is not None and tail.lrn is None and pool.op_args() == _HALVES  # type: ignore[union-attr]
-        size = self.shape[2:] if pool is None else pooled_size(self.shape[2:], *pool.op_args())
-        self.out_shape = [*self.shape[:2], *size]
-        images, bytes_of_one = self.shape[0], math.prod(self.shape[1:]) * x.element_size()
-        self.step = images if images * bytes_of_one <= _REUSED_BYTES else max(1, _REUSED_BYTES // 2 // bytes_of_one)
-
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Of an ``x`` of this kind, in channels_last."""
-        frozen, bias = unchanged(weight), None if bias is None else bias.contiguous()
-        if self.by_winograd and (self.tail is None or self.halves):
-            y = self._empty(x)
-            if self._winograd(x, weight, bias, y, frozen, relu=self.relu, pool=self.halves):
-                return y
-        if self.tail is not None or (self.relu and self.step < len(x)):
-            return self._in_parts(x, weight, bias, frozen)
-        y = self._convolve(x, weight, bias, frozen)
-        return torch.relu_(y) if self.relu else y  # oneDNN's own makes 0 of NaN, and saves next to nothing
-
-    def _empty(self, x: Tensor) -> Tensor:
-        return kept(torch.empty(self.out_shape, dtype=x.dtype, memory_format=torch.channels_last))
-
-    def _winograd(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, frozen: Frozen, **then: Any) -> bool:
-        _, padding, _, groups = self.conv
-        return winograd.convolve(x, weight, bias, y, padding, groups, cache=frozen, **then) is not None
-
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
-        if self.by_winograd and bias is None:
-            z = torch.empty((len(x), *self.shape[1:]), dtype=x.dtype, memory_format=torch.channels_last)
-            if self._winograd(x, weight, None, z, frozen):
-                return z
-        stride, padding, dilation, groups = self.conv
-        packed = frozen.get("forward", lambda: pack(weight, x, *self.conv))
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, packed, bias, padding, stride, dilation, groups, "none", [], ""
-        ).contiguous(memory_format=torch.channels_last)
-
-    def _in_parts(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
-        """A few images at a time, so that the convolution's output stays in memory that is used again."""
-        y, wide_bias = self._empty(x), None if bias is None else bias.to(opmath(x.dtype))
-        for part, out in zip(x.split(self.step), y.split(self.step), strict=True):
-            if self.tail is None:
-                torch.clamp_min(self._convolve(part, weight, bias, frozen), 0, out=out)
-            else:
-                z = self._convolve(part, weight, None, frozen)
-                torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(z, wide_bias, out, None, True, *self.tail.op_args())
-        return y

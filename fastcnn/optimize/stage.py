@@ -1,5 +1,6 @@
 """What :func:`fastcnn.optimize` puts in the place of calls in a row: a convolution or a linear layer and more."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,17 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.cpu.memory import kept
+from ..ops.cpu import onednn
 from ..ops.packed import unchanged
 from ..ops.stage import run_stage, run_tail
 from ..params import ConvParams, LRNParams, PoolParams, TailParams
-from .inference import Convolution, linear, normalized, runs_packed
+from .inference import Convolution, Linear, Tail, normalized
 
-_KINDS = 64  # of input, for which it is remembered how a stage runs
+Run = Callable[..., Tensor]
 
 
 class Stage:
-    """Convolution? -> batch norm? -> ReLU? -> LRN? -> max-pool? as one function of the input and the parameters.
+    """Convolution? -> batch norm? -> sum? -> ReLU? -> LRN? -> max-pool? as one function.
 
     Args:
         conv: stride, padding, dilation and groups, as of :func:`torch.nn.functional.conv2d`; None for no convolution.
@@ -25,7 +26,7 @@ class Stage:
         relu: whether to rectify.
         lrn: the normalization, None for none.
         pool: the pooling, None for none.
-        inference: compute from packed copies of the parameters where they are frozen, and in channels_last.
+        inference: compute in channels_last.
     """
 
     __name__ = "stage"  # torch.fx writes the calls of functions by name
@@ -41,48 +42,64 @@ class Stage:
         inference: bool = False,
     ) -> None:
         self.conv, self.eps, self.relu, self.lrn, self.pool, self.inference = conv, eps, relu, lrn, pool, inference
-        self._tail = None if lrn is None and pool is None else TailParams(relu, lrn, pool)
-        self._kinds: dict[Any, Convolution | None] = {}
 
     def __call__(
-        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *norm: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm: tuple[Tensor | None, ...] = (),
+        addend: Tensor | None = None,
     ) -> Tensor:
         """``norm``: scale, shift, running mean and running variance of the batch norm."""
         if weight is None or self.conv is None:
             return run_tail(x, relu=self.relu, lrn=self.lrn, pool=self.pool)
         if self.inference:
-            if runs_packed(x, weight, bias, *norm):
-                y = self._packed(x, weight, bias, *norm)
-                if y is not None:
-                    return y
             x = x.contiguous(memory_format=torch.channels_last)
             if not weight.requires_grad and not weight.is_contiguous(memory_format=torch.channels_last):
                 weight = unchanged(weight).get("channels_last", partial(_to_channels_last, weight))
-        if self.eps is None:
+        if self.eps is None and addend is None:
             return run_stage(x, weight, bias, *self.conv, relu=self.relu, lrn=self.lrn, pool=self.pool)
-        scale, shift, mean, variance = norm
-        y = F.batch_norm(F.conv2d(x, weight, bias, *self.conv), mean, variance, scale, shift, eps=self.eps)
+        y = F.conv2d(x, weight, bias, *self.conv)
+        if self.eps is not None:
+            scale, shift, mean, variance = norm
+            y = F.batch_norm(y, mean, variance, scale, shift, eps=self.eps)
+        if addend is not None:
+            y = y + addend
         if not self.relu:  # then nothing follows
             return y
         return run_tail(y, relu=True, lrn=self.lrn, pool=self.pool)
 
-    def _packed(self, x: Tensor, weight: Tensor, bias: Tensor | None, *norm: Any) -> Tensor | None:
-        """None where the batch norm makes a weight that is not finite, or padding is uneven."""
+    def planned(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm: tuple[Any, ...] = (),
+        addend: Tensor | None = None,
+    ) -> Run | None:
+        """A faster function of arguments like these, whose parameters do not change; None if there is none.
+
+        None also where a weight, or what the batch norm makes of it, is not finite, and where padding is uneven.
+        """
+        tail = TailParams(self.relu, self.lrn, self.pool)
+        if not _runs(x, weight, bias, *norm):
+            return None
+        if weight is None or self.conv is None:
+            return Tail.of(x, tail)
         if self.eps is not None:
-            weight, bias = normalized(self.eps, weight, bias, *norm)  # type: ignore[assignment]
-            if weight is None:
-                return None
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            x = kept(torch.empty_like(x, memory_format=torch.channels_last)).copy_(x)
-        kind = x.shape, x.dtype, weight.shape, torch.get_num_threads()
-        if kind not in self._kinds:
-            assert self.conv is not None
-            conv, asymmetric = ConvParams.of(x, weight, bias, *self.conv)
-            if len(self._kinds) == _KINDS:
-                self._kinds.clear()
-            self._kinds[kind] = None if asymmetric else Convolution(x, weight, conv, self.relu, self._tail)
-        run = self._kinds[kind]
-        return None if run is None else run(x, weight, bias)
+            weight, bias = normalized(self.eps, weight, bias, *norm)
+        conv, asymmetric = ConvParams.of(x, weight, bias, *self.conv)
+        if asymmetric or not onednn.runs(x) or not unchanged(weight).get("is finite", lambda: bool(weight.isfinite().all())):
+            return None
+        if addend is not None and (not _runs(x, addend) or list(addend.shape) != conv.output_shape(x.shape, weight.shape)):
+            return None
+        return Convolution(self, x, weight, bias, conv, tail)
+
+
+def _runs(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether something here computes the like of these: on CPU, of one dtype."""
+    return x.is_cpu and x.numel() > 0 and all(t is None or (t.is_cpu and t.dtype == x.dtype) for t in others)
 
 
 def _to_channels_last(weight: Tensor) -> Tensor:
@@ -103,8 +120,12 @@ class LinearStage:
         self.relu, self.factor = relu, factor
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if runs_packed(x, weight, bias):
-            return linear(x, weight, bias, self.relu, self.factor)
         y = F.linear(x, weight, bias)
         y = y.relu() if self.relu else y
         return y if self.factor == 1 else y * self.factor
+
+    def planned(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Run | None:
+        """As of :class:`Stage`."""
+        if not _runs(x, weight, bias) or not onednn.runs(x):
+            return None
+        return Linear(x, weight, self.relu, self.factor)

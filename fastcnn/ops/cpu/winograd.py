@@ -33,6 +33,8 @@ def convolve(
     groups: int,
     *,
     cache: Frozen | None = None,
+    addend: Tensor | None = None,
+    first: int = 0,
     relu: bool = False,
     pool: bool = False,
     turned: bool = False,
@@ -48,23 +50,32 @@ def convolve(
         x: shape (N, C, H, W), where :func:`runs`.
         weight: shape (O, C / groups, 3, 3).
         bias: shape (O,).
-        out: channels_last, shape (N, O, OH, OW), halved by pooling.
+        out: channels_last, shape (N, channels, OH, OW), halved by pooling; O of its channels are written.
         padding: zeros on both sides.
         groups: of channels.
         cache: of the weight; gets the transformed one.
+        addend: to add before ReLU, channels_last, shape (N, O, OH, OW).
+        first: of the channels of ``out`` that are written.
         relu: rectify.
         pool: then take the maximum of each 2x2 outputs.
         turned: convolve with the weight of the input's gradient, (C, O / groups, 3, 3) turned round.
         x_mask: a bit for each element of x in the order of memory, 0 where it counts as zero.
         out_mask: gets a bit for each output, whether ReLU passes its gradient.
     """
+    u = transformed(weight, groups, cache, turned=turned)
+    bias = None if bias is None else bias.contiguous()
+    largest = torch.ops.fastcnn_cpu.winograd(
+        x, x_mask, u, bias, addend, out, first, out_mask, padding, groups, relu, pool
+    )
+    return largest if math.isfinite(largest) else None
 
-    def transformed() -> Tensor:
+
+def transformed(weight: Tensor, groups: int, cache: Frozen | None = None, *, turned: bool = False) -> Tensor:
+    """The weight as the kernel takes it, from the cache where there is one."""
+
+    def transform() -> Tensor:
         u = torch.empty(weight.numel() // 9 * 16, dtype=torch.float32)
         torch.ops.fastcnn_cpu.winograd_weight(weight.detach(), u, groups, turned)
         return u
 
-    u = transformed() if cache is None else cache.get("winograd turned" if turned else "winograd", transformed)
-    bias = None if bias is None else bias.contiguous()
-    largest = torch.ops.fastcnn_cpu.winograd(x, x_mask, u, bias, out, out_mask, padding, groups, relu, pool)
-    return largest if math.isfinite(largest) else None
+    return transform() if cache is None else cache.get("winograd turned" if turned else "winograd", transform)

@@ -1,0 +1,168 @@
+"""A graph for inference, planned: for each kind of input, what runs every stage is found once.
+
+Between two stages nothing is looked up, and maps that are concatenated are written where they belong.
+"""
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .. import backends
+from ..memory_format import is_channels_last
+from ..ops import packed
+from .inference import Convolution
+from .stage import LinearStage, Stage
+
+_PLANS = 64  # of a graph
+
+_versions = Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+class Planned:
+    """The forward of a graph, planned for each kind of input while its weights stay as they are.
+
+    Args:
+        module: holds what the graph refers to.
+        graph: with fused stages.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.graph_module = fx.GraphModule(module, graph)
+        self.forward = self.graph_module.forward
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self._is_weight = [_is_weight(node) for node in inputs]
+        self._plans: dict[Any, Callable[..., Any] | None] = {}
+        self._stamp: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        weights = [*itertools.compress(args, self._is_weight)]
+        key = _key([arg for arg, is_weight in zip(args, self._is_weight, strict=True) if not is_weight])
+        if key is None or any(map(Tensor.is_inference, weights)):
+            return self.forward(*args)
+        stamp = packed.generation(), [*map(id, weights)], [*map(_versions, weights)], [*map(Tensor.data_ptr, weights)]
+        if stamp != self._stamp:
+            is_first, self._stamp = self._stamp is None, stamp
+            self._plans.clear()
+            # An id may be that of another tensor later.
+            self._alive = [weakref.ref(weight, self._forget) for weight in weights]
+            if not is_first:  # planned when they are seen again
+                return self.forward(*args)
+        if key not in self._plans:
+            if len(self._plans) == _PLANS:
+                self._plans.clear()
+            return self._plan(key, args)
+        run = self._plans[key]
+        return (run or self.forward)(*args)
+
+    def _forget(self, _: object) -> None:
+        self._stamp = ()
+
+    def _plan(self, key: Any, args: tuple[Any, ...]) -> Any:
+        """Run a call of a new kind, and plan those that follow."""
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            self._plans[key] = None
+            return self.forward(*args)
+        first = _FirstRun(self.graph_module)
+        result = first.run(*args)
+        self._plans[key] = _planned(self.graph_module, first) if first.runs else None
+        return result
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Whether stages alone use an input of a graph, and as a parameter."""
+    return bool(node.users) and all(
+        isinstance(user.target, Stage | LinearStage)
+        and node is not user.args[0]
+        and node is not user.kwargs.get("addend")
+        for user in node.users
+    )
+
+
+def _key(inputs: list[Any]) -> Any:
+    """All that a plan takes for granted beside the weights; None where no plan may run."""
+    if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+        return None
+    if not backends.runs_cpu_kernels() or not torch.backends.mkldnn.enabled:
+        return None
+    kinds: list[Any] = []
+    for x in inputs:
+        if isinstance(x, Tensor):
+            if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.layout != torch.strided:
+                return None
+            kinds += x.shape, x.stride(), x.dtype
+        elif isinstance(x, int | float):
+            kinds.append(x)
+        else:
+            return None
+    return *kinds, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+
+class _FirstRun(fx.Interpreter):
+    """Runs a graph and notes what could run its stages, and which maps are in channels_last."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.runs: dict[fx.Node, Callable[..., Any]] = {}
+        self.maps: dict[fx.Node, tuple[torch.Size, torch.dtype]] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        if not isinstance(node.target, Stage | LinearStage):
+            value = super().run_node(node)
+        else:
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            run = node.target.planned(*args, **kwargs)
+            if run is not None:
+                self.runs[node] = run
+            value = (run or node.target)(*args, **kwargs)
+        if isinstance(value, Tensor) and is_channels_last(value):
+            self.maps[node] = value.shape, value.dtype
+        return value
+
+
+def _planned(module: fx.GraphModule, first: _FirstRun) -> Callable[..., Any]:
+    """The forward of the graph with those runs in place of its stages."""
+    graph, new = fx.Graph(), {}  # type: tuple[fx.Graph, dict[fx.Node, fx.Node]]
+    joined = dict(_joined(module.graph, first))
+    buffers: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node in buffers:
+            new[node] = buffers[node]
+            continue
+        new[node] = graph.node_copy(node, lambda n: new[n])
+        if node in first.runs:
+            new[node].target = first.runs[node]
+        if node in joined:
+            cat, channel = joined[node]
+            if cat not in buffers:
+                shape, dtype = first.maps[cat]
+                with graph.inserting_before(new[node]):
+                    empty = partial(torch.empty, shape, dtype=dtype, memory_format=torch.channels_last)
+                    empty.__name__ = "empty"  # type: ignore[attr-defined]
+                    buffers[cat] = graph.call_function(empty)
+            new[node].kwargs = {**new[node].kwargs, "out": buffers[cat], "first": channel}
+    graph.lint()
+    return fx.GraphModule(module, graph).forward
+
+
+def _joined(graph: fx.Graph, first: _FirstRun) -> Iterator[tuple[fx.Node, tuple[fx.Node, int]]]:
+    """Convolutions that can write into the concatenation of their outputs: which, and from which channel on."""
+    for cat in graph.nodes:
+        if cat.target not in (torch.cat, torch.concat) or cat not in first.maps or not cat.args:
+            continue
+        dim = cat.args[1] if len(cat.args) > 1 else cat.kwargs.get("dim", 0)
+        parts = cat.args[0]
+        if dim not in (1, -3) or len(set(parts)) < len(parts) or not all(_can_join(part, cat, first) for part in parts):
+            continue
+        channels = [first.maps[part][0][1] for part in parts]
+        yield from zip(parts, ((cat, sum(channels[:i])) for i in range(len(parts))), strict=True)
+
+
+def _can_join(node: fx.Node, cat: fx.Node, first: _FirstRun) -> bool:
+    run = first.runs.get(node)
+    return isinstance(run, Convolution) and run.tail is None and set(node.users) == {cat} and node in first.maps and first.maps[node][1] == first.maps[cat][1]
