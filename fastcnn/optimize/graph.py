@@ -249,9 +249,10 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
         stage, reason = ([], first) if isinstance(first, str) else _stage(first, nodes, inference)
         if reason and nodes[0].target not in (*_OURS, F.linear, *_ARITHMETIC):
             entries.append(Entry(*labels[nodes[0]], why_not=reason))
-        if stage:
+        if stage and not reason:
             where = dict(labels[node] for call in stage for node in call.nodes if node.target is not operator.getitem)
             entries.append(Entry(" + ".join(where), " -> ".join(where.values()), _now(stage, inference)))
+        if stage:
             _replace(graph, stage, inference)
         del nodes[: sum(len(call.nodes) for call in stage) or 1]
     _restore_formats(graph)
@@ -261,6 +262,7 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
 
 def _stage(first: Call, nodes: Sequence[fx.Node], inference: bool) -> tuple[list[Call], str]:
     """The calls that can run as one, starting with this; none if that gains nothing, or may not be, and why."""
+    reason = ""
     stage, parts, taken = [], [], 0  # type: tuple[list[Call], list[str], int]
     call: Call | str = first
     while not isinstance(call, str) and _follows(call, stage, parts, inference):
@@ -273,9 +275,8 @@ def _stage(first: Call, nodes: Sequence[fx.Node], inference: bool) -> tuple[list
     if not stage:
         return [], ""
     if parts[0] == "conv" and "relu" not in parts:
-        stage = [call for call in stage if not {"lrn", "pool"}.intersection(call.parts)] if inference else []
-        if not stage:
-            return [], "no ReLU is called on its output alone"
+        stage = [call for call in stage if not {"lrn", "pool"}.intersection(call.parts)]
+        reason = "" if inference else "no ReLU is called on its output alone"  # but it may choose the memory format
     # The input is not written in place, and it is saved for backward, where torch's ReLU saves its own output.
     is_kept = first.parts.get("relu") or _value(stage[-1].output).requires_grad
     if parts[0] == "relu" and is_kept and not _is_read_once(first):
@@ -285,7 +286,7 @@ def _stage(first: Call, nodes: Sequence[fx.Node], inference: bool) -> tuple[list
     last = _value(stage[-1].output)
     if last.dim() == 4 and _format(last) is None:
         return [], "its output has the strides of no memory format"
-    return stage, ""
+    return stage, reason
 
 
 def _follows(call: Call, stage: Sequence[Call], parts: Sequence[str], inference: bool) -> bool:
@@ -378,7 +379,8 @@ def _takes_any_format(user: fx.Node, node: fx.Node) -> bool:
         return False
     if user.target is F.dropout and not _dropout(*user.args, **user.kwargs)[1]:
         return False  # it draws one number after the other, in the order of memory
-    return user.target in _PURE or (user.target in (*_IN_PLACE, F.dropout) and len(node.users) == 1)
+    is_read = len(node.users) == 1 or user.args[0] is not node  # at most
+    return user.target in _PURE or (user.target in (*_IN_PLACE, F.dropout) and is_read)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
