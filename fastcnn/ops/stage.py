@@ -1,6 +1,8 @@
 """A whole stage, convolution -> ReLU? -> LRN? -> max-pool?, from the operators that take the fewest passes."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,19 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
+from ..memory_format import is_channels_last
 from ..params import ConvParams, LRNParams, PoolParams
 from .conv2d_relu import conv2d_relu
 from .cpu import winograd as _winograd
 from .lrn import local_response_norm
 from .max_pool2d import max_pool2d
 from .overridable import overridable
+from .packed import contents_of
 from .register import needs_grad
 from .relu_lrn_max_pool2d import relu_lrn_max_pool2d
 
 
 # Below these a call of ours costs more than it saves, and torch's runs: products of a convolution that is trained, and
 # of one that is not; elements of a map; pixels for which the weight is transformed anew in each call.
-_TRAINED, _FROZEN, _MAP, _TRANSFORMED = 1 << 27, 1 << 24, 1 << 15, 1 << 10
+_TRAINED, _FROZEN, _MAP, _TRANSFORMED = 1 << 27, 1 << 24, 1 << 16, 1 << 10
 
 
 @overridable("x", "weight", "bias")
@@ -34,35 +38,92 @@ def run_stage(
     pool: PoolParams | None = None,
 ) -> Tensor:
     """``arguments`` are stride, padding, dilation and groups, as of :func:`torch.nn.functional.conv2d`."""
+    return fastest_stage(x, weight, bias, *arguments, relu=relu, lrn=lrn, pool=pool)(x, weight, bias)
+
+
+def fastest_stage(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *arguments: Any,
+    relu: bool,
+    lrn: LRNParams | None,
+    pool: PoolParams | None,
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """What runs a stage on tensors like these, in the memory format that they have."""
+    convolve = _convolution(x, weight, *arguments)
+    pool_args = None if pool is None else pool.op_args()
+
+    def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> Tensor:
+        y = convolve(x, weight, bias)
+        if relu:
+            torch.relu_(y)
+        return y if pool_args is None else F.max_pool2d(y, *pool_args)
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> Tensor:
+        return _tail(convolve(x, weight, None), relu, lrn, pool, bias)
+
+    by_conv2d_relu = partial(_by_conv2d_relu, arguments=arguments, lrn=lrn, pool=pool)
+    is_frozen = needs_grad(x) and not needs_grad(weight, bias)
     if not relu and lrn is None and pool is None:
-        return F.conv2d(x, weight, bias, *arguments)
+        return by_torch
     if not _runs_on_cpu(x, weight):
         # Of frozen weights conv2d_relu keeps a bit an output, and the pool a byte.
-        if relu and lrn is None and (pool is None or (needs_grad(x) and not needs_grad(weight, bias))):
-            return _tail(conv2d_relu(x, weight, bias, *arguments), False, lrn, pool)
-        return _tail(F.conv2d(x, weight, None, *arguments), relu, lrn, pool, bias)
+        return by_conv2d_relu if relu and lrn is None and (pool is None or is_frozen) else fused
     conv, asymmetric = ConvParams.of(x, weight, bias, *arguments)
     shape = conv.output_shape(x.shape, weight.shape)
-    products, is_trained = math.prod(shape) * weight[0].numel(), needs_grad(weight, bias)
-    by_winograd = not asymmetric and _winograd.runs(x, weight, *conv.op_args())
-    by_winograd = by_winograd and (not weight.requires_grad or shape[0] * shape[2] * shape[3] >= _TRANSFORMED)
-    if relu and products >= (_TRAINED if is_trained else _FROZEN) and (
-        by_winograd or (not is_trained and lrn is None and (pool is None or needs_grad(x)))
-    ):
-        return _tail(conv2d_relu(x, weight, bias, *arguments), False, lrn, pool)
-    if lrn is None and (pool is None or math.prod(shape) < _MAP):
-        y = F.conv2d(x, weight, bias, *arguments)
-        y = y.relu_() if relu else y
-        return y if pool is None else F.max_pool2d(y, *pool.op_args())
-    return _tail(F.conv2d(x, weight, None, *arguments), relu, lrn, pool, bias)
+    is_trained = needs_grad(weight, bias)
+    if relu and math.prod(shape) * weight[0].numel() >= (_TRAINED if is_trained else _FROZEN):
+        by_winograd = not asymmetric and _winograd.runs(x, weight, *conv.op_args())
+        if by_winograd and (not weight.requires_grad or shape[0] * shape[2] * shape[3] >= _TRANSFORMED):
+            return by_conv2d_relu
+        if not is_trained and lrn is None and (pool is None or is_frozen):
+            return by_conv2d_relu
+    return by_torch if lrn is None and (pool is None or math.prod(shape) < _MAP) else fused
+
+
+def _by_conv2d_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, arguments: tuple[Any, ...], **norm_and_pool: Any
+) -> Tensor:
+    return _tail(conv2d_relu(x, weight, bias, *arguments), relu=False, **norm_and_pool)
+
+
+def _convolution(x: Tensor, weight: Tensor, *arguments: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """torch's, which would bring the weight into the format of the input itself, but again for backward."""
+
+    def as_it_is(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.conv2d(x, weight, bias, *arguments)
+
+    def trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.conv2d(x, weight.contiguous(memory_format=torch.channels_last), bias, *arguments)
+
+    def frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        known = contents_of(weight)
+        if known is not None:
+            weight = known.get("channels_last", lambda: weight.detach().contiguous(memory_format=torch.channels_last))
+        return torch.conv2d(x, weight, bias, *arguments)
+
+    if weight.shape[2:] == (1, 1) or not is_channels_last(x) or is_channels_last(weight) or not _runs_on_cpu(x, weight):
+        return as_it_is
+    return trained if weight.requires_grad else frozen
 
 
 def run_tail(x: Tensor, *, relu: bool, lrn: LRNParams | None, pool: PoolParams | None) -> Tensor:
     """:func:`relu_lrn_max_pool2d` of which there is something, by whatever is fastest."""
-    if lrn is None and x.is_cpu and x.numel() < _MAP and not torch.compiler.is_compiling():
-        y = x.relu() if relu else x
-        return y if pool is None else F.max_pool2d(y, *pool.op_args())
-    return _tail(x, relu, lrn, pool)
+    return fastest_tail(x, relu=relu, lrn=lrn, pool=pool)(x)
+
+
+def fastest_tail(
+    x: Tensor, *, relu: bool, lrn: LRNParams | None, pool: PoolParams | None
+) -> Callable[[Tensor], Tensor]:
+    """What runs a tail on tensors like this one."""
+    if pool is not None and lrn is None and x.is_cpu and x.numel() < _MAP and not torch.compiler.is_compiling():
+        return partial(_tail_by_torch, relu=relu, pool=pool.op_args())
+    return partial(_tail, relu=relu, lrn=lrn, pool=pool)
+
+
+def _tail_by_torch(x: Tensor, *, relu: bool, pool: tuple[Any, ...]) -> Tensor:
+    return F.max_pool2d(torch.relu(x) if relu else x, *pool)
 
 
 def _tail(

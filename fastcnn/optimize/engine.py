@@ -138,14 +138,12 @@ class Engine:
         forward = fx.GraphModule(graph_module, graph_module.graph).forward  # the module itself compiles its code later
         self.graphs += 1
         # What TorchDynamo keeps must keep neither the model nor what was made of its weights.
-        engine, planned = weakref.proxy(self), None
-        if self.inference:
-            self._planned.append(Planned(graph_module, graph_module.graph))
-            planned = weakref.ref(self._planned[-1])
+        self._planned.append(Planned(graph_module, graph_module.graph, inference=self.inference))
+        engine, planned = weakref.proxy(self), weakref.ref(self._planned[-1])
 
         def run(*args: Any) -> Any:
             engine._ran = True
-            return ((planned and planned()) or forward)(*args)
+            return (planned() or forward)(*args)
 
         classes = {cls for m in self.module.modules() for cls in type(m).__mro__ if issubclass(cls, nn.Module)}
         self._methods = tuple(

@@ -32,11 +32,12 @@ class Planned:
         graph: with fused stages.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, *, inference: bool) -> None:
         self.graph_module = fx.GraphModule(module, graph)
         self.forward = self.graph_module.forward
+        self._inference = inference
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self._is_weight = [_is_weight(node) for node in inputs]
+        self._is_weight = [inference and _is_weight(node) for node in inputs]
         self._plans: dict[Any, Callable[..., Any] | None] = {}
         self._stamp: Any = None
 
@@ -44,6 +45,8 @@ class Planned:
         weights = [*itertools.compress(args, self._is_weight)]
         key = _key([arg for arg, is_weight in zip(args, self._is_weight, strict=True) if not is_weight])
         if key is None or any(map(Tensor.is_inference, weights)):
+            return self.forward(*args)
+        if self._inference and torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
             return self.forward(*args)
         stamp = packed.generation(), [*map(id, weights)], [*map(_versions, weights)], [*map(Tensor.data_ptr, weights)]
         if stamp != self._stamp:
@@ -65,9 +68,6 @@ class Planned:
 
     def _plan(self, key: Any, args: tuple[Any, ...]) -> Any:
         """Run a call of a new kind, and plan those that follow."""
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-            self._plans[key] = None
-            return self.forward(*args)
         first = _FirstRun(self.graph_module)
         result = first.run(*args)
         self._plans[key] = _planned(self.graph_module, first) if first.runs else None
@@ -86,21 +86,19 @@ def _is_weight(node: fx.Node) -> bool:
 
 def _key(inputs: list[Any]) -> Any:
     """All that a plan takes for granted beside the weights; None where no plan may run."""
-    if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
-        return None
-    if not backends.runs_cpu_kernels() or not torch.backends.mkldnn.enabled:
+    if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu") or not backends.runs_cpu_kernels():
         return None
     kinds: list[Any] = []
     for x in inputs:
         if isinstance(x, Tensor):
             if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.layout != torch.strided:
                 return None
-            kinds += x.shape, x.stride(), x.dtype
+            kinds += x.shape, x.stride(), x.dtype, x.requires_grad
         elif isinstance(x, int | float):
             kinds.append(x)
         else:
             return None
-    return *kinds, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    return *kinds, torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
 
 
 class _FirstRun(fx.Interpreter):
@@ -136,18 +134,24 @@ def _planned(module: fx.GraphModule, first: _FirstRun) -> Callable[..., Any]:
             continue
         new[node] = graph.node_copy(node, lambda n: new[n])
         if node in first.runs:
-            new[node].target = first.runs[node]
+            new[node].target = _named(first.runs[node], "run")
         if node in joined:
             cat, channel = joined[node]
             if cat not in buffers:
                 shape, dtype = first.maps[cat]
                 with graph.inserting_before(new[node]):
                     empty = partial(torch.empty, shape, dtype=dtype, memory_format=torch.channels_last)
-                    empty.__name__ = "empty"  # type: ignore[attr-defined]
-                    buffers[cat] = graph.call_function(empty)
+                    buffers[cat] = graph.call_function(_named(empty, "empty"))
             new[node].kwargs = {**new[node].kwargs, "out": buffers[cat], "first": channel}
     graph.lint()
     return fx.GraphModule(module, graph).forward
+
+
+def _named(run: Any, name: str) -> Any:
+    """torch.fx writes the calls of functions by name."""
+    if not hasattr(run, "__name__"):
+        run.__name__ = name
+    return run
 
 
 def _joined(graph: fx.Graph, first: _FirstRun) -> Iterator[tuple[fx.Node, tuple[fx.Node, int]]]:

@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
-from ..memory_format import is_channels_last
 from ..ops.cpu import onednn
-from ..ops.packed import contents_of, unchanged
-from ..ops.stage import run_stage, run_tail
+from ..ops.packed import unchanged
+from ..ops.stage import fastest_stage, fastest_tail, run_tail
 from ..params import ConvParams, LRNParams, PoolParams, TailParams
 from .inference import Convolution, Linear, Tail, normalized
 
@@ -21,6 +19,7 @@ Run = Callable[..., Tensor]
 
 # With more weights than this for each element of a small map, they take longer than it does, and torch's NCHW is best.
 _WEIGHTS_PER_ELEMENT = 8
+_MOST_WEIGHTS = 1 << 18  # whose gradient takes less time to reorder than its memory to map
 
 
 class Stage:
@@ -60,13 +59,34 @@ class Stage:
         """``norm``: scale, shift, running mean and running variance of the batch norm."""
         if weight is None or self.conv is None:
             return run_tail(x, relu=self.relu, lrn=self.lrn, pool=self.pool)
-        x, weight = _in_best_format(x, weight)
-        if self.eps is None and addend is None:
-            return run_stage(x, weight, bias, *self.conv, relu=self.relu, lrn=self.lrn, pool=self.pool)
+        return self._way(x, weight, bias, norm, addend)(x, weight, bias, norm, addend)
+
+    def _way(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Any, ...], addend: Tensor | None) -> Run:
+        assert self.conv is not None
+        format = _best_format(x, weight)
+        if format == torch.channels_last and x.is_contiguous(memory_format=format):
+            format = None
+        x = x if format is None else x.contiguous(memory_format=format)
+        if norm or addend is not None:
+            return partial(self._composed, format)
+        run = fastest_stage(x, weight, bias, *self.conv, relu=self.relu, lrn=self.lrn, pool=self.pool)
+        return run if format is None else partial(_in_format, format, run)
+
+    def _composed(
+        self,
+        format: torch.memory_format | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm: tuple[Any, ...],
+        addend: Tensor | None,
+    ) -> Tensor:
+        assert self.conv is not None
+        x = x if format is None else x.contiguous(memory_format=format)
         y = F.conv2d(x, weight, bias, *self.conv)
-        if self.eps is not None:
+        if norm:
             scale, shift, mean, variance = norm
-            y = F.batch_norm(y, mean, variance, scale, shift, eps=self.eps)
+            y = F.batch_norm(y, mean, variance, scale, shift, eps=self.eps)  # type: ignore[arg-type]
         if addend is not None:
             y = y + addend
         if not self.relu:  # then nothing follows
@@ -81,15 +101,19 @@ class Stage:
         norm: tuple[Any, ...] = (),
         addend: Tensor | None = None,
     ) -> Run | None:
-        """A faster function of arguments like these, whose parameters do not change; None if there is none.
+        """A faster function of arguments like these; None if there is none. For inference, weights have to stay as they are.
 
         None also where a weight, or what the batch norm makes of it, is not finite, and where padding is uneven.
         """
         tail = TailParams(self.relu, self.lrn, self.pool)
+        if weight is None or self.conv is None:
+            if self.inference:
+                return Tail.of(x, tail) if _runs(x) else None
+            return fastest_tail(x, relu=self.relu, lrn=self.lrn, pool=self.pool)
+        if not self.inference:
+            return self._way(x, weight, bias, norm, addend)
         if not _runs(x, weight, bias, *norm):
             return None
-        if weight is None or self.conv is None:
-            return Tail.of(x, tail)
         if self.eps is not None:
             weight, bias = normalized(self.eps, weight, bias, *norm)
         conv, asymmetric = ConvParams.of(x, weight, bias, *self.conv)
@@ -105,23 +129,24 @@ def _runs(x: Tensor, *others: Tensor | None) -> bool:
     return x.is_cpu and x.numel() > 0 and all(t is None or (t.is_cpu and t.dtype == x.dtype) for t in others)
 
 
-def _in_best_format(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """In the format in which their convolution is fastest, as far as that pays. The weight stays as it is for autograd."""
+def _best_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
+    """The memory format in which a convolution is fastest; None: that of the input."""
     if x.dim() != 4 or torch.compiler.is_compiling():
-        return x, weight
+        return None
     if not x.is_cpu:  # 16 bits are for the tensor cores of a GPU
-        is_16_bit = x.dtype in (torch.float16, torch.bfloat16)
-        return x.contiguous(memory_format=torch.channels_last) if is_16_bit else x, weight
-    if weight.requires_grad:
-        is_small = x.numel() * _WEIGHTS_PER_ELEMENT < weight.numel()
-        return x.contiguous(memory_format=torch.contiguous_format if is_small else torch.channels_last), weight
-    x = x.contiguous(memory_format=torch.channels_last)
-    known = None if is_channels_last(weight) or not backends.runs_cpu_kernels() else contents_of(weight)
-    return x, weight if known is None else known.get("channels_last", partial(_to_channels_last, weight))
+        return torch.channels_last if x.dtype in (torch.float16, torch.bfloat16) else None
+    if not weight.requires_grad or x.numel() * _WEIGHTS_PER_ELEMENT >= weight.numel():
+        return torch.channels_last
+    # torch has no use for oneDNN with so little of a single image.
+    by_onednn = len(x) > 1 or x.numel() > 20480 or max(weight.shape[2:]) > 3
+    return torch.contiguous_format if by_onednn or weight.numel() > _MOST_WEIGHTS else torch.channels_last
 
 
-def _to_channels_last(weight: Tensor) -> Tensor:
-    return weight.detach().to(memory_format=torch.channels_last)
+def _in_format(
+    format: torch.memory_format, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any
+) -> Tensor:
+    # Maps are channels_last between stages, or one that is not would spoil every sum and concatenation.
+    return run(x.contiguous(memory_format=format), weight, bias).contiguous(memory_format=torch.channels_last)
 
 
 class LinearStage:

@@ -2,13 +2,16 @@ import pytest
 import torch
 
 import fastcnn
+from fastcnn.ops import stage
 
 from .networks import NETWORKS, network
 
 
 @pytest.fixture(autouse=True)
-def usual(best_backend):
-    """On the best backend, in float64, so that a difference is a mistake and no rounding."""
+def usual(best_backend, monkeypatch):
+    """On the best backend, in float64, so that a difference is a mistake and no rounding; small maps by ours too."""
+    for threshold in ("_TRAINED", "_FROZEN", "_MAP", "_TRANSFORMED"):
+        monkeypatch.setattr(stage, threshold, 0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
