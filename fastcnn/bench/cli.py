@@ -24,7 +24,7 @@ from .rows import Row
 
 bench = typer.Typer(no_args_is_help=True)
 
-_NARROWEST = 132  # columns that the tables need; where there is no terminal rich would take 80
+_NARROWEST = 148  # columns that the tables need; where there is no terminal rich would take 80
 
 
 @bench.callback()
@@ -116,7 +116,8 @@ def networks(
     Training has dropout; for its check it is off. GFLOP/s are those of convolutions as they are defined, whoever needs
     fewer. The saved MB are what autograd keeps for backward without the parameters, the peak is the growth of the
     process during a call; with MALLOC_MMAP_THRESHOLD_=65536 in the environment the C library keeps nothing that is
-    freed, and the peak is what was in use at once.
+    freed, and the peak is what was in use at once. The resident MB are how much more the process holds after a
+    provider's warm-up than before it was prepared: its weights, also packed, and what libraries it is the first to need.
     """
     cases = select_networks(
         networks=_among("--model", model, NETWORKS),

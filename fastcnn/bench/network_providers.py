@@ -73,14 +73,14 @@ class Entry:
         check: run once; what is compared with the plain network in float64, see ``network_verify``.
         call: run once as it is timed.
         forward: the forward whose memory for backward is counted; None in inference.
-        network: the parameters and their format.
+        network: the parameters and their format; None where another runtime has its own.
         laps: of the calls, in training on CPU.
     """
 
     check: Call
     call: Call
     forward: Call | None
-    network: nn.Module
+    network: nn.Module | None
     laps: Laps | None = None
 
 
@@ -89,7 +89,7 @@ def prepare(provider: NetworkProvider, case: Case, network: nn.Module, x: Tensor
     dtype = DTYPES[case.dtype]
     if provider.export is not None:
         run = provider.export(network, x, dtype)
-        return Entry(lambda: (run(x),), lambda: (run(x),), None, network)
+        return Entry(lambda: (run(x),), lambda: (run(x),), None, None)
     format = torch.channels_last if provider.channels_last else torch.contiguous_format
     network = network.to(dtype).to(memory_format=format)  # type: ignore[call-overload]
     x = x.to(dtype=dtype).contiguous(memory_format=format)

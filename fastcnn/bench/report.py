@@ -1,6 +1,7 @@
 """The rows as JSON, as tables, and in a few lines."""
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -39,8 +40,11 @@ def report(rows: Sequence[Row], *, command: str, source: str, device: str = "cpu
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
+    """The old file is there until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    incomplete = path.with_name(f"{path.name}.incomplete")
+    incomplete.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(incomplete, path)
 
 
 def setting(header: dict[str, Any]) -> str:
@@ -154,6 +158,7 @@ _NETWORK_COLUMNS: _Columns = {
     "saved MB": lambda row: _megabytes(row.saved_bytes),
     "of eager's": lambda row: _percentage(row.saved_vs_eager),
     "peak MB": lambda row: "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
+    "resident MB": lambda row: "-" if row.resident_bytes is None else f"{row.resident_bytes / 1e6:.0f}",
 }
 
 
