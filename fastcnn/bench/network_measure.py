@@ -17,7 +17,6 @@ from .measure import Budget, add_median, held_bytes, matmul, reason, time_rounds
 from .network_providers import Entry, NetworkProvider, prepare
 from .network_verify import check_network, expected_of_network
 from .networks import count_flop, make_network
-from .peers import NotInstalled
 from .rows import Row, add_ratios
 
 MATMUL = 2048  # height and width of the matrices whose product stands for the machine's rate
@@ -56,8 +55,6 @@ def measure_network(case: Case, providers: Iterable[NetworkProvider], budget: Bu
                     assert entry.network is not None
                     row.saved_bytes = held_bytes(entry.forward, entry.network.parameters())
                 row.peak_bytes = peak_bytes(entry.call) if device == "cpu" else gpu_peak_bytes(entry.call, device)
-            except NotInstalled as error:
-                row.failure = str(error)
             except Exception as error:
                 row.failure = reason(error)
             else:
