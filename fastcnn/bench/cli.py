@@ -19,10 +19,12 @@ from .network_providers import network_providers
 from .networks import NETWORK_DTYPES, NETWORK_MODES, NETWORKS, check_size, select_networks
 from .providers import all_providers
 from .rows import Row
+from .serve_cli import serve
 from .zoo_cli import zoo
 
 bench = typer.Typer(no_args_is_help=True)
 bench.command()(zoo)
+bench.command()(serve)
 
 
 @bench.callback()
