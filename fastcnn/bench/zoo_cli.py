@@ -29,7 +29,8 @@ _INTERRUPTED = 130  # the exit status of a command that SIGINT ended
 
 def zoo(
     model: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(TORCHVISION)}, inception_v1, those of --networks; all.")
+        list[str] | None,
+        typer.Option(help=f"torchvision's {', '.join(TORCHVISION)}; inception_v1; those of --networks; all."),
     ] = None,
     networks: Annotated[
         list[Path] | None,
@@ -88,7 +89,8 @@ def zoo(
     except KeyboardInterrupt:
         interrupted = True
     shown = [results[case] for case in cases if case in results]
-    print_tables(header, [zoo_table(shown)] if shown else [])
+    counts = dict.fromkeys(str(case.threads) for case in cases)
+    print_tables({**header, "threads": " and ".join(counts)}, [zoo_table(shown)] if shown else [])
     for line in [*zoo_summary(shown), *([skipped] if skipped else ())]:
         typer.echo(line)
     typer.echo(f"written: {file}", err=True)
