@@ -204,6 +204,11 @@ def without_norms(network: nn.Module) -> nn.Module:
     return network
 
 
+def without_means(network: nn.Module) -> nn.Module:
+    network[1].running_mean.zero_()
+    return network
+
+
 def of_half_the_gradient(network: nn.Module) -> nn.Module:
     network[0].weight.register_hook(lambda grad: grad / 2)
     return network
@@ -217,6 +222,7 @@ def that_raises(network: nn.Module) -> nn.Module:
     ("mode", "wrong", "said"),
     [
         ("inference", without_norms, "wrong: logits: error"),
+        ("inference", without_means, "wrong: logits: error"),
         ("training", of_half_the_gradient, "wrong: gradient: error"),
         ("inference", that_raises, "cannot run: RuntimeError: no [such] layer"),
     ],
