@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+import fastcnn
+import fastcnn.functional as FF
 from fastcnn.bench import network_measure, peers, report
 from fastcnn.bench.cases import ANY_FORMAT, Case
+from fastcnn.bench.inputs import images
 from fastcnn.bench.measure import Budget, held_bytes
-from fastcnn.bench.network_measure import measure_network, peak_bytes
-from fastcnn.bench.network_providers import NetworkProvider, network_providers
+from fastcnn.bench.network_measure import measure_network, peak_bytes, resident_bytes
+from fastcnn.bench.network_providers import NetworkProvider, network_providers, prepare
 from fastcnn.bench.networks import NETWORKS, Features, count_flop, make_network, select_networks
 from fastcnn.bench.rows import Row, add_ratios
 
@@ -205,3 +210,49 @@ def test_plots_show_what_has_a_time(tmp_path: Path) -> None:
     document = report.report(rows, command="", source="photographs")
     written = write_plots(tmp_path, document, rows, "models")
     assert [path.name for path in written] == ["models_speedup.png", "models_roofline.png"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_resident_bytes_are_those_of_the_weights_and_what_is_prepared_from_them() -> None:
+    hoarded = []
+
+    def hoarding(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:
+        hoarded.append(torch.ones(2**25))
+        return lambda x: network(x).detach()
+
+    small = NetworkProvider("another", export=lambda network, x, dtype: lambda x: network(x).detach())
+    weights = 4 * sum(p.numel() for p in make_network(INFERENCE, plain=True).parameters())
+    for provider, least in ((small, weights), (exporting(hoarding), weights + 4 * 2**25)):
+        (r,) = measure_network(INFERENCE, [provider], ONCE)
+        assert r.failure is None
+        assert r.resident_bytes is not None
+        assert 0.9 * least < r.resident_bytes < least + 60e6
+        assert f"{r.resident_bytes / 1e6:.0f}" in text_of([r]).split()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_memory_that_is_only_kept_for_the_next_outputs_is_not_resident() -> None:
+    torch.use_deterministic_algorithms(False)  # in which outputs are allocated otherwise
+    before = resident_bytes()
+    x = torch.randn(1, 64, 512, 512)
+    FF.max_pool2d(x, 3, stride=1)
+    del x
+    assert (resident_bytes() or 0) - (before or 0) < 30e6
+
+
+def test_rows_of_older_results_have_no_resident_bytes() -> None:
+    results = Path(__file__).parent.parent / "benchmarks/results/amd-epyc-2-threads/models.json"
+    rows = [Row(**fields) for fields in json.loads(results.read_text())["rows"]]
+    assert {r.resident_bytes for r in rows} >= {None}
+    assert "resident MB" in text_of(rows)
+
+
+@pytest.mark.parametrize("network", ["alexnet", "vgg16", "inception_v1"])
+def test_bf16_inference_is_that_of_optimize(network: str) -> None:
+    case = Case(network, (1, 3, 64, 64), "bf16", ANY_FORMAT, "inference")
+    fused = make_network(case, plain=False)
+    x = images(1, 64)
+    ours = prepare(HERE["fastcnn"], case, copy.deepcopy(fused), x, torch.zeros(1, dtype=torch.long))
+    expected = fastcnn.optimize(fused.to(memory_format=torch.channels_last), inference=True, dtype=torch.bfloat16)
+    (logits,) = ours.call()
+    assert torch.equal(logits, expected(x.contiguous(memory_format=torch.channels_last)))

@@ -2,18 +2,16 @@
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from . import report
 from .cases import DTYPES, FORMATS, MODES, OPS, SHAPES, Case, Shape, select
+from .console import among, print_tables, tracked
 from .inputs import SOURCES, check_source
 from .measure import Budget, measure
 from .network_measure import measure_network
@@ -21,10 +19,12 @@ from .network_providers import network_providers
 from .networks import NETWORK_DTYPES, NETWORK_MODES, NETWORKS, check_size, select_networks
 from .providers import all_providers
 from .rows import Row
+from .serve_cli import serve
+from .zoo_cli import zoo
 
 bench = typer.Typer(no_args_is_help=True)
-
-_NARROWEST = 132  # columns that the tables need; where there is no terminal rich would take 80
+bench.command()(zoo)
+bench.command()(serve)
 
 
 @bench.callback()
@@ -60,19 +60,19 @@ def kernels(
     modes that matter.
     """
     cases = select(
-        ops=_among("--op", op, OPS),
+        ops=among("--op", op, OPS),
         shapes=[_shape(text) for text in shape or ()],
-        dtypes=_among("--dtype", dtype, DTYPES),
-        formats=_among("--format", format, FORMATS),
-        modes=_among("--mode", mode, MODES),
+        dtypes=among("--dtype", dtype, DTYPES),
+        formats=among("--format", format, FORMATS),
+        modes=among("--mode", mode, MODES),
         batch=batch,
         full=full,
     )
     here = all_providers()
-    names = _among("--providers", providers, here) or list(here)
+    names = among("--providers", providers, here) or list(here)
     if quick and not providers and "fastcnn.cpu" in here:
         names.remove("fastcnn.reference")
-    _among("--input", [input], SOURCES)
+    among("--input", [input], SOURCES)
     for case in cases:
         try:
             check_source(case.shape, input)
@@ -116,13 +116,14 @@ def networks(
     Training has dropout; for its check it is off. GFLOP/s are those of convolutions as they are defined, whoever needs
     fewer. The saved MB are what autograd keeps for backward without the parameters, the peak is the growth of the
     process during a call; with MALLOC_MMAP_THRESHOLD_=65536 in the environment the C library keeps nothing that is
-    freed, and the peak is what was in use at once.
+    freed, and the peak is what was in use at once. The resident MB are how much more the process holds after a
+    provider's warm-up than before it was prepared: weights, also packed, and libraries that it is the first to need.
     """
     cases = select_networks(
-        networks=_among("--model", model, NETWORKS),
-        modes=_among("--mode", mode, NETWORK_MODES),
+        networks=among("--model", model, NETWORKS),
+        modes=among("--mode", mode, NETWORK_MODES),
         batches=batch or (),
-        dtypes=_among("--dtype", dtype, NETWORK_DTYPES),
+        dtypes=among("--dtype", dtype, NETWORK_DTYPES),
         size=size,
         quick=quick,
     )
@@ -134,7 +135,7 @@ def networks(
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--size") from None
     here = network_providers()
-    names = _among("--providers", providers, here)
+    names = among("--providers", providers, here)
     if not names:
         names = [name for name, one in here.items() if not quick or not (one.export or name == "fastcnn NCHW")]
     if threads is not None:
@@ -153,30 +154,12 @@ def _report(
     if as_json:
         typer.echo(json.dumps(document, indent=1))
     else:
-        _print(document["header"], [*report.tables(rows), *(report.summaries(rows) if with_summaries else ())])
+        print_tables(document["header"], [*report.tables(rows), *(report.summaries(rows) if with_summaries else ())])
     _plot(name, out, document, rows)
 
 
 def _measure_all(cases: Sequence[Case], measure: Callable[[Case], list[Row]]) -> list[Row]:
-    rows: list[Row] = []
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(cases))
-        for case in cases:
-            progress.update(task, description=str(case))
-            rows += measure(case)
-            progress.advance(task)
-    return rows
-
-
-def _print(header: dict[str, Any], tables: Sequence[Table]) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _NARROWEST)
-    console.print(report.setting(header), "", markup=False)
-    for table in tables:
-        console.print(table)
-        console.print()
+    return [row for case in tracked(cases) for row in measure(case)]
 
 
 def _plot(name: str, out: Path, document: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -188,14 +171,6 @@ def _plot(name: str, out: Path, document: dict[str, Any], rows: Sequence[Row]) -
         typer.echo(f"no plots: {error}; `pip install fastcnn[bench]` brings what they need", err=True)
         plots = []
     typer.echo(f"written: {', '.join(map(str, (out / f'{name}.json', *plots)))}", err=True)
-
-
-def _among(option: str, values: Iterable[str] | None, allowed: Collection[str]) -> list[str]:
-    values = list(values or ())
-    for value in values:
-        if value not in allowed:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
-    return values
 
 
 def _shape(text: str) -> Shape:

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .. import backends
 from .cases import Case
 from .inputs import make_inputs, make_parameters
+from .peers import NotInstalled
 from .providers import Call, Op, Provider, build
 from .rows import Row, add_ratios
 from .verify import Mismatch, check, expected_outputs, tolerances
@@ -163,7 +164,7 @@ def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budg
 
 def reason(error: Exception) -> str:
     text = (str(error).strip() or "no message").splitlines()[0]
-    return text if isinstance(error, Mismatch) else f"{type(error).__name__}: {text[:120]}"
+    return text if isinstance(error, Mismatch | NotInstalled) else f"{type(error).__name__}: {text[:120]}"
 
 
 def add_times(rows: list[Row], calls: dict[str, Call], x: Tensor, budget: Budget, device: str) -> None:

@@ -1,6 +1,7 @@
 """Check a network, then take the times: every provider of a case in turn, one call each a round."""
 
 import ctypes
+import gc
 import statistics
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -16,7 +17,6 @@ from .measure import Budget, add_median, held_bytes, matmul, reason, time_rounds
 from .network_providers import Entry, NetworkProvider, prepare
 from .network_verify import check_network, expected_of_network
 from .networks import count_flop, make_network
-from .peers import NotInstalled
 from .rows import Row, add_ratios
 
 MATMUL = 2048  # height and width of the matrices whose product stands for the machine's rate
@@ -45,14 +45,16 @@ def measure_network(case: Case, providers: Iterable[NetworkProvider], budget: Bu
             row = Row(**asdict(row_case), provider=name, flop=flop)
             rows.append(row)
             try:
+                before = resident_bytes(device)
                 entry = prepare(provider, case, deepcopy(fused if provider.fused else plain), x, labels)
                 row.error, row.tolerance = check_network(case, entry.check(), expected)
                 entry.call()  # the warm-up
+                after = resident_bytes(device)
+                row.resident_bytes = None if before is None or after is None else after - before
                 if entry.forward is not None:
+                    assert entry.network is not None
                     row.saved_bytes = held_bytes(entry.forward, entry.network.parameters())
                 row.peak_bytes = peak_bytes(entry.call) if device == "cpu" else gpu_peak_bytes(entry.call, device)
-            except NotInstalled as error:
-                row.failure = str(error)
             except Exception as error:
                 row.failure = reason(error)
             else:
@@ -93,6 +95,20 @@ def _add_times(case: Case, rows: list[Row], entries: dict[str, Entry], budget: B
     add_ratios(rows)
 
 
+def resident_bytes(device: str = "cpu") -> int | None:
+    """What the process holds in memory, or PyTorch's tensors on a GPU, without what is free; None if unknown.
+
+    On the CPU only Linux tells.
+    """
+    gc.collect()
+    if device != "cpu":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return _without_free_memory()
+    except (OSError, AttributeError):
+        return None
+
+
 def peak_bytes(run: Callable[[], object]) -> int | None:
     """By how much the process's memory grows at most during a call, beyond what it holds before; None if unknown.
 
@@ -100,10 +116,8 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
     """
 
     def growth() -> int:
-        backends.release_memory()
-        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and not given back would hide growth
+        before = _without_free_memory()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _status("VmRSS")
         run()
         return max(_status("VmHWM") - before, 0)
 
@@ -119,6 +133,13 @@ def gpu_peak_bytes(run: Callable[[], object], device: str) -> int:
     before = torch.cuda.memory_allocated(device)
     run()
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _without_free_memory() -> int:
+    """The process's memory after what was freed and not given back, in which growth would hide, has been."""
+    backends.release_memory()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
 
 
 def _status(field: str) -> int:

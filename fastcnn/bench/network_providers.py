@@ -26,7 +26,7 @@ class NetworkProvider:
     Args:
         name: as shown and as given to ``--providers``.
         fused: from the layers of fastcnn, not torch's.
-        optimized: for inference through ``fastcnn.optimize(inference=True)``.
+        optimize: what makes another network of it first, for "inference" and "training", see :mod:`fastcnn.bench.zoo`.
         channels_last: weights and images in this format, otherwise NCHW.
         compile: through torch.compile, for inference with freezing.
         graphs: torch.compile captures CUDA graphs; on GPUs only.
@@ -35,7 +35,7 @@ class NetworkProvider:
 
     name: str
     fused: bool = False
-    optimized: bool = False
+    optimize: Callable[[nn.Module], nn.Module] | None = None
     channels_last: bool = False
     compile: bool = False
     graphs: bool = False
@@ -46,10 +46,15 @@ class NetworkProvider:
         return self.export is None or case.mode == "inference"
 
 
+def optimized_for_inference(network: nn.Module) -> nn.Module:
+    """By fastcnn, the network itself."""
+    return optimize(network, inference=True, inplace=True)
+
+
 def network_providers(device: str = "cpu") -> dict[str, NetworkProvider]:
     """By name: fastcnn, then PyTorch, then, on CPU, the others, installed or not."""
     every = [
-        NetworkProvider("fastcnn", fused=True, optimized=True, channels_last=True),
+        NetworkProvider("fastcnn", fused=True, optimize=optimized_for_inference, channels_last=True),
         NetworkProvider("fastcnn NCHW", fused=True),
         NetworkProvider("torch.eager"),
         NetworkProvider("torch.eager channels_last", channels_last=True),
@@ -73,14 +78,14 @@ class Entry:
         check: run once; what is compared with the plain network in float64, see ``network_verify``.
         call: run once as it is timed.
         forward: the forward whose memory for backward is counted; None in inference.
-        network: the parameters and their format.
+        network: the parameters and their format; None where another runtime has its own.
         laps: of the calls, in training on CPU.
     """
 
     check: Call
     call: Call
     forward: Call | None
-    network: nn.Module
+    network: nn.Module | None
     laps: Laps | None = None
 
 
@@ -89,17 +94,23 @@ def prepare(provider: NetworkProvider, case: Case, network: nn.Module, x: Tensor
     dtype = DTYPES[case.dtype]
     if provider.export is not None:
         run = provider.export(network, x, dtype)
-        return Entry(lambda: (run(x),), lambda: (run(x),), None, network)
+        return Entry(lambda: (run(x),), lambda: (run(x),), None, None)
     format = torch.channels_last if provider.channels_last else torch.contiguous_format
     network = network.to(dtype).to(memory_format=format)  # type: ignore[call-overload]
     x = x.to(dtype=dtype).contiguous(memory_format=format)
     if case.mode == "inference":
         infer = _inference(provider, network, x)
         return Entry(infer, infer, None, network)
+    if case.mode == "training":
+        return _gradients_alone(_compiled(provider, _optimized(provider, network)), network, x, labels)
     run = _compiled(provider, network)
     if case.mode == "input gradient":
         return _input_gradient(run, network, x)
     return _training(run, network, x, labels)
+
+
+def _optimized(provider: NetworkProvider, network: nn.Module) -> nn.Module:
+    return network if provider.optimize is None else provider.optimize(network)
 
 
 def _compiled(provider: NetworkProvider, network: nn.Module) -> Forward:
@@ -109,9 +120,7 @@ def _compiled(provider: NetworkProvider, network: nn.Module) -> Forward:
 
 
 def _inference(provider: NetworkProvider, network: nn.Module, x: Tensor) -> Call:
-    if provider.optimized:
-        network = optimize(network, inference=True, inplace=True)
-    run = _compiled(provider, network)
+    run = _compiled(provider, _optimized(provider, network))
 
     def call() -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -169,6 +178,31 @@ def _training(run: Forward, network: nn.Module, x: Tensor, labels: Tensor) -> En
 
     # a GPU is still at work when the host reads its clock
     return Entry(check, step, forward, network, None if x.is_cuda else laps)
+
+
+def _gradients_alone(run: Forward, network: nn.Module, x: Tensor, labels: Tensor) -> Entry:
+    """Forward, loss and backward of a network without dropout, always in training mode.
+
+    The check has a loss of the first images alone, and batch norms, which would see the others, in evaluation mode.
+    """
+    network.train()
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+    def gradients_of(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        network.zero_grad()
+        value = loss(run(x), labels)
+        value.backward()
+        return value.detach(), *gradients(network)
+
+    def check() -> tuple[Tensor, ...]:
+        for norm in norms:
+            norm.eval()
+        outputs = gradients_of(checked_loss)
+        for norm in norms:
+            norm.train()
+        return outputs
+
+    return Entry(check, lambda: gradients_of(F.cross_entropy), None, network)
 
 
 def checked_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,14 @@ def openvino(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:
             "PERFORMANCE_HINT": "LATENCY",
         }
         compiled = openvino.Core().compile_model(_exported(network, x, Path(folder)), "CPU", config)
-    return lambda x: torch.from_numpy(compiled(x.numpy(), share_inputs=True)[0])
+    requests = threading.local()  # a request is busy while it runs
+
+    def run(x: Tensor) -> Tensor:
+        if not hasattr(requests, "mine"):
+            requests.mine = compiled.create_infer_request()
+        return torch.from_numpy(requests.mine.infer(x.numpy(), share_inputs=True)[0])
+
+    return run
 
 
 class _Norm(nn.Module):

@@ -1,6 +1,7 @@
 """The rows as JSON, as tables, and in a few lines."""
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -39,8 +40,11 @@ def report(rows: Sequence[Row], *, command: str, source: str, device: str = "cpu
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
+    """The old file is there until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    incomplete = path.with_name(f"{path.name}.incomplete")
+    incomplete.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(incomplete, path)
 
 
 def setting(header: dict[str, Any]) -> str:
@@ -64,7 +68,8 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[R
     return groups
 
 
-def _new_table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
+    """An empty table whose first column has the names of its rows."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for column in columns:
@@ -74,7 +79,7 @@ def _new_table(title: str, *columns: str) -> Table:
 
 def _table(title: str, rows: list[Row]) -> Table:
     columns = _NETWORK_COLUMNS if rows[0].is_network else _KERNEL_COLUMNS
-    table = _new_table(title, *columns)
+    table = new_table(title, *columns)
     notes, laps = [], []
     for case, members in groupby(rows, key=lambda row: row.case):
         mapped = ", mapped" if case.memory == "mapped" else ""
@@ -104,7 +109,8 @@ def _missing(row: Row) -> str:
     return "not installed" if (row.failure or "").startswith("not installed") else "[red]failed[/red]"
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
+    """How many times faster, as shown."""
     return "" if value is None else f"{value:.1f}x" if value >= 2 else f"{value:.2f}x"
 
 
@@ -118,7 +124,8 @@ def _spread(row: Row) -> str:
     return f"{(row.q3_ms - row.q1_ms) / row.median_ms:.0%}"
 
 
-def _number(value: float | None, digits: int = 1) -> str:
+def number(value: float | None, digits: int = 1) -> str:
+    """Shown with so many digits after the point."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
@@ -132,28 +139,29 @@ def _percentage(value: float | None) -> str:
 
 _Columns = dict[str, Callable[[Row], str]]
 _COMMON: _Columns = {
-    "median ms": lambda row: _number(row.median_ms, 2),
+    "median ms": lambda row: number(row.median_ms, 2),
     "spread": _spread,
-    "vs eager": lambda row: _ratio(row.vs_eager),
-    "vs compile": lambda row: _ratio(row.vs_compile),
+    "vs eager": lambda row: ratio(row.vs_eager),
+    "vs compile": lambda row: ratio(row.vs_compile),
 }
 _KERNEL_COLUMNS: _Columns = {
     **_COMMON,
-    "GB/s": lambda row: _number(row.gb_per_s),
+    "GB/s": lambda row: number(row.gb_per_s),
     "of copy": _of_copy,
-    "GFLOP/s": lambda row: _number(row.gflop_per_s, 0),
+    "GFLOP/s": lambda row: number(row.gflop_per_s, 0),
     "saved MB": lambda row: _megabytes(row.saved_bytes),
 }
 _NETWORK_COLUMNS: _Columns = {
-    "images/s": lambda row: _number(row.images_per_s),
+    "images/s": lambda row: number(row.images_per_s),
     **_COMMON,
-    "GFLOP/s": lambda row: _number(row.gflop_per_s, 0),
+    "GFLOP/s": lambda row: number(row.gflop_per_s, 0),
     "of mm": lambda row: (
         _percentage(row.gflop_per_s / row.matmul_gflop_per_s) if row.gflop_per_s and row.matmul_gflop_per_s else ""
     ),
     "saved MB": lambda row: _megabytes(row.saved_bytes),
     "of eager's": lambda row: _percentage(row.saved_vs_eager),
     "peak MB": lambda row: "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
+    "resident MB": lambda row: "-" if row.resident_bytes is None else f"{row.resident_bytes / 1e6:.0f}",
 }
 
 
@@ -167,7 +175,7 @@ def summaries(rows: Sequence[Row]) -> list[Table]:
 
 def _summary(shape: str, rows: list[Row]) -> Table:
     columns = ("than eager", "than compile", "than our fp32", "of copy, mapped")
-    table = _new_table(f"fastcnn: how many times faster, input {shape}", *columns)
+    table = new_table(f"fastcnn: how many times faster, input {shape}", *columns)
     for title, members in _grouped(rows, lambda row: f"{row.op} {row.mode}").items():
         lines = []
         for name, case in _grouped(members, lambda row: f"{row.dtype} {row.format}").items():
@@ -189,7 +197,7 @@ def _comparisons(best: Row, others: dict[str, Row]) -> list[str]:
     wide = others.get(best.provider + SECONDARY)
     than_wide = wide.median_ms / best.median_ms if wide and wide.median_ms and best.median_ms else None
     return [
-        _ratio(best.vs_eager) + eager if best.vs_eager else "",
-        _ratio(best.vs_compile) + compiled if best.vs_compile else "",
-        _ratio(than_wide),
+        ratio(best.vs_eager) + eager if best.vs_eager else "",
+        ratio(best.vs_compile) + compiled if best.vs_compile else "",
+        ratio(than_wide),
     ]

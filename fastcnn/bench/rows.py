@@ -10,8 +10,8 @@ from .cases import ANY_FORMAT, Case, Shape
 class Row:
     """One provider in one case. Without a time where ``failure`` says why; ratios are how many times faster this is.
 
-    Operators are measured in bytes moved, networks and convolutions in operations (``flop``); ``saved_vs_eager`` is a
-    fraction.
+    Operators are measured in bytes moved, networks and convolutions in operations (``flop``). ``saved_vs_eager`` is a
+    fraction; ``resident_bytes`` is how much more the process holds after the warm-up than before the preparation.
     """
 
     op: str
@@ -44,6 +44,7 @@ class Row:
     saved_vs_eager: float | None = None
     peak_bytes: int | None = None
     layer: str | None = None
+    resident_bytes: int | None = None
 
     @property
     def case(self) -> Case:
