@@ -11,7 +11,7 @@ from torch import nn
 
 import fastcnn
 from fastcnn.models.layers import PaperDropout
-from fastcnn.ops.cpu import winograd
+from fastcnn.ops.packed import unchanged
 
 from .networks import LRN
 
