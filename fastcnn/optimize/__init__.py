@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..ops.packed import forget
 from ..params import FLOATING_DTYPES
+from .offload import Offloaded
 from .report import Entry, Report
 
 __all__ = ["Entry", "Report", "optimize", "refresh"]
@@ -24,6 +26,7 @@ def optimize(
     dtype: torch.dtype | None = None,
     inplace: bool = False,
     example_inputs: Sequence[Any] | None = None,
+    offload: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """The same model with fused calls: same outputs, gradients, side effects, ``state_dict`` and train/eval behaviour.
 
@@ -45,13 +48,17 @@ def optimize(
             they are.
         inplace: change ``model`` itself, otherwise a deep copy.
         example_inputs: positional arguments of a call that a copy of the model makes at once, for a full report.
+        offload: a folder, with ``inference``: the weights move to a nameless file there, and memory holds only what was
+            read of them since the last plan was made. Most of them are read once, to be packed. None: they stay in
+            memory beside their packed copies, so that kinds of input are planned sooner.
 
     Returns:
         The model. Its attribute ``fastcnn_report`` is a :class:`Report`.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: ``dtype`` without ``inference``, or one that is not floating point.
+        ValueError: ``dtype`` or ``offload`` without ``inference``, or a dtype that is not floating point.
+        OSError: the file of ``offload`` cannot be written.
         RuntimeError: the model cannot be copied, because it holds a tensor with a history.
     """
     from .engine import Engine  # with TorchDynamo, which takes a second to import
@@ -67,6 +74,10 @@ def optimize(
         raise ValueError(
             f"optimize(): dtype={dtype} needs inference=True and must be one of {', '.join(map(str, FLOATING_DTYPES))}"
         )
+    if offload is not None and not isinstance(offload, str | os.PathLike):
+        raise TypeError(f"optimize(): argument 'offload' must be str, PathLike or None, not {type(offload).__name__}")
+    if offload is not None and not inference:
+        raise ValueError(f"optimize(): offload={str(offload)!r} needs inference=True")
     if example_inputs is not None and not isinstance(example_inputs, tuple | list):
         raise TypeError(
             f"optimize(): argument 'example_inputs' must be tuple, list or None, not {type(example_inputs).__name__}"
@@ -75,11 +86,12 @@ def optimize(
         model = _copied(model)
     if inference:
         model.eval().requires_grad_(False).to(dtype=dtype)
+    offloaded = None if offload is None else Offloaded(model, offload)
     report = Report()
     for name, module in model.named_modules():
         report.layers += _scanned(module, name, inference)
         if _has_engine(module) or (dtype is not None and module._parameters):
-            Engine(module, name, report, inference=inference, dtype=dtype)
+            Engine(module, name, report, inference=inference, dtype=dtype, offloaded=offloaded)
     model.fastcnn_report = report  # type: ignore[assignment]
     if example_inputs is not None:
         tried: Any = _copied(model)

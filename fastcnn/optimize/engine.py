@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .graph import fuse
+from .offload import Offloaded
 from .plan import Planned
 from .report import Entry, NoGraph, Report
 
@@ -54,11 +55,20 @@ class Engine:
         report: of the model.
         inference: see :func:`fastcnn.optimize`.
         dtype: to which floating-point arguments are cast; None: they are not.
+        offloaded: where the weights are, if they are not in memory.
     """
 
     def __init__(
-        self, module: nn.Module, name: str, report: Report, *, inference: bool, dtype: torch.dtype | None
+        self,
+        module: nn.Module,
+        name: str,
+        report: Report,
+        *,
+        inference: bool,
+        dtype: torch.dtype | None,
+        offloaded: Offloaded | None,
     ) -> None:
+        self.offloaded = offloaded
         self.module, self.name, self.report, self.inference, self.dtype = module, name, report, inference, dtype
         self._arm()
         if dynamo is None:
@@ -87,6 +97,7 @@ class Engine:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.offloaded = None  # copies of weights are in memory
         self._arm()
 
     def replicate(self) -> nn.Module:
@@ -138,7 +149,8 @@ class Engine:
         forward = fx.GraphModule(graph_module, graph_module.graph).forward  # the module itself compiles its code later
         self.graphs += 1
         # What TorchDynamo keeps must keep neither the model nor what was made of its weights.
-        self._planned.append(Planned(graph_module, graph_module.graph, inference=self.inference))
+        done = self.offloaded.release if self.offloaded else lambda: None
+        self._planned.append(Planned(graph_module, graph_module.graph, inference=self.inference, done=done))
         engine, planned = weakref.proxy(self), weakref.ref(self._planned[-1])
 
         def run(*args: Any) -> Any:

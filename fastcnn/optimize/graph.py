@@ -136,15 +136,19 @@ _ARITHMETIC = {node for node, read in _FUNCTIONS.items() if read in (_product, _
 # copies where eval-mode dropout returns its input.
 _PURE = {
     *(torch.cat, torch.concat, torch.relu, "relu", torch.sigmoid, "sigmoid", torch.tanh, "tanh", F.gelu),
-    *(torch.add, operator.add, "add", torch.mul, operator.mul, "mul", torch.sub, operator.sub, operator.truediv),
+    *(torch.add, operator.add, "add", torch.mul, operator.mul, "mul", torch.sub, operator.sub, "sub"),
+    *(torch.div, operator.truediv, "div", torch.pow, operator.pow, "pow", torch.square, "square", torch.sqrt, "sqrt"),
+    *(torch.abs, "abs", operator.neg, torch.exp, "exp", torch.clamp, "clamp"),
     *(F.batch_norm, F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d, torch.max_pool2d),
 }
+# The same of maps and of numbers, but they also return other shapes, whose strides are those of the map.
+_REDUCING = {torch.sum, "sum", torch.mean, "mean", F.mse_loss, F.l1_loss}
 # The same, but they may return their input, be it written or not.
 _IN_PLACE = {
     *(F.relu, torch.relu_, "relu_", F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.silu, F.hardswish, F.hardsigmoid),
     *(operator.iadd, "add_", operator.imul, "mul_"),
 }
-_NEW = {*_PURE, torch.conv2d, F.linear, F.local_response_norm}
+_NEW = {*_PURE, *_REDUCING, torch.conv2d, F.linear, F.local_response_norm}
 
 
 def _read(nodes: Sequence[fx.Node]) -> Call | str:
@@ -164,14 +168,14 @@ def _read(nodes: Sequence[fx.Node]) -> Call | str:
     if not isinstance(input, fx.Node) or not parts:
         return "it returns indices" if "return_indices" in node.kwargs else ""
     called = [node]
-    if node.target in _OURS and not isinstance(_value(node), Tensor):  # a pair, of which only the first may be used
+    if node.target in _OURS and not isinstance(value_of(node), Tensor):  # a pair, of which only the first may be used
         if len(node.users) != 1 or nodes[1].target is not operator.getitem or nodes[1].args != (node, 0):
             return ""
         called.append(nodes[1])
     tensors = [n for n in pytree.tree_leaves([*parts.values()]) if isinstance(n, fx.Node)]
-    if any(is_traceable_wrapper_subclass(_value(n)) for n in tensors):
+    if any(is_traceable_wrapper_subclass(value_of(n)) for n in tensors):
         return "it has a parameter that is no plain tensor"
-    reason = _why_not(_value(called[-1]), 2 if "linear" in parts else None)
+    reason = _why_not(value_of(called[-1]), 2 if "linear" in parts else None)
     return reason or Call(called, input, parts)
 
 
@@ -187,7 +191,7 @@ def _read_grouped_lrn(nodes: Sequence[fx.Node]) -> Call | None:
     expected += [(pad, (size, 1, 1)), (mean, 1, 2), *zip((joined, alpha, k), numbers.values(), strict=True), (x, beta)]
     if args != expected or mean.kwargs != {"stride": 1} or any(len(node.users) > 1 for node in nodes[:-1]):
         return None
-    if _why_not(_value(quotient), None):
+    if _why_not(value_of(quotient), None):
         return None
     return Call(list(nodes), x, {"lrn": LRNParams(size, **numbers, groups=groups)})
 
@@ -195,7 +199,7 @@ def _read_grouped_lrn(nodes: Sequence[fx.Node]) -> Call | None:
 _GROUPED_LRN = ["mul", "unflatten", "pad", "avg_pool3d", "flatten", "mul", "add", "pow", "truediv"]
 
 
-def _value(node: fx.Node) -> Any:
+def value_of(node: fx.Node) -> Any:
     """What TorchDynamo knows of what a node returns: a fake tensor."""
     return node.meta.get("example_value")
 
@@ -278,12 +282,12 @@ def _stage(first: Call, nodes: Sequence[fx.Node], inference: bool) -> tuple[list
         stage = [call for call in stage if not {"lrn", "pool"}.intersection(call.parts)]
         reason = "" if inference else "no ReLU is called on its output alone"  # but it may choose the memory format
     # The input is not written in place, and it is saved for backward, where torch's ReLU saves its own output.
-    is_kept = first.parts.get("relu") or _value(stage[-1].output).requires_grad
+    is_kept = first.parts.get("relu") or value_of(stage[-1].output).requires_grad
     if parts[0] == "relu" and is_kept and not _is_read_once(first):
         return [], ""
     if parts == ["relu"] or (len(stage) == 1 and first.nodes[0].target in _OURS and not inference):
         return [], ""
-    last = _value(stage[-1].output)
+    last = value_of(stage[-1].output)
     if last.dim() == 4 and _format(last) is None:
         return [], "its output has the strides of no memory format"
     return stage, reason
@@ -296,11 +300,11 @@ def _follows(call: Call, stage: Sequence[Call], parts: Sequence[str], inference:
         return False
     if "bias" in call.parts and (list(parts) != ["conv"] or stage[0].parts["conv"][1] is not None):
         return False
-    if "conv" not in new and "linear" not in new and _value(call.output).dtype != _value(call.input).dtype:
+    if "conv" not in new and "linear" not in new and value_of(call.output).dtype != value_of(call.input).dtype:
         return False  # as under autocast
     if not stage:
         return new[0] in ("conv", "relu", "lrn", "pool", "linear") and (
-            new[0] == "linear" or _value(call.output).dim() == 4
+            new[0] == "linear" or value_of(call.output).dim() == 4
         )
     if "sum" in new and not _may_add(call):
         return False
@@ -315,7 +319,7 @@ def _follows(call: Call, stage: Sequence[Call], parts: Sequence[str], inference:
 def _may_add(call: Call) -> bool:
     """Whether the sum of a stage's output and another map may be a part of the stage."""
     addend = call.parts["sum"]
-    a, b = _value(call.input), _value(addend)
+    a, b = value_of(call.input), value_of(addend)
     if not isinstance(b, Tensor) or call.input is addend or a.dim() != 4 or a.dtype != b.dtype or a.shape != b.shape:
         return False
     is_written = call.nodes[0].args[0] is addend and call.nodes[0].target in (operator.iadd, "add_")
@@ -366,7 +370,7 @@ def _restore_formats(graph: fx.Graph) -> None:
             loose.add(node)
             continue
         with graph.inserting_after(node):
-            dense = graph.call_method("contiguous", (node,), {"memory_format": _format(_value(node))})
+            dense = graph.call_method("contiguous", (node,), {"memory_format": _format(value_of(node))})
         dense.meta = dict(node.meta)
         node.replace_all_uses_with(dense, delete_user_cb=lambda user, dense=dense: user is not dense)
 
@@ -375,12 +379,16 @@ def _takes_any_format(user: fx.Node, node: fx.Node) -> bool:
     """Whether one call may get what another returns in any memory format, and nobody else is the wiser."""
     if isinstance(user.target, Stage):
         return node not in pytree.tree_leaves((user.args[1:], user.kwargs.get("norm")))
-    if not isinstance(_value(user), Tensor) or _format(_value(user)) is None:
+    if not isinstance(value_of(user), Tensor):
+        return False
+    if user.target in _REDUCING and value_of(user).dim() == 0:
+        return True
+    if _format(value_of(user)) is None:
         return False
     if user.target is F.dropout and not _dropout(*user.args, **user.kwargs)[1]:
         return False  # it draws one number after the other, in the order of memory
     is_read = len(node.users) == 1 or user.args[0] is not node  # at most
-    return user.target in _PURE or (user.target in (*_IN_PLACE, F.dropout) and is_read)
+    return user.target in (_PURE | _REDUCING) or (user.target in (*_IN_PLACE, F.dropout) and is_read)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

@@ -5,73 +5,86 @@ Between two stages nothing is looked up, and maps that are concatenated are writ
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch._subclasses import FakeTensor
 
 from .. import backends
 from ..memory_format import is_channels_last
 from ..ops import packed
+from .graph import value_of
 from .inference import Convolution
 from .stage import LinearStage, Stage
 
 _PLANS = 64  # of a graph
 
-_versions = Tensor._version.__get__  # type: ignore[attr-defined]
+_PLAIN = (FakeTensor, nn.Parameter, torch.SymInt, int)
+_version = Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 class Planned:
-    """The forward of a graph, planned for each kind of input while its weights stay as they are.
+    """The forward of a graph, planned for each kind of input.
 
     Args:
         module: holds what the graph refers to.
         graph: with fused stages.
+        inference: pack the weights, for as long as they stay as they are.
+        done: is called when a plan was made.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, *, inference: bool) -> None:
+    def __init__(self, module: nn.Module, graph: fx.Graph, *, inference: bool, done: Callable[[], None]) -> None:
+        self._done = done
         self.graph_module = fx.GraphModule(module, graph)
         self.forward = self.graph_module.forward
-        self._inference = inference
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self._is_plain = all(type(value_of(node)) in _PLAIN for node in inputs)
+        self._is_dynamic = [_is_dynamic(node) for node in inputs]  # TorchDynamo guards all that is known of the others
         self._is_weight = [inference and _is_weight(node) for node in inputs]
+        self._needs_grad = any(isinstance(t, Tensor) and t.requires_grad for t in map(value_of, inputs))
+        self._inference = inference
         self._plans: dict[Any, Callable[..., Any] | None] = {}
-        self._stamp: Any = None
+        self._weights: list[int] = []  # ids; one may be that of another tensor later, hence the references
+        self._alive: list[Any] = []
+        self._contents: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        weights = [*itertools.compress(args, self._is_weight)]
-        key = _key([arg for arg, is_weight in zip(args, self._is_weight, strict=True) if not is_weight])
-        if key is None or any(map(Tensor.is_inference, weights)):
+        if not self._is_plain or not _may_plan() or (self._inference and not self._stay_as_they_are(args)):
             return self.forward(*args)
-        if self._inference and torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-            return self.forward(*args)
-        stamp = packed.generation(), [*map(id, weights)], [*map(_versions, weights)], [*map(Tensor.data_ptr, weights)]
-        if stamp != self._stamp:
-            is_first, self._stamp = self._stamp is None, stamp
+        dynamic = tuple(x.shape if isinstance(x, Tensor) else x for x in itertools.compress(args, self._is_dynamic))
+        key = dynamic, torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+        if key in self._plans:
+            return (self._plans[key] or self.forward)(*args)
+        if len(self._plans) == _PLANS:
             self._plans.clear()
-            # An id may be that of another tensor later.
-            self._alive = [weakref.ref(weight, self._forget) for weight in weights]
-            if not is_first:  # planned when they are seen again
-                return self.forward(*args)
-        if key not in self._plans:
-            if len(self._plans) == _PLANS:
-                self._plans.clear()
-            return self._plan(key, args)
-        run = self._plans[key]
-        return (run or self.forward)(*args)
-
-    def _forget(self, _: object) -> None:
-        self._stamp = ()
-
-    def _plan(self, key: Any, args: tuple[Any, ...]) -> Any:
-        """Run a call of a new kind, and plan those that follow."""
         first = _FirstRun(self.graph_module)
         result = first.run(*args)
         self._plans[key] = _planned(self.graph_module, first) if first.runs else None
+        self._done()
         return result
+
+    def _stay_as_they_are(self, args: tuple[Any, ...]) -> bool:
+        """Whether the weights may be packed: nothing asks for gradients, and this call sees them as the last one did."""
+        if self._needs_grad and torch.is_grad_enabled():
+            return False
+        weights = [*itertools.compress(args, self._is_weight)]
+        ids = [*map(id, weights)]
+        if ids != self._weights:
+            if any(map(Tensor.is_inference, weights)):  # whose changes cannot be seen
+                return False
+            self._weights, self._alive = ids, [weakref.ref(weight, self._forget) for weight in weights]
+        contents = packed.generation(), [*map(_version, weights)], [*map(Tensor.data_ptr, weights)], ids
+        if contents == self._contents:
+            return True
+        is_first, self._contents = self._contents is None, contents
+        self._plans.clear()
+        return is_first
+
+    def _forget(self, _: object) -> None:
+        self._weights, self._contents = [], ()
 
 
 def _is_weight(node: fx.Node) -> bool:
@@ -84,21 +97,16 @@ def _is_weight(node: fx.Node) -> bool:
     )
 
 
-def _key(inputs: list[Any]) -> Any:
-    """All that a plan takes for granted beside the weights; None where no plan may run."""
-    if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu") or not backends.runs_cpu_kernels():
-        return None
-    kinds: list[Any] = []
-    for x in inputs:
-        if isinstance(x, Tensor):
-            if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.layout != torch.strided:
-                return None
-            kinds += x.shape, x.stride(), x.dtype, x.requires_grad
-        elif isinstance(x, int | float):
-            kinds.append(x)
-        else:
-            return None
-    return *kinds, torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+def _is_dynamic(node: fx.Node) -> bool:
+    value = value_of(node)
+    sizes = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
+    return any(isinstance(size, torch.SymInt | torch.SymFloat) for size in sizes)
+
+
+def _may_plan() -> bool:
+    """Whether nothing looks on or changes dtypes, and the operators are those of this machine."""
+    looked_on = torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu")
+    return not looked_on and backends.runs_cpu_kernels() and torch.backends.mkldnn.enabled
 
 
 class _FirstRun(fx.Interpreter):
