@@ -21,7 +21,6 @@ from .packed import contents_of
 from .register import needs_grad
 from .relu_lrn_max_pool2d import relu_lrn_max_pool2d
 
-
 # Below these a call of ours costs more than it saves, and torch's runs: products of a convolution that is trained, and
 # of one that is not; elements of a map; pixels for which the weight is transformed anew in each call.
 _TRAINED, _FROZEN, _MAP, _TRANSFORMED = 1 << 27, 1 << 24, 1 << 16, 1 << 10
@@ -126,9 +125,7 @@ def _tail_by_torch(x: Tensor, *, relu: bool, pool: tuple[Any, ...]) -> Tensor:
     return F.max_pool2d(torch.relu(x) if relu else x, *pool)
 
 
-def _tail(
-    x: Tensor, relu: bool, lrn: LRNParams | None, pool: PoolParams | None, bias: Tensor | None = None
-) -> Tensor:
+def _tail(x: Tensor, relu: bool, lrn: LRNParams | None, pool: PoolParams | None, bias: Tensor | None = None) -> Tensor:
     if bias is None and not relu:
         if pool is None:
             return x if lrn is None else local_response_norm(x, lrn.size, lrn.alpha, lrn.beta, lrn.k, groups=lrn.groups)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from .graph import fuse
@@ -16,17 +17,23 @@ def fastcnn(
     Args:
         module: the graph.
         example_inputs: its inputs.
-        options: ``{"inner": name}`` hands the graph with its fused stages to another backend, such as "inductor".
+        options: ``{"inner": name}`` hands the graph with its fused stages to another backend, such as "inductor". That
+            one takes a ``"mode"`` of :func:`torch.compile` too: "reduce-overhead" makes CUDA graphs.
 
     Raises:
-        ValueError: an option has another name.
+        ValueError: an option has another name, or there is a mode without "inductor".
     """
     from torch._dynamo import lookup_backend
 
     options = dict(options or {})
-    inner = options.pop("inner", None)
+    inner, mode = options.pop("inner", None), options.pop("mode", None)
     if options:
-        raise ValueError(f"backend 'fastcnn' has no options {sorted(options)}; it has 'inner'")
+        raise ValueError(f"backend 'fastcnn' has no options {sorted(options)}; it has 'inner' and 'mode'")
+    if mode is not None and inner != "inductor":
+        raise ValueError(f"backend 'fastcnn' takes mode={mode!r} only for 'inner': 'inductor'")
     fuse(module.graph, {})
     module = fx.GraphModule(module, module.graph)
-    return module.forward if inner is None else lookup_backend(inner)(module, example_inputs)
+    if inner is None:
+        return module.forward
+    settings = {} if mode is None else {"config_patches": torch._inductor.list_mode_options(mode)}
+    return lookup_backend(inner)(module, example_inputs, **settings)

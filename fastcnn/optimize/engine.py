@@ -146,12 +146,11 @@ class Engine:
                 raise NoGraph(f"it calls {node.target.name()}, which a graph cannot run as the forward does")
         names = {name: type(m).__name__ for name, m in self.module.named_modules() if not m._modules}
         entries = fuse(graph_module.graph, names, inference=self.inference)
-        forward = fx.GraphModule(graph_module, graph_module.graph).forward  # the module itself compiles its code later
         self.graphs += 1
         # What TorchDynamo keeps must keep neither the model nor what was made of its weights.
         done = self.offloaded.release if self.offloaded else lambda: None
         self._planned.append(Planned(graph_module, graph_module.graph, inference=self.inference, done=done))
-        engine, planned = weakref.proxy(self), weakref.ref(self._planned[-1])
+        engine, planned, forward = weakref.proxy(self), weakref.ref(self._planned[-1]), self._planned[-1].forward
 
         def run(*args: Any) -> Any:
             engine._ran = True

@@ -366,6 +366,8 @@ def _restore_formats(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if not isinstance(node.target, Stage) and not loose.intersection(node.all_input_nodes):
             continue
+        if value_of(node).dim() == 0:
+            continue
         if all(_takes_any_format(user, node) for user in node.users):
             loose.add(node)
             continue

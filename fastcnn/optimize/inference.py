@@ -3,8 +3,9 @@
 Each runs with the arguments of its stage, where they are like those that it was made for.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..memory_format import output_format
 from ..ops.cpu import winograd
 from ..ops.cpu.memory import kept
 from ..ops.cpu.onednn import pack
-from ..ops.packed import Frozen, unchanged
+from ..ops.packed import unchanged
 from ..params import ConvParams, PoolParams, TailParams, opmath, pooled_size
 
 Run = Callable[..., Tensor]
@@ -25,7 +26,15 @@ _HALVES = PoolParams(2).op_args()
 _REUSED_BYTES = 32 << 20
 _FEW = 4  # vectors, for which reading the weights is all that takes time
 _LINEAR_BATCH = 32  # that weights are packed for, and good for any
-_SMALL_POINTWISE, _SMALL = 1 << 26, 1 << 25  # products, with 1x1 windows and others, of which ours is faster than oneDNN
+_SMALL_POINTWISE, _SMALL = (
+    1 << 26,
+    1 << 25,
+)  # products, with 1x1 windows and others, of which ours is faster than oneDNN
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A map in channels_last."""
+    return kept(torch.empty(shape, dtype=dtype, memory_format=torch.channels_last))
 
 
 class Tail:
@@ -142,11 +151,8 @@ class Convolution:
                 out.narrow(1, first, self.shape[1]).copy_(y)
         return y if out is None else out
 
-    def _empty(self, like: Tensor) -> Tensor:
-        return kept(torch.empty(self.shape, dtype=like.dtype, memory_format=torch.channels_last))
-
     def _directly(self, x: Tensor, addend: Tensor | None, out: Tensor | None, first: int) -> Tensor:
-        y = self._empty(x) if out is None else out
+        y = empty(self.shape, x.dtype) if out is None else out
         stride, padding, dilation, groups = self.conv
         shape = first, self.shape[1], self.window
         torch.ops.fastcnn_cpu.convolution(
@@ -158,7 +164,7 @@ class Convolution:
 
     def _by_winograd(self, x: Tensor, addend: Tensor | None, out: Tensor | None, first: int) -> Tensor | None:
         if out is None:
-            out = self._empty(x) if self.tail is None else self.tail.empty(x.dtype)
+            out = empty(self.shape, x.dtype) if self.tail is None else self.tail.empty(x.dtype)
         _, padding, _, groups = self.conv
         largest = torch.ops.fastcnn_cpu.winograd(
             x, None, self.packed, self.bias, addend, out, first, None, padding, groups, self.relu, self.halves
@@ -187,7 +193,7 @@ class Convolution:
     def _in_parts(self, x: Tensor) -> Tensor:
         """A few images at a time, so that the convolution's output stays in memory that is used again."""
         if self.tail is None:
-            y = self._empty(x)
+            y = empty(self.shape, x.dtype)
             for part, out in zip(x.split(self.step), y.split(self.step), strict=True):
                 torch.clamp_min(self._convolve(part, self.bias), 0, out=out)
             return y
@@ -205,7 +211,7 @@ def pack_panels(weight: Tensor, groups: int) -> Tensor:
     cuts = [padded // 16 * i // panels * 16 for i in range(panels + 1)]
     w = weight.detach().reshape(groups, outputs // groups, channels, *window).permute(0, 3, 4, 2, 1)
     w = F.pad(w, (0, padded - outputs // groups))
-    return torch.cat([group[..., a:b].reshape(-1) for group in w for a, b in zip(cuts, cuts[1:], strict=False)])
+    return torch.cat([group[..., a:b].reshape(-1) for group in w for a, b in itertools.pairwise(cuts)])
 
 
 def normalized(
@@ -227,4 +233,3 @@ def normalized(
         both = (weight * factor.view(-1, 1, 1, 1)).to(weight.dtype), offset.to(weight.dtype)
         known = made["normalized"] = eps, of, both
     return known[2]
-

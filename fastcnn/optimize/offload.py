@@ -12,7 +12,7 @@ _LEAST_BYTES = 4096  # a page
 
 
 class Offloaded:
-    """Moves the parameters and buffers of a model to a file, of which memory holds what was read since the last release.
+    """Moves the parameters and buffers of a model to a file. Memory holds what was read of it since the last release.
 
     They stay what they are: they can be read, written, saved and copied. The file has no name, and goes with the model.
 

@@ -15,11 +15,9 @@ from ..params import ConvParams, LRNParams, PoolParams, TailParams
 from .inference import Convolution, Linear, Tail, normalized
 
 Run = Callable[..., Tensor]
-
-
-# With more weights than this for each element of a small map, they take longer than it does, and torch's NCHW is best.
-_WEIGHTS_PER_ELEMENT = 8
-_MOST_WEIGHTS = 1 << 18  # whose gradient takes less time to reorder than its memory to map
+# A convolution that is trained runs in NCHW, as its weight is, where reordering that takes longer than it gains: with
+# more weights than this for each element of the input, but for one small image with fewer weights than that.
+_WEIGHTS_PER_ELEMENT, _MOST_WEIGHTS = 8, 1 << 18
 
 
 class Stage:
@@ -31,7 +29,7 @@ class Stage:
         relu: whether to rectify.
         lrn: the normalization, None for none.
         pool: the pooling, None for none.
-        inference: compute in channels_last.
+        inference: pack weights.
     """
 
     __name__ = "stage"  # torch.fx writes the calls of functions by name
@@ -101,40 +99,50 @@ class Stage:
         norm: tuple[Any, ...] = (),
         addend: Tensor | None = None,
     ) -> Run | None:
-        """A faster function of arguments like these; None if there is none. For inference, weights have to stay as they are.
+        """What runs on arguments like these; None if there is nothing better than the stage itself.
 
-        None also where a weight, or what the batch norm makes of it, is not finite, and where padding is uneven.
+        For inference that packs the parameters, which then have to stay as they are.
         """
         tail = TailParams(self.relu, self.lrn, self.pool)
         if weight is None or self.conv is None:
             if self.inference:
-                return Tail.of(x, tail) if _runs(x) else None
+                return Tail.of(x, tail) if x.is_cpu and x.numel() else None
             return fastest_tail(x, relu=self.relu, lrn=self.lrn, pool=self.pool)
         if not self.inference:
             return self._way(x, weight, bias, norm, addend)
-        if not _runs(x, weight, bias, *norm):
+        if x.numel() == 0 or not _are_alike(x, weight, bias, *norm):
             return None
         if self.eps is not None:
             weight, bias = normalized(self.eps, weight, bias, *norm)
+        if not x.is_cpu:
+            run = self._way(x, weight, bias, (), addend)
+            return lambda x, _weight, _bias=None, _norm=(), addend=None: run(x, weight, bias, (), addend)
+        if not onednn.runs(x) or not unchanged(weight).get("is finite", lambda: bool(weight.isfinite().all())):
+            return None  # zeros around a map would make NaN of infinite weights
         conv, asymmetric = ConvParams.of(x, weight, bias, *self.conv)
-        if asymmetric or not onednn.runs(x) or not unchanged(weight).get("is finite", lambda: bool(weight.isfinite().all())):
+        if asymmetric:
             return None
-        if addend is not None and (not _runs(x, addend) or list(addend.shape) != conv.output_shape(x.shape, weight.shape)):
+        if addend is not None and not (
+            _are_alike(x, addend) and list(addend.shape) == conv.output_shape(x.shape, weight.shape)
+        ):
             return None
         return Convolution(self, x, weight, bias, conv, tail)
 
 
-def _runs(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether something here computes the like of these: on CPU, of one dtype."""
-    return x.is_cpu and x.numel() > 0 and all(t is None or (t.is_cpu and t.dtype == x.dtype) for t in others)
+def _are_alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether they are of one dtype, and on one device."""
+    return all(t is None or (t.device, t.dtype) == (x.device, x.dtype) for t in others)
 
 
 def _best_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
     """The memory format in which a convolution is fastest; None: that of the input."""
-    if x.dim() != 4 or torch.compiler.is_compiling():
+    device = x.device.type
+    if x.dim() != 4 or (device == "cpu" and torch.compiler.is_compiling()):
         return None
-    if not x.is_cpu:  # 16 bits are for the tensor cores of a GPU
-        return torch.channels_last if x.dtype in (torch.float16, torch.bfloat16) else None
+    if device != "cpu":  # a GPU's tensor cores read 16-bit maps in channels_last
+        autocasts = device == "cuda" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocasts else x.dtype
+        return torch.channels_last if dtype in (torch.float16, torch.bfloat16) else None
     if not weight.requires_grad or x.numel() * _WEIGHTS_PER_ELEMENT >= weight.numel():
         return torch.channels_last
     # torch has no use for oneDNN with so little of a single image.
@@ -169,6 +177,6 @@ class LinearStage:
 
     def planned(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Run | None:
         """As of :class:`Stage`."""
-        if not _runs(x, weight, bias) or not onednn.runs(x):
+        if not x.is_cpu or not _are_alike(x, weight, bias) or not onednn.runs(x):
             return None
         return Linear(x, weight, self.relu, self.factor)

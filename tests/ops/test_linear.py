@@ -11,7 +11,7 @@ from promises import DTYPES, assert_bitwise, embedded, ident, integers, randn
 from torch import Tensor
 
 import fastcnn
-from fastcnn.optimize import inference
+from fastcnn.optimize.stage import LinearStage
 
 pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="needs the C++ library")
 
@@ -62,7 +62,8 @@ def test_any_batch_and_any_strides(vectors, layout):
         x, weight = x.T.contiguous().T, weight.T.contiguous().T
     if layout == "spaced":
         x, weight, bias = (embedded(t, steps=[1] * (t.dim() - 1) + [3]) for t in (x, weight, bias))
-    y = inference.linear(x, weight, bias, True, 0.25)
+    stage = LinearStage(relu=True, factor=0.25)
+    y = (stage.planned(x, weight, bias) or stage)(x, weight, bias)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
