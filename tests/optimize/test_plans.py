@@ -92,6 +92,13 @@ def assert_same(y, expected, tolerance=1e-5):
         assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
+def assert_same_gradients(fast, model):
+    """Of the input, whatever its strides."""
+    x, y = leaf(X), leaf(X)
+    (ours,), (theirs,) = torch.autograd.grad(fast(x).sum(), x), torch.autograd.grad(model(y).sum(), y)
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
 def check(fast, model, *inputs, calls=3, tolerance=1e-5):
     """Calls with different values, the first of which makes the plan; also what the caller sees of the inputs."""
     for x in inputs or (X,):
@@ -625,7 +632,7 @@ def test_weights_that_are_arguments(way):
     weight, bias = leaf(layer.weight), leaf(layer.bias)
     for m in (fast, model):
         m(X, weight, bias).sum().backward()
-    assert_same(weight.grad / 2, torch.autograd.grad(model(X, weight, bias).sum(), weight)[0])
+    torch.testing.assert_close(weight.grad / 2, torch.autograd.grad(model(X, weight, bias).sum(), weight)[0])
 
 
 @pytest.mark.parametrize("parametrization", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
@@ -706,7 +713,7 @@ def test_the_number_of_threads_may_change(threads):
         check(fast, model, calls=2)
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF, 3e38])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["input", "weight", "bias", "statistics"])
 def test_what_is_not_finite(way, where, value):
     class Sum(nn.Module):
@@ -766,18 +773,14 @@ def test_plans_made_without_onednn_and_under_inference_mode():
         with first():
             check(fast, model)
         check(fast, model)
-        x, y = leaf(X), leaf(X)
-        ours, theirs = torch.autograd.grad(fast(x).sum(), x), torch.autograd.grad(model(y).sum(), y)
-        assert_same(ours[0], theirs[0], 1e-4)
+        assert_same_gradients(fast, model)
 
 
 def test_gradients_of_inputs_between_planned_calls():
     model, fast = prepared(Network())
     for _ in range(3):
         check(fast, model)
-        x, y = leaf(X), leaf(X)
-        ours, theirs = torch.autograd.grad(fast(x).sum(), x), torch.autograd.grad(model(y).sum(), y)
-        assert_same(ours[0], theirs[0], 1e-4)
+        assert_same_gradients(fast, model)
         with torch.no_grad():
             assert not fast(x).requires_grad
         for m in (model, fast):
