@@ -1,6 +1,6 @@
 """Run the C++ kernels on tensors that lie against a page no one may touch: a script, since it dies where one does.
 
-    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | winograd | linear
+    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | winograd | convolution | linear
 
 Every input and output has a guard page directly before its first or directly after its last element, so a read or write
 out of bounds ends the process with a segmentation fault; the last line printed names the case.
@@ -18,6 +18,7 @@ import fastcnn
 from fastcnn import LRNParams, PoolParams
 from fastcnn.ops import outputs
 from fastcnn.ops.cpu import lrn
+from fastcnn.optimize.inference import pack_panels
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 mprotect = ctypes.CDLL(None, use_errno=True).mprotect
@@ -73,9 +74,28 @@ def run_winograd(at_end: bool) -> None:
         for transformed, turned in zip(u, (False, True), strict=True):
             torch.ops.fastcnn_cpu.winograd_weight(weight, transformed, groups, turned)
         run = torch.ops.fastcnn_cpu.winograd
-        run(x, None, u[0], bias, y, mask, [1, 1], groups, True, False)
-        run(x, None, u[0], None, halved, None, [1, 1], groups, True, True)
-        run(y, mask, u[1], None, guarded(x, at_end), None, [1, 1], groups, False, False)
+        run(x, None, u[0], bias, None, y, 0, mask, [1, 1], groups, True, False)
+        run(x, None, u[0], None, None, halved, 0, None, [1, 1], groups, True, True)
+        run(y, mask, u[1], None, None, guarded(x, at_end), 0, None, [1, 1], groups, False, False)
+        more = guarded(in_format(torch.empty(2, k * groups + 5, h, w), torch.channels_last), at_end)
+        run(x, None, u[0], bias, guarded(y, at_end), more, 5 if at_end else 0, None, [1, 1], groups, True, False)
+
+
+def run_convolution(at_end: bool) -> None:
+    windows = ((1, 1), (1, 1), (0, 0), (1, 1)), ((3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3), (2, 3), (0, 2), (1, 2))
+    shapes = itertools.product((1, 16, 19), (1, 17, 80), ((5, 8), (3, 33)), (1, 2), windows)
+    for c, k, (h, w), groups, (window, stride, padding, dilation) in shapes:
+        where = f"2x{c * groups}x{h}x{w} {k=} {groups=} {window=} {stride=} {padding=} {dilation=} {at_end=}"
+        print(fastcnn.backends.cpu_capability(), where, flush=True)
+        x = guarded(in_format(randn(2, c * groups, h, w), torch.channels_last), at_end)
+        weight, bias = randn(k * groups, c, *window), guarded(randn(k * groups), at_end)
+        y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+        addend = guarded(in_format(y, torch.channels_last), at_end)
+        packed, y = guarded(pack_panels(weight, groups), at_end), guarded(addend, at_end)
+        more = guarded(in_format(torch.empty(2, y.shape[1] + 5, *y.shape[2:]), torch.channels_last), at_end)
+        args, run = (window, stride, padding, dilation, groups, True), torch.ops.fastcnn_cpu.convolution
+        run(x, packed, bias, addend, y, 0, k * groups, *args)
+        run(x, packed, None, None, more, 5 if at_end else 0, k * groups, *args)
 
 
 def run_linear(at_end: bool) -> None:
@@ -86,9 +106,10 @@ def run_linear(at_end: bool) -> None:
 
 
 def main(op: str) -> None:
-    if op in ("winograd", "linear"):
+    alone = {"winograd": run_winograd, "convolution": run_convolution, "linear": run_linear}
+    if op in alone:
         for at_end in (True, False):
-            (run_winograd if op == "winograd" else run_linear)(at_end)
+            alone[op](at_end)
         return
     lrns = [LRNParams(1), LRNParams(5, 0.5), LRNParams(4, 0.5, 0.6), LRNParams(40, groups=1)]
     pools = [PoolParams(3, 2), PoolParams(3, 2, 1, 1, True), PoolParams((2, 3), 1, (1, 0)), PoolParams(3, 1, 1, 2)]

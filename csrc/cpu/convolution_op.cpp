@@ -10,17 +10,22 @@ struct convolution;
 static void convolution_op(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> addend, Tensor out,
                            int64_t first, int64_t outputs, Ints kernel, Ints stride, Ints padding, Ints dilation,
                            int64_t groups, bool relu) {
+  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2 && groups > 0,
+                  "sizes must be pairs, and groups positive");
   ConvolutionTask task{};
   task.shape = {x.size(0), x.size(1), x.size(2), x.size(3), true};
   task.out_h = out.size(2), task.out_w = out.size(3), task.outputs = outputs, task.groups = groups, task.relu = relu;
   for (int i = 0; i < 2; ++i) {
     task.kernel[i] = kernel[i], task.stride[i] = stride[i];
     task.padding[i] = padding[i], task.dilation[i] = dilation[i];
-    const int64_t size = (x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) / stride[i] + 1;
+    STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0, "sizes must be positive");
+    const int64_t room = x.size(2 + i) + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    const int64_t size = room < 0 ? 0 : room / stride[i] + 1;
     STD_TORCH_CHECK(out.size(2 + i) == size, "out must have the size of the convolution, ", size);
   }
   const int64_t pixels = x.size(0) * task.out_h * task.out_w, channels = out.size(1);
-  STD_TORCH_CHECK(x.size(1) % groups == 0 && outputs % groups == 0, "channels must be a multiple of groups");
+  STD_TORCH_CHECK(outputs >= 0 && x.size(1) % groups == 0 && outputs % groups == 0,
+                  "channels must be a multiple of groups");
   STD_TORCH_CHECK(first >= 0 && first + outputs <= channels, "out has ", channels, " channels, too few");
   expect("input", x, DType::float32, x.numel());
   expect("weight", weight, DType::float32, kernel[0] * kernel[1] * x.size(1) * task.padded_outputs());

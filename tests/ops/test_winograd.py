@@ -243,12 +243,98 @@ def test_nothing_is_read_or_written_out_of_bounds():
     assert run.returncode == 0, run.stdout[-200:] + run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("wrong", ["weight", "out", "bias", "mask", "channels"])
-def test_sizes_are_checked(wrong):
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("relu", [False, True])
+def test_addend(kernel, relu, groups, shape):
+    n, c, k, h, w = shape
+    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups)
+    whole, of_whole = convolve(x, weight, bias, (1, 1), groups)
+    addend = randn(*whole.shape, seed=5, format=torch.channels_last)
+    y, largest = convolve(x, weight, bias, (1, 1), groups, addend=addend, relu=relu)
+    assert_bitwise(y, (whole + addend).relu() if relu else whole + addend)
+    assert largest == of_whole
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("relu", [False, True])
+def test_an_addend_that_is_not_finite_stays_where_it_is(kernel, relu, value):
+    """It is added after the largest magnitude was taken: nothing has to be computed again."""
+    x, weight, bias = arguments(2, 16, 32, 7, 6)
+    addend = randn(2, 32, 7, 6, seed=5, format=torch.channels_last)
+    addend[1, 3, 6, 2] = value
+    y, largest = convolve(x, weight, bias, (1, 1), 1, addend=addend, relu=relu)
+    assert largest is not None
+    whole, _ = convolve(x, weight, bias, (1, 1), 1)
+    assert_bitwise(y, (whole + addend).relu() if relu else whole + addend)
+
+
+@pytest.mark.parametrize("options", [{}, {"relu": True}, {"pool": True}, {"addend": True}], ids=str)
+@pytest.mark.parametrize(("before", "after"), [(0, 16), (16, 0), (3, 5)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_only_its_channels_of_the_output_are_written(kernel, groups, before, after, options):
+    x, weight, bias = arguments(2, 32 * groups, 80 * groups, 7, 6, groups)
+    if "addend" in options:
+        options = {"addend": randn(2, 80 * groups, 7, 6, seed=5, format=torch.channels_last)}
+    expected, _ = convolve(x, weight, bias, (1, 1), groups, **options)
+    outputs = expected.shape[1]
+    more = torch.full((2, before + outputs + after, *expected.shape[2:]), 7.0).to(memory_format=torch.channels_last)
+    _winograd.convolve(x, weight, bias, more, [1, 1], groups, first=before, **options)
+    assert_bitwise(more[:, before : before + outputs], expected)
+    assert (more[:, :before] == 7).all()
+    assert (more[:, before + outputs :] == 7).all()
+
+
+GOOD = {
+    "x": (1, 32, 8, 8),
+    "u": 16 * 16 * 32,
+    "bias": 16,
+    "addend": None,
+    "out": (1, 16, 8, 8),
+    "first": 0,
+    "mask": 16 * 64 // 8,
+    "groups": 1,
+    "pool": False,
+}
+
+
+def call(**changed) -> None:
+    case = {**GOOD, **changed}
+    x, u, bias, addend, out = (
+        None if case[name] is None else torch.zeros(case[name]) for name in ("x", "u", "bias", "addend", "out")
+    )
+    mask = None if case["mask"] is None else torch.zeros(case["mask"], dtype=torch.uint8)
+    args = bias, addend, out, case["first"], mask, [1, 1], case["groups"], True, case["pool"]
+    torch.ops.fastcnn_cpu.winograd(x, None, u, *args)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x": (1, 24, 8, 8), "u": 16 * 16 * 24},
+        {"x": (1, 0, 8, 8), "u": 0},
+        {"u": 16 * 16 * 32 - 1},
+        {"u": 16 * 8 * 32},
+        {"bias": 15},
+        {"addend": (1, 16, 8, 7)},
+        {"addend": (1, 16, 4, 4), "out": (1, 16, 4, 4), "pool": True, "mask": None},
+        {"out": (1, 16, 7, 8)},
+        {"out": (1, 16, 8, 8), "pool": True},
+        {"out": (1, 15, 8, 8), "mask": None},
+        {"out": (1, 32, 8, 8)},
+        {"first": 1, "mask": None},
+        {"first": -1, "mask": None},
+        {"first": -1, "out": (1, 17, 8, 8), "mask": None},
+        {"mask": 16 * 64 // 8 - 1},
+        {"groups": 0},
+        {"groups": -1},
+        {"groups": 4},
+    ],
+    ids=str,
+)
+def test_sizes_are_checked(changed):
     """The op can be called by itself, and must not read or write out of bounds."""
-    c = 24 if wrong == "channels" else 32
-    x, u = torch.zeros(1, c, 8, 8).to(memory_format=torch.channels_last), torch.zeros(16 * 16 * c - (wrong == "weight"))
-    out, bias = torch.zeros(1, 16, 8 - (wrong == "out"), 8), torch.zeros(16 - (wrong == "bias"))
-    mask = torch.zeros(16 * 64 // 8 - (wrong == "mask"), dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="must"):
-        torch.ops.fastcnn_cpu.winograd(x, None, u, bias, out, mask, [1, 1], 1, True, False)
+    call()
+    call(addend=(1, 16, 8, 8), out=(1, 20, 8, 8), first=4, mask=None)
+    with pytest.raises(RuntimeError, match="must|has|takes|whole"):
+        call(**changed)

@@ -1,0 +1,234 @@
+"""Training, and frozen weights, in the memory formats that fastcnn/optimize/stage.py chooses, with sizes as they ship."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from promises import FORMATS, ident, in_format, leaf, randn
+from torch import nn
+
+import fastcnn
+from fastcnn.ops import stage as stage_ops
+from fastcnn.optimize import stage
+
+SHIPPED = {name: getattr(stage_ops, name) for name in ("_TRAINED", "_FROZEN", "_MAP", "_TRANSFORMED")}
+DOUBLE, FLOAT = torch.float64, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def shipped(usual, monkeypatch):
+    for name, value in SHIPPED.items():
+        monkeypatch.setattr(stage_ops, name, value)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def formats(monkeypatch):
+    """What was chosen for each convolution."""
+    seen = []
+    best = stage._best_format
+    monkeypatch.setattr(stage, "_best_format", lambda *args: (seen.append(best(*args)), seen[-1])[1])
+    return seen
+
+
+def vgg():
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(True), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(True)),
+        *(nn.MaxPool2d(2), nn.Conv2d(64, 32, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(2), nn.Conv2d(32, 8, 1)),
+    )
+
+
+class Outputs(nn.Module):
+    """Returns the output of every layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(3, 16, 5, 2, 2), nn.ReLU(), nn.LocalResponseNorm(5), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(16, 32, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(32, 16, 1), nn.MaxPool2d(2)),
+        )
+
+    def forward(self, x):
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return tuple(outputs)
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32)
+        self.conv1, self.norm1 = nn.Conv2d(32, 48, 3, 2, 1, bias=False), nn.BatchNorm2d(48)
+        self.conv2, self.norm2 = nn.Conv2d(48, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
+        self.down, self.norm3 = nn.Conv2d(32, 48, 1, 2, bias=False), nn.BatchNorm2d(48)
+        self.relu, self.pool, self.fc = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), nn.Linear(48, 7)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.norm(self.stem(x))))
+        y = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        y += self.norm3(self.down(x))
+        return self.fc(self.relu(y).mean((2, 3))), y
+
+
+class Inception(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.LocalResponseNorm(5))
+        self.one = nn.Sequential(nn.Conv2d(64, 16, 1), nn.ReLU(True))
+        self.three = nn.Sequential(nn.Conv2d(64, 24, 1), nn.ReLU(True), nn.Conv2d(24, 32, 3, 1, 1), nn.ReLU(True))
+        self.five = nn.Sequential(nn.Conv2d(64, 8, 1), nn.ReLU(True), nn.Conv2d(8, 8, 5, 1, 2), nn.ReLU(True))
+        self.pool = nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.Conv2d(64, 8, 1), nn.ReLU(True))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.cat([self.one(x), self.three(x), self.five(x), self.pool(x)], 1), x
+
+
+class Deep(nn.Module):
+    """More weights than the small maps have elements, of every kind of window."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 512, 3, padding=1), nn.Conv2d(512, 32, 1)
+        self.four, self.five = nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 32, 5, padding=2)
+        self.norm = nn.BatchNorm2d(32)
+
+    def forward(self, x):
+        x = F.relu(self.one(x))
+        y = F.relu(self.two(x))
+        z = F.relu(self.three(y))
+        u = F.max_pool2d(F.relu(self.four(z)), 2, 1)
+        return F.relu(self.norm(self.five(F.relu(self.four(z)))) + z), y, u, self.two(x)
+
+
+NETWORKS = {
+    "vgg": (vgg, (4, 3, 32, 32)),
+    "outputs": (Outputs, (2, 3, 40, 37)),
+    "resnet": (ResNet, (2, 3, 32, 32)),
+    "inception": (Inception, (2, 3, 33, 31)),
+    "deep 1": (Deep, (1, 3, 4, 4)),
+    "deep 4": (Deep, (4, 3, 4, 4)),
+}
+
+
+def tuple_of(y):
+    return (y,) if isinstance(y, torch.Tensor) else y
+
+
+def trained(model, x):
+    """Outputs, and the gradients of the input and of the parameters."""
+    x = leaf(x)
+    outputs = tuple_of(model(x))
+    loss = sum((y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)).sum() for y in outputs)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    dx, *of_parameters = torch.autograd.grad(loss, [x, *parameters], retain_graph=True)
+    model.zero_grad()
+    loss.backward()
+    return outputs, dx, of_parameters, x.grad
+
+
+def assert_near(ours, theirs):
+    assert ours.shape == theirs.shape
+    # Rounding may choose the other of two almost equal maxima in float32. Gradients in front of a batch norm are zero.
+    assert (ours - theirs).norm() <= (1e-10 if ours.dtype == DOUBLE else 2e-3) * (theirs.norm() + 1)
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=ident)
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+@pytest.mark.parametrize(("frozen", "dtype"), [(False, DOUBLE), (False, FLOAT), (True, FLOAT)], ids=ident)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_values_and_strides(name, frozen, dtype, format, weights):
+    make, shape = NETWORKS[name]
+    model = make().to(dtype=dtype, memory_format=weights).train().requires_grad_(not frozen)
+    fast = fastcnn.optimize(model)
+    for i in range(2):
+        x = in_format(randn(*shape, dtype=dtype, seed=i), format)
+        ours, theirs = trained(fast, x), trained(model, x)
+        for y, expected in zip(ours[0], theirs[0], strict=True):
+            assert_near(y, expected)
+            assert y.stride() == expected.stride()
+        for dx, expected in zip((ours[1], ours[3], *ours[2]), (theirs[1], theirs[3], *theirs[2]), strict=True):
+            assert_near(dx, expected)
+        assert ours[3].stride() == theirs[3].stride()
+        for p, q in zip(fast.parameters(), model.parameters(), strict=True):
+            assert p.stride() == q.stride()
+            assert frozen or p.grad.stride() == p.stride()
+            assert not frozen or p.grad is None
+        for b, expected in zip(fast.buffers(), model.buffers(), strict=True):
+            torch.testing.assert_close(b, expected)
+    assert fast.fastcnn_report.replaced
+    assert not fast.fastcnn_report.plain
+
+
+@pytest.mark.parametrize("weights", FORMATS, ids=ident)
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 1), nn.Conv2d(64, 128, 3, padding=1)], ids=str)
+def test_strides_of_the_gradient_of_the_input(layer, format, weights):
+    """As autograd.grad returns it, and a hook or the function before sees it; ``x.grad`` has those of x anyway."""
+    model = nn.Sequential(layer, nn.ReLU()).to(memory_format=weights)
+    fast, x = fastcnn.optimize(model), in_format(randn(2, layer.in_channels, 5, 6, dtype=DOUBLE), format)
+    for _ in range(2):
+        assert trained(fast, x)[1].stride() == trained(model, x)[1].stride()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+@pytest.mark.parametrize("name", ["outputs", "resnet", "deep 4"])
+def test_steps_of_an_optimizer(name, format):
+    """Weights that change in each call, some of them frozen on the way."""
+    make, shape = NETWORKS[name]
+    model = make().train()
+    fast, found = fastcnn.optimize(model), []
+    for m in (model, fast):
+        optimizer, losses = torch.optim.SGD(m.parameters(), 1e-3, momentum=0.9), []
+        for i in range(4):
+            if i == 2:
+                next(m.parameters()).requires_grad_(False)
+            optimizer.zero_grad()
+            loss = sum(y.square().mean() for y in tuple_of(m(in_format(randn(*shape, dtype=DOUBLE, seed=i), format))))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        found.append((losses, m.state_dict()))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
+    x = randn(*shape, dtype=DOUBLE, seed=9)
+    with torch.no_grad():
+        for y, expected in zip(tuple_of(fast.eval()(x)), tuple_of(model.eval()(x)), strict=True):
+            torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "deep 1", "deep 4"])
+def test_inputs_that_ask_for_no_gradient(name):
+    make, shape = NETWORKS[name]
+    model = make().to(memory_format=torch.channels_last).train()
+    fast, x = fastcnn.optimize(model), randn(*shape, dtype=DOUBLE)
+    for m in (fast, model):
+        sum(y.sum() for y in tuple_of(m(x))).backward()
+    for p, q in zip(fast.parameters(), model.parameters(), strict=True):
+        assert_near(p.grad, q.grad)
+        assert p.grad.stride() == p.stride()
+
+
+def test_both_formats_are_chosen(formats):
+    for batch in (1, 4):
+        model = fastcnn.optimize(Deep().to(FLOAT))
+        formats.clear()
+        model(randn(batch, 3, 4, 4))
+        assert {torch.contiguous_format, torch.channels_last} <= set(formats)
+
+
+@pytest.mark.parametrize("strange", ["expanded", "sliced", "transposed"])
+@pytest.mark.parametrize("name", ["vgg", "deep 4"])
+def test_inputs_of_any_strides(name, strange):
+    make, (n, c, h, w) = NETWORKS[name]
+    model = make()
+    fast, x = fastcnn.optimize(model), randn(n, c, h, 2 * w, dtype=DOUBLE)
+    x = {"expanded": x[:1, ..., :w].expand(n, c, h, w), "sliced": x[..., ::2], "transposed": x[..., :w].mT}[strange]
+    ours, theirs = trained(fast, x), trained(copy.deepcopy(model), x)
+    for y, expected in zip(ours, theirs, strict=True):
+        for a, b in zip(tuple_of(y), tuple_of(expected), strict=True):
+            assert_near(a, b)
+    assert [y.stride() for y in ours[0]] == [y.stride() for y in theirs[0]]
+    assert ours[3].stride() == theirs[3].stride()
