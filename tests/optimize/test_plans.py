@@ -53,17 +53,17 @@ def made(monkeypatch):
 def joined(monkeypatch):
     """How many convolutions of each plan write into a concatenation."""
     seen = []
-    find = plan._joined
-    monkeypatch.setattr(plan, "_joined", lambda *args: seen.append(len(found := [*find(*args)])) or found)
+    find = plan._FirstRun._joined
+    monkeypatch.setattr(plan._FirstRun, "_joined", lambda run: seen.append(len(found := [*find(run)])) or found)
     return seen
 
 
 @pytest.fixture
 def plans(monkeypatch):
-    """The kinds of input for which a plan was made."""
+    """The plans that were made."""
     seen = []
-    make = plan.Planned._plan
-    monkeypatch.setattr(plan.Planned, "_plan", lambda self, key, args: (seen.append(key), make(self, key, args))[1])
+    make = plan._FirstRun.plan
+    monkeypatch.setattr(plan._FirstRun, "plan", lambda run: seen.append(run) or make(run))
     return seen
 
 
@@ -656,12 +656,12 @@ def planned(fast):
 
 
 def test_plans_of_many_shapes_are_bounded(monkeypatch):
-    monkeypatch.setattr(plan, "_PLANS", 16)
+    monkeypatch.setattr(plan, "_MOST_PLANS", 16)
     model, fast = prepared(Network())
     for i in range(100):
         x = X[:, :, : 3 + i % 17, : 3 + i % 13] + i
         assert_same(fast(x), model(x))
-    assert sum(len(p._plans) for p in planned(fast)) <= 16 * len(planned(fast))
+    assert sum(len(p._plans[1]) for p in planned(fast)) <= 16 * len(planned(fast))
     assert len(planned(fast)) <= 3
 
 
@@ -678,7 +678,7 @@ def test_plans_are_used(plans):
 @pytest.mark.parametrize("most", [1, 64])
 def test_threads_with_different_shapes(monkeypatch, most):
     """Also where each forgets the other's plan."""
-    monkeypatch.setattr(plan, "_PLANS", most)
+    monkeypatch.setattr(plan, "_MOST_PLANS", most)
     model, fast = prepared(Network())
     errors, expected = [], {}
     inputs = [X[:1], X[:, :, :9, :7].contiguous(), X[:, :, :12]]
