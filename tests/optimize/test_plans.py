@@ -45,7 +45,9 @@ def made(monkeypatch):
     """The convolutions that were planned."""
     seen = []
     init = inference.Convolution.__init__
-    monkeypatch.setattr(inference.Convolution, "__init__", lambda self, *args: (seen.append(self), init(self, *args))[1])
+    monkeypatch.setattr(
+        inference.Convolution, "__init__", lambda self, *args: (seen.append(self), init(self, *args))[1]
+    )
     return seen
 
 
@@ -645,7 +647,9 @@ def test_weights_that_are_arguments(way):
     torch.testing.assert_close(weight.grad / 2, torch.autograd.grad(model(X, weight, bias).sum(), weight)[0])
 
 
-@pytest.mark.parametrize("parametrization", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize(
+    "parametrization", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
 def test_parametrized_weights(way, parametrization):
     layer = parametrization(conv(way))
     model, fast = prepared(nn.Sequential(layer, nn.ReLU()))
@@ -794,7 +798,7 @@ def test_gradients_of_inputs_between_planned_calls():
         check(fast, model)
         assert_same_gradients(fast, model)
         with torch.no_grad():
-            assert not fast(x).requires_grad
+            assert not fast(X).requires_grad
         for m in (model, fast):
             m.one.weight.requires_grad_()
             m.one.weight.grad = None
