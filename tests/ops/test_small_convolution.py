@@ -263,7 +263,7 @@ def call(**changed) -> None:
 def test_sizes_are_checked(changed):
     """The op can be called by itself, and must not read or write out of bounds, nor end the process."""
     call()
-    with pytest.raises(RuntimeError, match="must|has"):
+    with pytest.raises(RuntimeError, match=r"must|has"):
         call(**changed)
 
 

@@ -1,4 +1,4 @@
-"""Training, and frozen weights, in the memory formats that fastcnn/optimize/stage.py chooses, with sizes as they ship."""
+"""Training, and frozen weights, in the memory formats that fastcnn/optimize/stage.py chooses, at sizes as they ship."""
 
 import copy
 
