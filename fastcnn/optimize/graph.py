@@ -308,7 +308,7 @@ def _follows(call: Call, stage: Sequence[Call], parts: Sequence[str], inference:
         )
     if "sum" in new and not _may_add(call):
         return False
-    if parts[-1] == "sum" and new[0] != "relu":
+    if "sum" in parts and new[0] != "relu":
         return False
     order = _VECTORS if parts[0] == "linear" else _MAPS
     if not set(new) <= set(order) or order.index(new[0]) <= order.index(parts[-1]):

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..memory_format import output_format
 from ..ops.cpu import onednn
 from ..ops.packed import unchanged
+from ..ops.register import needs_grad
 from ..ops.stage import fastest_stage, fastest_tail, run_tail
 from ..params import ConvParams, LRNParams, PoolParams, TailParams
 from .inference import Convolution, Linear, Tail, normalized
@@ -153,8 +155,24 @@ def _best_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
 def _in_format(
     format: torch.memory_format, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any
 ) -> Tensor:
+    x = InFormat.apply(x, format, weight) if needs_grad(x) else x.contiguous(memory_format=format)
     # Maps are channels_last between stages, or one that is not would spoil every sum and concatenation.
-    return run(x.contiguous(memory_format=format), weight, bias).contiguous(memory_format=torch.channels_last)
+    return run(x, weight, bias).contiguous(memory_format=torch.channels_last)
+
+
+class InFormat(torch.autograd.Function):
+    """``contiguous`` before a convolution, with the gradient in the format in which torch's convolution has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, format: torch.memory_format, weight: Tensor) -> Tensor:
+        channels = weight.shape[1]
+        by_weight = weight.is_contiguous(memory_format=torch.channels_last) and weight.stride(3) == channels > 1
+        ctx.format = torch.channels_last if by_weight else output_format(x)
+        return x.contiguous(memory_format=format)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dy.contiguous(memory_format=ctx.format), None, None
 
 
 class LinearStage:

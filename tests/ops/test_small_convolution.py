@@ -35,9 +35,7 @@ def run(
 ) -> Tensor:
     """All channels of ``out``, of which those ``before`` and ``after`` are not to be written: they are 7."""
     outputs, _, *window = weight.shape
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (window[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (window[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     y = torch.full((len(x), before + outputs + after, *size), 7.0).to(memory_format=torch.channels_last)
     y[:, before : before + outputs] = NAN
     packed = pack_panels(weight, groups)
@@ -71,7 +69,9 @@ def drawn(seed: int) -> tuple[list[Tensor | None], dict]:
     draw = random.Random(seed)
     groups = draw.choice([1, 1, 2, 3])
     c, k = (groups * draw.choice(sizes) for sizes in ([1, 3, 16, 37], [1, 5, 16, 31, 70, 130]))
-    window, stride, dilation = ([draw.choice(sizes) for _ in range(2)] for sizes in ([1, 2, 3, 5], [1, 1, 2, 3], [1, 2]))
+    window, stride, dilation = (
+        [draw.choice(sizes) for _ in range(2)] for sizes in ([1, 2, 3, 5], [1, 1, 2, 3], [1, 2])
+    )
     padding = [draw.randint(0, 2) for _ in range(2)]
     size = [max(1, dilation[i] * (window[i] - 1) + 1 - 2 * padding[i]) + draw.choice([0, 1, 6, 31]) for i in (0, 1)]
     x = channels_last(randn(draw.randint(1, 3), c, *size, seed=seed))
@@ -95,7 +95,14 @@ def test_error_is_at_most_twice_that_of_torch(kernel, seed):
 
 
 # images, channels, outputs, height, width
-SHAPES = [(1, 1, 1, 1, 1), (1, 16, 64, 1, 1), (2, 5, 7, 1, 9), (1, 64, 200, 7, 7), (5, 33, 65, 2, 3), (1, 3, 129, 4, 30)]
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (1, 16, 64, 1, 1),
+    (2, 5, 7, 1, 9),
+    (1, 64, 200, 7, 7),
+    (5, 33, 65, 2, 3),
+    (1, 3, 129, 4, 30),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -172,7 +179,11 @@ def test_the_same_bits_whatever_the_threads_and_the_batch(threads: Callable[[int
 
 def test_the_addend_may_be_written():
     """``out`` in its place: each output is read before it is written."""
-    x, weight, addend = channels_last(integers(2, 6, 5, 5)), integers(20, 6, 3, 3, seed=1), integers(2, 20, 3, 3, seed=3)
+    x, weight, addend = (
+        channels_last(integers(2, 6, 5, 5)),
+        integers(20, 6, 3, 3, seed=1),
+        integers(2, 20, 3, 3, seed=3),
+    )
     addend = channels_last(addend)
     expected = F.conv2d(x, weight) + addend
     args = [3, 3], [1, 1], [0, 0], [1, 1], 1, False
@@ -209,7 +220,9 @@ def call(**changed) -> None:
     case = {**GOOD, **changed}
     tensors = [torch.zeros(case[name]) for name in ("x", "packed", "bias", "addend", "out")]
     torch.ops.fastcnn_cpu.convolution(
-        *tensors, *(case[name] for name in ("first", "outputs", "window", "stride", "padding", "dilation", "groups")), True
+        *tensors,
+        *(case[name] for name in ("first", "outputs", "window", "stride", "padding", "dilation", "groups")),
+        True,
     )
 
 
@@ -250,7 +263,7 @@ def call(**changed) -> None:
 def test_sizes_are_checked(changed):
     """The op can be called by itself, and must not read or write out of bounds, nor end the process."""
     call()
-    with pytest.raises(RuntimeError, match="must|has"):
+    with pytest.raises(RuntimeError, match=r"must|has"):
         call(**changed)
 
 

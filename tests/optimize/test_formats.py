@@ -1,4 +1,4 @@
-"""Training, and frozen weights, in the memory formats that fastcnn/optimize/stage.py chooses, with sizes as they ship."""
+"""Training, and frozen weights, in the memory formats that fastcnn/optimize/stage.py chooses, at sizes as they ship."""
 
 import copy
 
@@ -130,6 +130,11 @@ def trained(model, x):
     return outputs, dx, of_parameters, x.grad
 
 
+def order(t):
+    """Strides, but for those of dimensions of one element, which say nothing."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
 def assert_near(ours, theirs):
     assert ours.shape == theirs.shape
     # Rounding may choose the other of two almost equal maxima in float32. Gradients in front of a batch norm are zero.
@@ -149,13 +154,13 @@ def test_values_and_strides(name, frozen, dtype, format, weights):
         ours, theirs = trained(fast, x), trained(model, x)
         for y, expected in zip(ours[0], theirs[0], strict=True):
             assert_near(y, expected)
-            assert y.stride() == expected.stride()
+            assert order(y) == order(expected)
         for dx, expected in zip((ours[1], ours[3], *ours[2]), (theirs[1], theirs[3], *theirs[2]), strict=True):
             assert_near(dx, expected)
         assert ours[3].stride() == theirs[3].stride()
         for p, q in zip(fast.parameters(), model.parameters(), strict=True):
             assert p.stride() == q.stride()
-            assert frozen or p.grad.stride() == p.stride()
+            assert frozen or order(p.grad) == order(p)
             assert not frozen or p.grad is None
         for b, expected in zip(fast.buffers(), model.buffers(), strict=True):
             torch.testing.assert_close(b, expected)
@@ -168,10 +173,10 @@ def test_values_and_strides(name, frozen, dtype, format, weights):
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 1), nn.Conv2d(64, 128, 3, padding=1)], ids=str)
 def test_strides_of_the_gradient_of_the_input(layer, format, weights):
     """As autograd.grad returns it, and a hook or the function before sees it; ``x.grad`` has those of x anyway."""
-    model = nn.Sequential(layer, nn.ReLU()).to(memory_format=weights)
+    model = nn.Sequential(copy.deepcopy(layer), nn.ReLU()).to(dtype=DOUBLE, memory_format=weights)
     fast, x = fastcnn.optimize(model), in_format(randn(2, layer.in_channels, 5, 6, dtype=DOUBLE), format)
     for _ in range(2):
-        assert trained(fast, x)[1].stride() == trained(model, x)[1].stride()
+        assert order(trained(fast, x)[1]) == order(trained(model, x)[1])
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=ident)
@@ -208,7 +213,7 @@ def test_inputs_that_ask_for_no_gradient(name):
         sum(y.sum() for y in tuple_of(m(x))).backward()
     for p, q in zip(fast.parameters(), model.parameters(), strict=True):
         assert_near(p.grad, q.grad)
-        assert p.grad.stride() == p.stride()
+        assert order(p.grad) == order(p)
 
 
 def test_both_formats_are_chosen(formats):
