@@ -38,11 +38,20 @@ def optimize(
     it does under ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.fx`` and the transforms of
     ``torch.func``, all of which see the plain forward. While a graph is made ``torch.compiler.is_compiling()`` is True.
 
+    Inside a graph maps have the memory format in which they are fastest, on CPU channels_last, on GPUs so in 16 bits;
+    parameters keep theirs, and gradients and whatever the caller sees have that of torch. For each kind of input what
+    runs every stage is found once: where it is small, or nothing of ours is faster, torch's own functions.
+
+    On CUDA cuDNN computes the convolutions, the operators of :mod:`fastcnn.functional` what follows them. A call can be
+    captured in a CUDA graph as it is; ``torch.compile(model, backend="fastcnn", options={"inner": "inductor", "mode":
+    "reduce-overhead"})`` captures every graph, with Inductor's kernels for the rest.
+
     Args:
         model: any module.
-        inference: also make it one for inference: in evaluation mode and its weights frozen. On CPU convolutions and
-            linear layers then compute from packed copies of their weights, with the batch norm after a convolution in
-            them. The copies are made anew where torch sees that a weight changed; it does not see writes through
+        inference: also make it one for inference: in evaluation mode and its weights frozen. Convolutions then have the
+            batch norm after them in their weights, and on CPU they add another map before the ReLU, as residual
+            networks do, write into a concatenation, and compute from packed copies of their weights, as linear layers
+            do. The copies are made anew where torch sees that a weight changed; it does not see writes through
             ``.data`` nor those of another process, after which :func:`refresh` is due.
         dtype: of the weights and to which the inputs of layers with weights are cast, with ``inference``; None: as
             they are.

@@ -63,6 +63,25 @@ def test_options_of_the_backend_are_checked():
         torch.compile(network("modes"), backend="fastcnn", options={"outer": "inductor"})(X)
 
 
+def test_modes_of_inductor_inside(monkeypatch):
+    """CUDA graphs, which do nothing on CPU: what matters is that Inductor is asked for them."""
+    from torch._inductor import compile_fx
+
+    asked, compile = [], compile_fx.compile_fx
+    monkeypatch.setattr(
+        compile_fx, "compile_fx", lambda *args, **options: asked.append(options) or compile(*args, **options)
+    )
+    torch.compiler.reset()
+    model = network("sequential").eval()
+    for inner, mode in ((None, "reduce-overhead"), ("eager", "reduce-overhead")):
+        with pytest.raises(Exception, match="takes mode='reduce-overhead' only"):
+            torch.compile(model, backend="fastcnn", options={"inner": inner, "mode": mode})(X)
+    options = {"inner": "inductor", "mode": "reduce-overhead"}
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="fastcnn", options=options)(X), model(X))
+    assert asked[0]["config_patches"] == {"triton.cudagraphs": True}
+
+
 def kernels(model):
     """How many kernels of Inductor, and which operators of fastcnn, a call runs."""
     torch.compiler.reset()

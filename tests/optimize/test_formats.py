@@ -11,6 +11,7 @@ from torch import nn
 import fastcnn
 from fastcnn.ops import stage as stage_ops
 from fastcnn.optimize import stage
+from fastcnn.optimize.stage import Stage
 
 SHIPPED = {name: getattr(stage_ops, name) for name in ("_TRAINED", "_FROZEN", "_MAP", "_TRANSFORMED")}
 DOUBLE, FLOAT = torch.float64, torch.float32
@@ -237,3 +238,15 @@ def test_inputs_of_any_strides(name, strange):
             assert_near(a, b)
     assert [y.stride() for y in ours[0]] == [y.stride() for y in theirs[0]]
     assert ours[3].stride() == theirs[3].stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=ident)
+@pytest.mark.parametrize("options", [{}, {"relu": True}, {"relu": True, "pool": fastcnn.PoolParams(2)}], ids=str)
+def test_maps_of_16_bits_are_channels_last_on_a_gpu(dtype, options):
+    """Which a tensor without memory stands for."""
+    x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 4, 9, 8), (6, 4, 3, 3)))
+    is_channels_last = dtype != torch.float32
+    fused = Stage((1, 1, 1, 1), **options)
+    for run in (fused, fused.planned(x, weight)):
+        assert run(x, weight).is_contiguous(memory_format=torch.channels_last) == is_channels_last
+        assert not x.is_contiguous(memory_format=torch.channels_last)
