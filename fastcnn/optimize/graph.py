@@ -401,7 +401,11 @@ def _now(stage: Sequence[Call], inference: bool) -> str:
     if parts[0] == "linear":
         return "linear, packed"
     if parts[0] == "conv":
-        now = {1: "conv2d", 2: "conv2d_relu"}.get(len(parts), "conv2d + relu_lrn_max_pool2d")
+        now = "conv2d_relu" if "relu" in parts else "conv2d"
+        if "sum" in parts:
+            now = " + ".join(("conv2d", *parts[1:]))
+        if {"lrn", "pool"}.intersection(parts):
+            now = "conv2d + relu_lrn_max_pool2d"
         return f"{now}, packed" if inference else now
     return {"lrn": "local_response_norm", "pool": "max_pool2d"}.get("".join(parts), "relu_lrn_max_pool2d")
 
