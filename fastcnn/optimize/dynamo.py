@@ -36,6 +36,8 @@ SETTINGS = {
     "trace_numpy": False,  # stock: numpy's random numbers come from torch's generator
     "allow_unspec_int_on_nn_module": True,  # stock: `self.step += 1` makes a graph in every call
     "optimize_ddp": False,  # stock: cuts graphs at the buckets of DistributedDataParallel
+    "skip_tensor_guards_with_matching_dict_tags": False,  # stock: with torch 2.11, requires_grad_() is not seen
+    "use_recursive_dict_tags_for_guards": False,  # stock before torch 2.12: the same, and it was withdrawn for crashes
     "recompile_limit": 64,  # of a code object; each engine has its own
 }
 
