@@ -35,6 +35,7 @@ static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight,
                           std::optional<Tensor> addend, Tensor out, int64_t first, std::optional<Tensor> out_mask,
                           Ints padding, int64_t groups, bool relu, bool pool) {
   WinogradTask task{};
+  STD_TORCH_CHECK(padding.size() == 2, "padding must have 2 elements, but has ", padding.size());
   STD_TORCH_CHECK(x.size(1) > 0 && groups > 0, "there must be channels and groups");
   const int64_t N = x.size(0), C = x.size(1), K = weight.numel() / 16 * groups / C, channels = out.size(1);
   task.shape = {N, C, x.size(2), x.size(3), true};

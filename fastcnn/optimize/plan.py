@@ -132,6 +132,7 @@ class _FirstRun(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, weights: set[fx.Node] | None) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # errors are those of the forward
         self.weights = weights
         self.runs: dict[fx.Node, Run] = {}
         self.maps: dict[fx.Node, tuple[torch.Size, torch.dtype]] = {}

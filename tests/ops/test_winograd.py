@@ -293,6 +293,7 @@ GOOD = {
     "out": (1, 16, 8, 8),
     "first": 0,
     "mask": 16 * 64 // 8,
+    "padding": [1, 1],
     "groups": 1,
     "pool": False,
 }
@@ -304,7 +305,7 @@ def call(**changed) -> None:
         None if case[name] is None else torch.zeros(case[name]) for name in ("x", "u", "bias", "addend", "out")
     )
     mask = None if case["mask"] is None else torch.zeros(case["mask"], dtype=torch.uint8)
-    args = bias, addend, out, case["first"], mask, [1, 1], case["groups"], True, case["pool"]
+    args = bias, addend, out, case["first"], mask, case["padding"], case["groups"], True, case["pool"]
     torch.ops.fastcnn_cpu.winograd(x, None, u, *args)
 
 
@@ -326,6 +327,7 @@ def call(**changed) -> None:
         {"first": -1, "mask": None},
         {"first": -1, "out": (1, 17, 8, 8), "mask": None},
         {"mask": 16 * 64 // 8 - 1},
+        {"padding": [1]},
         {"groups": 0},
         {"groups": -1},
         {"groups": 4},
