@@ -11,7 +11,7 @@ struct ConvolutionTask {
   int64_t out_h, out_w, outputs, groups, kernel[2], stride[2], padding[2], dilation[2];
   bool relu;
   // weight: for each group and each panel, kernel rows x kernel columns x channels x the panel's outputs, with zeros
-  // up to a multiple of 16 outputs. bias: readable up to that multiple. Bias and addend may be null.
+  // up to a multiple of 16 outputs. Bias and addend may be null.
   const float *x, *weight, *bias, *addend;
   float* out;
   int64_t out_stride, addend_stride;  // elements from pixel to pixel

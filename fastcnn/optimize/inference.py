@@ -228,8 +228,9 @@ def normalized(
     of = [None if t is None else unchanged(t) for t in (bias, scale, shift, mean, variance)]
     known = made.get("normalized")
     if known is None or known[0] != eps or any(a is not b for a, b in zip(known[1], of, strict=True)):
-        factor = (variance.double() + eps).rsqrt() * (1 if scale is None else scale)
-        offset = ((0 if bias is None else bias) - mean.double()) * factor + (0 if shift is None else shift)
-        both = (weight * factor.view(-1, 1, 1, 1)).to(weight.dtype), offset.to(weight.dtype)
+        with torch.inference_mode(False), torch.no_grad():  # they outlive this call
+            factor = (variance.double() + eps).rsqrt() * (1 if scale is None else scale)
+            offset = ((0 if bias is None else bias) - mean.double()) * factor + (0 if shift is None else shift)
+            both = (weight * factor.view(-1, 1, 1, 1)).to(weight.dtype), offset.to(weight.dtype)
         known = made["normalized"] = eps, of, both
     return known[2]

@@ -118,7 +118,7 @@ class Stage:
             weight, bias = normalized(self.eps, weight, bias, *norm)
         if not x.is_cpu:
             run = self._way(x, weight, bias, (), addend)
-            return lambda x, _weight, _bias=None, _norm=(), addend=None: run(x, weight, bias, (), addend)
+            return partial(_with_parameters, run, weight, bias) if norm else run
         if not onednn.runs(x) or not unchanged(weight).get("is finite", lambda: bool(weight.isfinite().all())):
             return None  # zeros around a map would make NaN of infinite weights
         conv, asymmetric = ConvParams.of(x, weight, bias, *self.conv)
@@ -136,6 +136,19 @@ def _are_alike(x: Tensor, *others: Tensor | None) -> bool:
     return all(t is None or (t.device, t.dtype) == (x.device, x.dtype) for t in others)
 
 
+def _with_parameters(
+    run: Run,
+    normalized_weight: Tensor,
+    normalized_bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Any, ...] = (),
+    addend: Tensor | None = None,
+) -> Tensor:
+    return run(x, normalized_weight, normalized_bias, (), addend)
+
+
 def _best_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
     """The memory format in which a convolution is fastest; None: that of the input."""
     device = x.device.type
@@ -147,7 +160,7 @@ def _best_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
         return torch.channels_last if dtype in (torch.float16, torch.bfloat16) else None
     if not weight.requires_grad or x.numel() * _WEIGHTS_PER_ELEMENT >= weight.numel():
         return torch.channels_last
-    # torch has no use for oneDNN with so little of a single image.
+    # torch does not use oneDNN for a single image this small, unless the window is large.
     by_onednn = len(x) > 1 or x.numel() > 20480 or max(weight.shape[2:]) > 3
     return torch.contiguous_format if by_onednn or weight.numel() > _MOST_WEIGHTS else torch.channels_last
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from promises import FORMATS, ident, in_format, leaf, randn
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcnn
 from fastcnn.ops import stage as stage_ops
@@ -250,3 +251,33 @@ def test_maps_of_16_bits_are_channels_last_on_a_gpu(dtype, options):
     for run in (fused, fused.planned(x, weight)):
         assert run(x, weight).is_contiguous(memory_format=torch.channels_last) == is_channels_last
         assert not x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_batch_norm_is_in_the_weights_on_a_gpu(bias, summed):
+    """The plan computes with the weights that the batch norm makes; "meta" shows that it runs, and on which weights."""
+    x, weight = torch.empty(2, 4, 9, 8, device="meta"), torch.empty(6, 4, 3, 3, device="meta")
+    others = [torch.empty(6, device="meta") for _ in range(5)]
+    stage = Stage((1, 1, 1, 1), 1e-5, relu=True, inference=True)
+    options = {"norm": tuple(others[1:]), "addend": torch.empty(2, 6, 9, 8, device="meta") if summed else None}
+    args = x, weight, others[0] if bias else None
+    plan = stage.planned(*args, **options)
+    with Counted() as ran:
+        assert plan(*args, **options).shape == (2, 6, 9, 8)
+    assert not [name for name in ran.names if "batch_norm" in name]
+    with Counted() as ran:
+        stage(*args, **options)
+    assert [name for name in ran.names if "batch_norm" in name]
+
+
+class Counted(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(op.name())
+        return op(*args, **(kwargs or {}))
