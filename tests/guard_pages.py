@@ -1,6 +1,6 @@
 """Run the C++ kernels on tensors that lie against a page no one may touch: a script, since it dies where one does.
 
-    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | winograd | convolution | linear
+    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | winograd | direct_convolution | linear
 
 Every input and output has a guard page directly before its first or directly after its last element, so a read or write
 out of bounds ends the process with a segmentation fault; the last line printed names the case.
@@ -81,7 +81,7 @@ def run_winograd(at_end: bool) -> None:
         run(x, None, u[0], bias, guarded(y, at_end), more, 5 if at_end else 0, None, [1, 1], groups, True, False)
 
 
-def run_convolution(at_end: bool) -> None:
+def run_direct_convolution(at_end: bool) -> None:
     windows = ((1, 1), (1, 1), (0, 0), (1, 1)), ((3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3), (2, 3), (0, 2), (1, 2))
     shapes = itertools.product((1, 16, 19), (1, 17, 80), ((5, 8), (3, 33)), (1, 2), windows)
     for c, k, (h, w), groups, (window, stride, padding, dilation) in shapes:
@@ -93,7 +93,7 @@ def run_convolution(at_end: bool) -> None:
         addend = guarded(in_format(y, torch.channels_last), at_end)
         packed, y = guarded(pack_panels(weight, groups), at_end), guarded(addend, at_end)
         more = guarded(in_format(torch.empty(2, y.shape[1] + 5, *y.shape[2:]), torch.channels_last), at_end)
-        args, run = (window, stride, padding, dilation, groups, True), torch.ops.fastcnn_cpu.convolution
+        args, run = (window, stride, padding, dilation, groups, True), torch.ops.fastcnn_cpu.direct_convolution
         run(x, packed, bias, addend, y, 0, k * groups, *args)
         run(x, packed, None, None, more, 5 if at_end else 0, k * groups, *args)
 
@@ -106,7 +106,7 @@ def run_linear(at_end: bool) -> None:
 
 
 def main(op: str) -> None:
-    alone = {"winograd": run_winograd, "convolution": run_convolution, "linear": run_linear}
+    alone = {"winograd": run_winograd, "direct_convolution": run_direct_convolution, "linear": run_linear}
     if op in alone:
         for at_end in (True, False):
             alone[op](at_end)

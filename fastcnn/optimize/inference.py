@@ -155,7 +155,7 @@ class Convolution:
         y = empty(self.shape, x.dtype) if out is None else out
         stride, padding, dilation, groups = self.conv
         shape = first, self.shape[1], self.window
-        torch.ops.fastcnn_cpu.convolution(
+        torch.ops.fastcnn_cpu.direct_convolution(
             x, self.packed, self.bias, addend, y, *shape, stride, padding, dilation, groups, self.relu
         )
         if self.tail is None:
@@ -204,7 +204,7 @@ class Convolution:
 
 
 def pack_panels(weight: Tensor, groups: int) -> Tensor:
-    """``weight`` as csrc/cpu/convolution.h has it."""
+    """``weight`` as csrc/cpu/direct_convolution.h has it."""
     outputs, channels, *window = weight.shape
     padded = -(-outputs // groups // 16) * 16
     panels = -(-padded // 64)

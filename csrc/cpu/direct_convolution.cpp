@@ -1,10 +1,10 @@
-// A convolution as products of a few pixels with a panel of weights, for maps so small that what a library does before
-// it begins takes as long as the convolution, with all that follows it on the way out.
+// Direct convolution, with all that follows it on the way out: products of a few pixels with a panel of weights. It is
+// for maps so small that what a library does before it begins takes as long as the convolution.
 //
 // The sums of up to kRows pixels of an output row and one panel stay in registers while the window's taps go by; where
-// a tap reaches beyond the map, its pixels are copied beside zeros first. Memory: a panel's weights stay in the L2 cache
-// for all pixels of a thread; the output is written once.
-#include "convolution.h"
+// a tap reaches beyond the map, its pixels are copied beside zeros first. Memory: a panel's weights stay in the L2
+// cache for all pixels of a thread; the output is written once.
+#include "direct_convolution.h"
 
 #include <algorithm>
 #include <array>
@@ -26,11 +26,11 @@ constexpr int64_t kPiece = 4 * kRows;  // pixels of an output row that a unit co
 
 // What the pixels read, run by run. Without groups and dilation a row of the window is one run of the input.
 struct Input {
-  const ConvolutionTask& task;
+  const DirectConvolutionTask& task;
   const int64_t channels, taps, run;  // of a group; of the window in a run; elements of a run
   float* const copied;
 
-  Input(const ConvolutionTask& t, Scratch& scratch)
+  Input(const DirectConvolutionTask& t, Scratch& scratch)
       : task(t),
         channels(t.shape.C / t.groups),
         taps(t.groups == 1 && t.dilation[1] == 1 ? t.kernel[1] : 1),
@@ -63,7 +63,7 @@ struct Input {
 template <int rows, int columns>
 FASTCNN_INLINE void convolve(const Input& input, int64_t n, int64_t h, int64_t w, int64_t g, int64_t first,
                              const float* weight, int64_t width) {
-  const ConvolutionTask& task = input.task;
+  const DirectConvolutionTask& task = input.task;
   const int64_t pixel = (n * task.out_h + h) * task.out_w + w, output = g * task.group_outputs() + first;
   Floats sum[rows][columns];
   for (int j = 0; j < columns; ++j) {
@@ -123,19 +123,19 @@ void convolve_panel(const Input& input, int64_t n, int64_t h, int64_t w, int64_t
   }
 }
 
-int64_t pieces(const ConvolutionTask& task) { return (task.out_w + kPiece - 1) / kPiece; }
+int64_t pieces(const DirectConvolutionTask& task) { return (task.out_w + kPiece - 1) / kPiece; }
 
-int64_t units(const ConvolutionTask& task) {
+int64_t units(const DirectConvolutionTask& task) {
   return task.groups * task.panels() * task.shape.N * task.out_h * pieces(task);
 }
 
-int64_t scratch_bytes(const ConvolutionTask& task) {
+int64_t scratch_bytes(const DirectConvolutionTask& task) {
   Scratch scratch(nullptr);
   Input(task, scratch);
   return scratch.used();
 }
 
-void run(const ConvolutionTask& task, int64_t begin, int64_t end, void* block) {
+void run(const DirectConvolutionTask& task, int64_t begin, int64_t end, void* block) {
   static constexpr auto kConvolve = []<int... r>(std::integer_sequence<int, r...>) {
     return std::array<Convolve, sizeof...(r)>{convolve_panel<r + 1>...};
   }(std::make_integer_sequence<int, kRows>{});
@@ -160,4 +160,4 @@ void run(const ConvolutionTask& task, int64_t begin, int64_t end, void* block) {
 }  // namespace
 }  // namespace fastcnn::FASTCNN_CAPABILITY
 
-FASTCNN_REGISTER_KERNEL(convolution, ConvolutionTask, units, scratch_bytes, run)
+FASTCNN_REGISTER_KERNEL(direct_convolution, DirectConvolutionTask, units, scratch_bytes, run)

@@ -6,7 +6,7 @@ namespace fastcnn {
 
 // A convolution of a small map, float32, channels_last, and what follows it: y = relu(conv(x) + bias + addend).
 // A unit is one panel of output channels of a piece of one row of output pixels.
-struct ConvolutionTask {
+struct DirectConvolutionTask {
   Shape shape;  // of x
   int64_t out_h, out_w, outputs, groups, kernel[2], stride[2], padding[2], dilation[2];
   bool relu;

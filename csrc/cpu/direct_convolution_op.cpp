@@ -1,18 +1,18 @@
-#include "convolution.h"
+#include "direct_convolution.h"
 
 #include "../arguments.h"
 #include "parallel.h"
 
 namespace fastcnn {
 
-struct convolution;
+struct direct_convolution;
 
-static void convolution_op(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> addend, Tensor out,
-                           int64_t first, int64_t outputs, Ints kernel, Ints stride, Ints padding, Ints dilation,
-                           int64_t groups, bool relu) {
+static void direct_convolution_op(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> addend,
+                                  Tensor out, int64_t first, int64_t outputs, Ints kernel, Ints stride, Ints padding,
+                                  Ints dilation, int64_t groups, bool relu) {
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2 && groups > 0,
                   "sizes must be pairs, and groups positive");
-  ConvolutionTask task{};
+  DirectConvolutionTask task{};
   task.shape = {x.size(0), x.size(1), x.size(2), x.size(3), true};
   task.out_h = out.size(2), task.out_w = out.size(3), task.outputs = outputs, task.groups = groups, task.relu = relu;
   for (int i = 0; i < 2; ++i) {
@@ -43,12 +43,13 @@ static void convolution_op(Tensor x, Tensor weight, std::optional<Tensor> bias, 
     task.shape.W = task.out_w = pixels;
   }
   constexpr int64_t kProducts = 8;  // that take as long as another kernel's element
-  parallel<convolution>(task, pixels * task.padded_outputs() * kernel[0] * kernel[1] * (x.size(1) / groups) / kProducts);
+  const int64_t products = pixels * task.padded_outputs() * kernel[0] * kernel[1] * x.size(1);
+  parallel<direct_convolution>(task, products / kProducts);
 }
 
-FASTCNN_OP(fastcnn_cpu, CPU, convolution,
+FASTCNN_OP(fastcnn_cpu, CPU, direct_convolution,
            "(Tensor input, Tensor weight, Tensor? bias, Tensor? addend, Tensor(a!) out, int first, int outputs, "
            "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool relu) -> ()",
-           convolution_op)
+           direct_convolution_op)
 
 }  // namespace fastcnn

@@ -1,4 +1,4 @@
-"""The convolution of small maps behind inference: csrc/cpu/convolution.cpp, and the weights that it takes."""
+"""Direct convolution, of small maps in inference: csrc/cpu/direct_convolution.cpp, and the weights that it takes."""
 
 import random
 import subprocess
@@ -39,7 +39,7 @@ def run(
     y = torch.full((len(x), before + outputs + after, *size), 7.0).to(memory_format=torch.channels_last)
     y[:, before : before + outputs] = NAN
     packed = pack_panels(weight, groups)
-    torch.ops.fastcnn_cpu.convolution(
+    torch.ops.fastcnn_cpu.direct_convolution(
         x, packed, bias, addend, y, before, outputs, window, stride, padding, dilation, groups, relu
     )
     return y
@@ -187,7 +187,7 @@ def test_the_addend_may_be_written():
     addend = channels_last(addend)
     expected = F.conv2d(x, weight) + addend
     args = [3, 3], [1, 1], [0, 0], [1, 1], 1, False
-    torch.ops.fastcnn_cpu.convolution(x, pack_panels(weight, 1), None, addend, addend, 0, 20, *args)
+    torch.ops.fastcnn_cpu.direct_convolution(x, pack_panels(weight, 1), None, addend, addend, 0, 20, *args)
     assert_bitwise(addend + 0, expected + 0)
 
 
@@ -197,7 +197,9 @@ def test_nothing_to_do(shape):
     call(window=[9, 9], packed=81 * 2 * 32, out=(1, 8, 0, 0), addend=(1, 8, 0, 0))
     nothing = torch.zeros(0)
     args = [1, 1], [1, 1], [0, 0], [1, 1], 1, True
-    torch.ops.fastcnn_cpu.convolution(torch.ones(2, 4, 3, 3), nothing, None, None, torch.ones(2, 0, 3, 3), 0, 0, *args)
+    torch.ops.fastcnn_cpu.direct_convolution(
+        torch.ones(2, 4, 3, 3), nothing, None, None, torch.ones(2, 0, 3, 3), 0, 0, *args
+    )
 
 
 GOOD = {
@@ -219,7 +221,7 @@ GOOD = {
 def call(**changed) -> None:
     case = {**GOOD, **changed}
     tensors = [torch.zeros(case[name]) for name in ("x", "packed", "bias", "addend", "out")]
-    torch.ops.fastcnn_cpu.convolution(
+    torch.ops.fastcnn_cpu.direct_convolution(
         *tensors,
         *(case[name] for name in ("first", "outputs", "window", "stride", "padding", "dilation", "groups")),
         True,
@@ -272,11 +274,11 @@ def test_dtypes_are_checked(wrong):
     tensors = [torch.zeros(GOOD[name]) for name in ("x", "packed", "bias", "addend", "out")]
     tensors[wrong] = tensors[wrong].double()
     with pytest.raises(RuntimeError, match="must"):
-        torch.ops.fastcnn_cpu.convolution(*tensors, 0, 8, [3, 3], [2, 2], [1, 1], [1, 1], 2, True)
+        torch.ops.fastcnn_cpu.direct_convolution(*tensors, 0, 8, [3, 3], [2, 2], [1, 1], [1, 1], 2, True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory")
 def test_nothing_is_read_or_written_out_of_bounds():
     script = Path(__file__).parents[1] / "guard_pages.py"
-    done = subprocess.run([sys.executable, str(script), "convolution"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), "direct_convolution"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
