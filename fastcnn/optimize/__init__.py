@@ -38,11 +38,12 @@ def optimize(
     it does under ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.fx`` and the transforms of
     ``torch.func``, all of which see the plain forward. While a graph is made ``torch.compiler.is_compiling()`` is True.
 
-    Inside a graph maps have the memory format in which they are fastest, on CPU channels_last, on GPUs so in 16 bits;
-    parameters keep theirs, and gradients and whatever the caller sees have that of torch. For each kind of input what
-    runs every stage is found once: where it is small, or nothing of ours is faster, torch's own functions.
+    Inside a graph maps have the memory format in which they are fastest: channels_last on CPU, and on GPUs in 16 bits.
+    Parameters keep theirs; gradients and whatever the caller sees have the strides that torch would give them. What
+    runs each stage is decided once for each kind of input: torch's own functions where a map is small or nothing here
+    is faster.
 
-    On CUDA cuDNN computes the convolutions, the operators of :mod:`fastcnn.functional` what follows them. A call can be
+    On CUDA, cuDNN computes the convolutions, and the operators of :mod:`fastcnn.functional` what follows them. A call can be
     captured in a CUDA graph as it is; ``torch.compile(model, backend="fastcnn", options={"inner": "inductor", "mode":
     "reduce-overhead"})`` captures every graph, with Inductor's kernels for the rest.
 
@@ -57,9 +58,9 @@ def optimize(
             they are.
         inplace: change ``model`` itself, otherwise a deep copy.
         example_inputs: positional arguments of a call that a copy of the model makes at once, for a full report.
-        offload: a folder, with ``inference``: the weights move to a nameless file there, and memory holds only what was
-            read of them since the last plan was made. Most of them are read once, to be packed. None: they stay in
-            memory beside their packed copies, so that kinds of input are planned sooner.
+        offload: a folder, with ``inference``: the weights move to an unlinked temporary file there, and memory holds only
+            what was read of them since the last plan was made. Most of them are read once, to be packed. None: they
+            stay in memory beside their packed copies, which makes planning a new kind of input faster.
 
     Returns:
         The model. Its attribute ``fastcnn_report`` is a :class:`Report`.

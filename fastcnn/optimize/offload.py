@@ -1,4 +1,4 @@
-"""Weights of which copies are packed need not be in memory a second time."""
+"""Originals of packed weights in a file, so that memory does not hold them twice."""
 
 import mmap
 import os
@@ -14,7 +14,7 @@ _LEAST_BYTES = 4096  # a page
 class Offloaded:
     """Moves the parameters and buffers of a model to a file. Memory holds what was read of it since the last release.
 
-    They stay what they are: they can be read, written, saved and copied. The file has no name, and goes with the model.
+    They stay what they are: they can be read, written, saved and copied. The file is unlinked, and goes with the model.
 
     Args:
         model: on CPU; its small tensors, and those that share their memory, stay where they are.

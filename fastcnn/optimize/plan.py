@@ -1,6 +1,6 @@
-"""A graph, planned: for each kind of input, what runs every stage is found once.
+"""Plans of a graph: what runs each stage is decided once for each kind of input.
 
-Between two stages nothing is looked up, and for inference maps are written where their concatenation has them.
+Nothing is looked up between two stages. In inference convolutions write straight into the concatenation of their outputs.
 """
 
 import itertools
@@ -116,7 +116,7 @@ def _is_dynamic(value: Any) -> bool:
 
 
 def _may_plan() -> bool:
-    """Whether nothing looks on or changes dtypes, and the operators are those of this machine."""
+    """Whether no dispatch mode or autocast is active, and the C++ kernels and oneDNN may run."""
     if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False
     return backends.runs_cpu_kernels() and bool(torch.backends.mkldnn.enabled)

@@ -169,7 +169,7 @@ def _in_format(
     format: torch.memory_format, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any
 ) -> Tensor:
     x = InFormat.apply(x, format, weight) if needs_grad(x) else x.contiguous(memory_format=format)
-    # Maps are channels_last between stages, or one that is not would spoil every sum and concatenation.
+    # Between stages maps stay channels_last: one NCHW map would make every sum and concatenation after it NCHW.
     return run(x, weight, bias).contiguous(memory_format=torch.channels_last)
 
 
