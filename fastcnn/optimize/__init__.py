@@ -43,9 +43,9 @@ def optimize(
     runs each stage is decided once for each kind of input: torch's own functions where a map is small or nothing here
     is faster.
 
-    On CUDA, cuDNN computes the convolutions, and the operators of :mod:`fastcnn.functional` what follows them. A call can be
-    captured in a CUDA graph as it is; ``torch.compile(model, backend="fastcnn", options={"inner": "inductor", "mode":
-    "reduce-overhead"})`` captures every graph, with Inductor's kernels for the rest.
+    On CUDA, cuDNN computes the convolutions, and the operators of :mod:`fastcnn.functional` what follows them. A call
+    can be captured in a CUDA graph as it is; ``torch.compile(model, backend="fastcnn", options={"inner": "inductor",
+    "mode": "reduce-overhead"})`` captures every graph, with Inductor's kernels for the rest.
 
     Args:
         model: any module.
@@ -58,9 +58,9 @@ def optimize(
             they are.
         inplace: change ``model`` itself, otherwise a deep copy.
         example_inputs: positional arguments of a call that a copy of the model makes at once, for a full report.
-        offload: a folder, with ``inference``: the weights move to an unlinked temporary file there, and memory holds only
-            what was read of them since the last plan was made. Most of them are read once, to be packed. None: they
-            stay in memory beside their packed copies, which makes planning a new kind of input faster.
+        offload: a folder, with ``inference``: the weights move to an unlinked temporary file there, and memory holds
+            only what was read of them since the last plan was made. Most of them are read once, to be packed. None:
+            they stay in memory beside their packed copies, which makes planning a new kind of input faster.
 
     Returns:
         The model. Its attribute ``fastcnn_report`` is a :class:`Report`.

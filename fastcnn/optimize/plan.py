@@ -1,6 +1,7 @@
 """Plans of a graph: what runs each stage is decided once for each kind of input.
 
-Nothing is looked up between two stages. In inference convolutions write straight into the concatenation of their outputs.
+Nothing is looked up between two stages. In inference, convolutions write straight into the concatenation of their
+outputs.
 """
 
 import itertools
