@@ -1,7 +1,7 @@
 """A whole stage, convolution -> ReLU? -> LRN? -> max-pool?, from the operators that take the fewest passes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from ..memory_format import is_channels_last
-from ..params import ConvParams, LRNParams, PoolParams
+from ..params import ConvParams, LRNParams, PoolParams, pooled_size
 from .conv2d_relu import conv2d_relu
 from .cpu import winograd as _winograd
 from .lrn import local_response_norm
@@ -22,8 +22,9 @@ from .register import needs_grad
 from .relu_lrn_max_pool2d import relu_lrn_max_pool2d
 
 # Below these a call of ours costs more than it saves, and torch's runs: products of a convolution that is trained, and
-# of one that is not; elements of a map; pixels for which the weight is transformed anew in each call.
-_TRAINED, _FROZEN, _MAP, _TRANSFORMED = 1 << 27, 1 << 24, 1 << 16, 1 << 10
+# of one that is not; outputs of a pool in NCHW, and in channels_last; pixels for which the weight is transformed anew
+# in each call.
+_TRAINED, _FROZEN, _POOLED, _POOLED_LAST, _TRANSFORMED = 1 << 27, 1 << 24, 1 << 14, 1 << 19, 1 << 10
 
 
 @overridable("x", "weight", "bias")
@@ -78,7 +79,13 @@ def fastest_stage(
             return by_conv2d_relu
         if not is_trained and lrn is None and (pool is None or is_frozen):
             return by_conv2d_relu
-    return by_torch if lrn is None and (pool is None or math.prod(shape) < _MAP) else fused
+    return by_torch if lrn is None and (pool is None or _is_small(shape, is_channels_last(x), pool)) else fused
+
+
+def _is_small(shape: Sequence[int], channels_last: bool, pool: PoolParams) -> bool:
+    """Whether torch pools a map of this shape faster."""
+    outputs = math.prod(shape[:2]) * math.prod(pooled_size(shape[2:], *pool.op_args()))
+    return outputs < (_POOLED_LAST if channels_last else _POOLED)
 
 
 def _by_conv2d_relu(
@@ -116,8 +123,9 @@ def fastest_tail(
     x: Tensor, *, relu: bool, lrn: LRNParams | None, pool: PoolParams | None
 ) -> Callable[[Tensor], Tensor]:
     """What runs a tail on tensors like this one."""
-    if pool is not None and lrn is None and x.is_cpu and x.numel() < _MAP and not torch.compiler.is_compiling():
-        return partial(_tail_by_torch, relu=relu, pool=pool.op_args())
+    if pool is not None and lrn is None and x.is_cpu and x.dim() == 4 and not torch.compiler.is_compiling():
+        if _is_small(x.shape, is_channels_last(x), pool):
+            return partial(_tail_by_torch, relu=relu, pool=pool.op_args())
     return partial(_tail, relu=relu, lrn=lrn, pool=pool)
 
 

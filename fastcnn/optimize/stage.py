@@ -17,9 +17,9 @@ from ..params import ConvParams, LRNParams, PoolParams, TailParams
 from .inference import Convolution, Linear, Tail, normalized
 
 Run = Callable[..., Tensor]
-# A convolution that is trained runs in NCHW, as its weight is, where reordering that takes longer than it gains: with
-# more weights than this for each element of the input, but for one small image with fewer weights than that.
-_WEIGHTS_PER_ELEMENT, _MOST_WEIGHTS = 8, 1 << 18
+# A convolution that is trained runs in NCHW, as its weight is, where reordering that takes longer than reordering the
+# maps: with more weights than this, and this for each element of the input.
+_WEIGHTS, _WEIGHTS_PER_ELEMENT = 100_000, 8
 
 
 class Stage:
@@ -158,11 +158,11 @@ def _best_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
         autocasts = device == "cuda" and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocasts else x.dtype
         return torch.channels_last if dtype in (torch.float16, torch.bfloat16) else None
-    if not weight.requires_grad or x.numel() * _WEIGHTS_PER_ELEMENT >= weight.numel():
+    if not weight.requires_grad or weight.numel() <= _WEIGHTS + _WEIGHTS_PER_ELEMENT * x.numel():
         return torch.channels_last
-    # torch does not use oneDNN for a single image this small, unless the window is large.
-    by_onednn = len(x) > 1 or x.numel() > 20480 or max(weight.shape[2:]) > 3
-    return torch.contiguous_format if by_onednn or weight.numel() > _MOST_WEIGHTS else torch.channels_last
+    # For a single image this small torch does not use oneDNN, and takes a pointwise weight as it is in either format.
+    is_small_pointwise = len(x) == 1 and x.numel() <= 20480 and weight.shape[2:] == (1, 1)
+    return torch.channels_last if is_small_pointwise else torch.contiguous_format
 
 
 def _in_format(

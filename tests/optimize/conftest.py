@@ -10,7 +10,7 @@ from .networks import NETWORKS, network
 @pytest.fixture(autouse=True)
 def usual(best_backend, monkeypatch):
     """On the best backend, in float64, so that a difference is a mistake and no rounding; small maps by ours too."""
-    for threshold in ("_TRAINED", "_FROZEN", "_MAP", "_TRANSFORMED"):
+    for threshold in ("_TRAINED", "_FROZEN", "_POOLED", "_POOLED_LAST", "_TRANSFORMED"):
         monkeypatch.setattr(stage, threshold, 0)
     torch.set_default_dtype(torch.float64)
     yield

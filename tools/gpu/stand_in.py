@@ -140,7 +140,7 @@ def _patches(arch: int) -> list[Any]:
         mock.patch.object(backends, "why_not", return_value=""),
         mock.patch.object(backends, "_preferred", return_value=("triton",)),
         mock.patch.object(stage, "_runs_on_cpu", return_value=False),
-        mock.patch.object(stage, "_MAP", 0),
+        mock.patch.object(stage, "_is_small", return_value=False),
         mock.patch.object(cuda, "can_run", return_value=True),
         mock.patch.object(cuda, "run", IMPLEMENTATIONS["conv2d_relu"]["cpu"]),
         mock.patch.object(cudnn, "forward", _compiled(cudnn.forward, IMPLEMENTATIONS["conv2d_relu"]["cpu"])),
