@@ -1,5 +1,8 @@
 """Memory formats: one rule decides the strides of every output, for kernels and fakes alike."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,3 +41,18 @@ def output(y: Tensor, format: torch.memory_format) -> Tensor:
 def flat(x: Tensor) -> Tensor:
     """``x`` in the order of memory, which for a dense tensor is a view."""
     return (x.permute(0, 2, 3, 1) if is_channels_last(x) else x).reshape(-1)
+
+
+def strides_of(shape: Sequence[Any], format: torch.memory_format) -> tuple[Any, ...]:
+    """Of a new 4-D tensor."""
+    _, c, h, w = shape
+    return (c * h * w, 1, c * w, c) if format == torch.channels_last else (c * h * w, h * w, w, 1)
+
+
+def as_new(y: Tensor, format: torch.memory_format) -> Tensor:
+    """``contiguous`` with the strides of a new 4-D tensor, which those of one with a size of 1 need not be."""
+    y = y.contiguous(memory_format=format)
+    if y.stride() == strides_of(y.shape, format):
+        return y
+    n, c, h, w = y.shape
+    return flat(y).view(n, h, w, c).permute(0, 3, 1, 2) if format == torch.channels_last else flat(y).view(n, c, h, w)

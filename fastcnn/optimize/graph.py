@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..memory_format import flat
+from ..memory_format import as_new, strides_of
 from ..params import FLOATING_DTYPES, LRNParams, PoolParams, TailParams
 from .report import Entry
 from .stage import LinearStage, Stage
@@ -214,33 +214,18 @@ def _why_not(y: Any, dims: int | None) -> str:
     return "" if y.dim() == dims or (dims is None and y.dim() in (2, 4)) else f"it has {y.dim()} dimensions"
 
 
-def _strides(shape: Sequence[Any], format: torch.memory_format) -> tuple[Any, ...]:
-    """Of a new map."""
-    _, c, h, w = shape
-    return (c * h * w, 1, c * w, c) if format == torch.channels_last else (c * h * w, h * w, w, 1)
-
-
 def _format(y: Tensor) -> torch.memory_format | None:
     """The memory format of a fake map, whose sizes may be symbols; None if it has neither."""
     if y.dim() != 4:
         return None
     formats = (torch.contiguous_format, torch.channels_last)
     for format in formats:
-        expected = _strides(y.shape, format)
+        expected = strides_of(y.shape, format)
         if all(statically_known_true(stride == other) for stride, other in zip(y.stride(), expected, strict=True)):
             return format
     if any(isinstance(n, torch.SymInt) for n in (*y.shape, *y.stride())):
         return None
     return next((format for format in formats if y.is_contiguous(memory_format=format)), None)
-
-
-def _in_format(y: Tensor, format: torch.memory_format) -> Tensor:
-    """``contiguous``, with the strides of a new map, which those of one with a size of 1 need not be."""
-    y = y.contiguous(memory_format=format)
-    if y.stride() == _strides(y.shape, format):
-        return y
-    n, c, h, w = y.shape
-    return flat(y).view(n, h, w, c).permute(0, 3, 1, 2) if format == torch.channels_last else flat(y).view(n, c, h, w)
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
@@ -387,7 +372,7 @@ def _restore_formats(graph: fx.Graph) -> None:
             loose.add(node)
             continue
         with graph.inserting_after(node):
-            dense = graph.call_function(_in_format, (node, _format(value_of(node))))
+            dense = graph.call_function(as_new, (node, _format(value_of(node))))
         dense.meta = dict(node.meta)
         node.replace_all_uses_with(dense, delete_user_cb=lambda user, dense=dense: user is not dense)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..memory_format import output_format
+from ..memory_format import as_new, output_format
 from ..ops.cpu import onednn
 from ..ops.packed import unchanged
 from ..ops.register import needs_grad
@@ -160,15 +160,17 @@ def _best_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
         return torch.channels_last if dtype in (torch.float16, torch.bfloat16) else None
     if not weight.requires_grad or weight.numel() <= _WEIGHTS + _WEIGHTS_PER_ELEMENT * x.numel():
         return torch.channels_last
-    # For a single image this small torch does not use oneDNN, and takes a pointwise weight as it is in either format.
-    is_small_pointwise = len(x) == 1 and x.numel() <= 20480 and weight.shape[2:] == (1, 1)
-    return torch.channels_last if is_small_pointwise else torch.contiguous_format
+    # For a single image this small torch does not use oneDNN: it takes a pointwise weight as it is in either format, and
+    # is slow in NCHW with few pixels, though not with one.
+    is_small = len(x) == 1 and x.numel() <= 20480 and max(weight.shape[2:]) <= 3
+    gains_nothing = is_small and (weight.shape[2:] == (1, 1) or (1 < x.shape[2:].numel() < 16 and weight.numel() < 1 << 20))
+    return torch.channels_last if gains_nothing else torch.contiguous_format
 
 
 def _in_format(
     format: torch.memory_format, run: Run, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any
 ) -> Tensor:
-    x = InFormat.apply(x, format, weight) if needs_grad(x) else x.contiguous(memory_format=format)
+    x = InFormat.apply(x, format, weight) if needs_grad(x) else as_new(x, format)
     # Between stages maps stay channels_last: one NCHW map would make every sum and concatenation after it NCHW.
     return run(x, weight, bias).contiguous(memory_format=torch.channels_last)
 
@@ -181,7 +183,7 @@ class InFormat(torch.autograd.Function):
         channels = weight.shape[1]
         by_weight = weight.is_contiguous(memory_format=torch.channels_last) and weight.stride(3) == channels > 1
         ctx.format = torch.channels_last if by_weight else output_format(x)
-        return x.contiguous(memory_format=format)
+        return as_new(x, format)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
