@@ -10,8 +10,8 @@
 namespace fastcnn {
 namespace {
 
-// Cached bytes are limited so that cached + in use <= peak in use, or kAlwaysCached if that is more and the request is
-// not long-lived; and they never exceed kMostCached.
+// Cached bytes are limited so that cached + in use <= peak in use, or to kAlwaysCached if that is more; and they never
+// exceed kMostCached.
 constexpr int64_t kAlwaysCached = int64_t{32} << 20, kMostCached = int64_t{512} << 20;
 
 struct Block {
@@ -23,7 +23,7 @@ class CachingAllocator {
  public:
   // A block of this many bytes, at most twice as many, or an empty one where the system has none left. A larger one is
   // taken if mapping a new one would evict it and the peak does not rise. One saved for backward, while others are
-  // computed, wastes less: it is at most a quarter larger, and little is cached beside it.
+  // computed, wastes less: it is at most a quarter larger.
   Block take(int64_t bytes, bool saved) {
     const std::lock_guard lock(mutex_);
     auto best = cached_.end();
@@ -38,7 +38,7 @@ class CachingAllocator {
       return remove(best);
     }
     use(bytes);
-    cache_at_most(std::max(saved ? 0 : kAlwaysCached, peak_bytes_ - used_bytes_));
+    cache_at_most(std::max(kAlwaysCached, peak_bytes_ - used_bytes_));
     void* const begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (begin != MAP_FAILED) return {begin, bytes};
     used_bytes_ -= bytes;

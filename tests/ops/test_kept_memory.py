@@ -134,13 +134,24 @@ def test_no_more_is_mapped_than_was_once_in_use() -> None:
 
 @needs_proc
 @pytest.mark.parametrize("lasting", [False, True])
-def test_little_is_kept_beside_what_lasts(lasting: bool) -> None:
-    first, second = (torch.empty(megabytes << 20, dtype=torch.uint8) for megabytes in (20, 15))
+def test_what_lasts_wastes_little_and_evicts_what_it_does_not_take(lasting: bool) -> None:
+    first, second = (torch.empty(megabytes << 20, dtype=torch.uint8) for megabytes in (60, 40))
     before = mapped()
     memory.kept(first)
-    block = memory.kept(second, lasting=lasting)  # does not fit into the 20
-    assert (mapped() - before < 20 << 20) == lasting
-    assert block.nbytes == 15 << 20
+    block = memory.kept(second, lasting=lasting)
+    assert (mapped() - before < 50 << 20) == lasting
+    assert block.nbytes == 40 << 20
+
+
+@needs_proc
+@pytest.mark.parametrize("lasting", [False, True])
+def test_32_megabytes_stay_cached_whatever_is_asked_for(lasting: bool) -> None:
+    first, second = (torch.empty(megabytes << 20, dtype=torch.uint8) for megabytes in (20, 45))
+    before = mapped()
+    memory.kept(first)
+    block = memory.kept(second, lasting=lasting)
+    assert mapped() - before >= 65 << 20
+    del block
 
 
 @pytest.mark.parametrize("frozen", [False, True])
