@@ -68,7 +68,7 @@ def fastest_stage(
     if not relu and lrn is None and pool is None:
         return by_torch
     if not _runs_on_cpu(x, weight):
-        # Of frozen weights conv2d_relu keeps a bit an output, and the pool a byte.
+        # Of frozen weights conv2d_relu saves one bit per output, and the pool one byte.
         return by_conv2d_relu if relu and lrn is None and (pool is None or is_frozen) else fused
     conv, asymmetric = ConvParams.of(x, weight, bias, *arguments)
     shape = conv.output_shape(x.shape, weight.shape)
@@ -77,7 +77,7 @@ def fastest_stage(
         by_winograd = not asymmetric and _winograd.runs(x, weight, *conv.op_args())
         if by_winograd and (not weight.requires_grad or shape[0] * shape[2] * shape[3] >= _TRANSFORMED):
             return by_conv2d_relu
-        if not is_trained and lrn is None and (pool is None or is_frozen):
+        if is_frozen and lrn is None:
             return by_conv2d_relu
     return by_torch if lrn is None and (pool is None or _is_small(shape, is_channels_last(x), pool)) else fused
 

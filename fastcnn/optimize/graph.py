@@ -400,12 +400,9 @@ def _now(stage: Sequence[Call], inference: bool) -> str:
     parts = [part for call in stage for part in call.parts if part not in ("norm", "dropout", "bias")]
     if parts[0] == "linear":
         return "linear, packed"
-    if parts[0] == "conv":
-        now = "conv2d_relu" if "relu" in parts else "conv2d"
-        if "sum" in parts:
-            now = " + ".join(("conv2d", *parts[1:]))
-        if {"lrn", "pool"}.intersection(parts):
-            now = "conv2d + relu_lrn_max_pool2d"
+    if parts[0] == "conv":  # by conv2d_relu or torch's operators, whichever is faster for the sizes of a call
+        has_tail = {"lrn", "pool"}.intersection(parts)
+        now = "conv2d + relu_lrn_max_pool2d" if has_tail else " + ".join(("conv2d", *parts[1:]))
         return f"{now}, packed" if inference else now
     return {"lrn": "local_response_norm", "pool": "max_pool2d"}.get("".join(parts), "relu_lrn_max_pool2d")
 

@@ -222,7 +222,7 @@ def test_both_formats_are_chosen(formats):
     for batch in (1, 4):
         model = fastcnn.optimize(Deep().to(FLOAT))
         formats.clear()
-        model(randn(batch, 3, 4, 4))
+        model(randn(batch, 3, 6, 6))
         assert {torch.contiguous_format, torch.channels_last} <= set(formats)
 
 
