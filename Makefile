@@ -33,9 +33,12 @@ $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f)
 		$(BIN)/pip install --quiet --no-build-isolation -e '.[bench,test,dev]' $(TORCH)
 	touch $@
 
+# The threads of one process wait without spinning, which would keep the others from running.
+test: export OMP_WAIT_POLICY := passive
+test: PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8
 test: setup  ## run the whole test suite
-	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/interpreter
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
 
 bench: setup  ## check kernels and AlexNet on photographs, time them beside PyTorch, write results/
 	$(BIN)/fastcnn bench kernels --input photographs --quick --out $(OUT)

@@ -1,8 +1,10 @@
 import os
 from collections.abc import Callable, Generator, Iterator
 
+import promises
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from promises import DRAWN, backends_here, running_on
 
@@ -84,3 +86,10 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def huge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., torch.Tensor]]:
+    """``promises.huge``, in one process at a time."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "huge.lock"):
+        yield promises.huge

@@ -123,9 +123,9 @@ def fastest_tail(
     x: Tensor, *, relu: bool, lrn: LRNParams | None, pool: PoolParams | None
 ) -> Callable[[Tensor], Tensor]:
     """What runs a tail on tensors like this one."""
-    if pool is not None and lrn is None and x.is_cpu and x.dim() == 4 and not torch.compiler.is_compiling():
-        if _is_small(x.shape, is_channels_last(x), pool):
-            return partial(_tail_by_torch, relu=relu, pool=pool.op_args())
+    may_be_torchs = x.is_cpu and x.dim() == 4 and lrn is None and not torch.compiler.is_compiling()
+    if may_be_torchs and pool is not None and _is_small(x.shape, is_channels_last(x), pool):
+        return partial(_tail_by_torch, relu=relu, pool=pool.op_args())
     return partial(_tail, relu=relu, lrn=lrn, pool=pool)
 
 

@@ -160,10 +160,12 @@ def _best_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
         return torch.channels_last if dtype in (torch.float16, torch.bfloat16) else None
     if not weight.requires_grad or weight.numel() <= _WEIGHTS + _WEIGHTS_PER_ELEMENT * x.numel():
         return torch.channels_last
-    # For a single image this small torch does not use oneDNN: it takes a pointwise weight as it is in either format, and
-    # is slow in NCHW with few pixels, though not with one.
+    # For a single image this small torch does not use oneDNN: a pointwise weight is fine in either format, and NCHW is
+    # slow with a few pixels, though not with one.
     is_small = len(x) == 1 and x.numel() <= 20480 and max(weight.shape[2:]) <= 3
-    gains_nothing = is_small and (weight.shape[2:] == (1, 1) or (1 < x.shape[2:].numel() < 16 and weight.numel() < 1 << 20))
+    gains_nothing = is_small and (
+        weight.shape[2:] == (1, 1) or (1 < x.shape[2:].numel() < 16 and weight.numel() < 1 << 20)
+    )
     return torch.channels_last if gains_nothing else torch.contiguous_format
 
 

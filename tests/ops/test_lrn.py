@@ -21,7 +21,6 @@ from promises import (
     embedded,
     expected_strides,
     gradients,
-    huge,
     ident,
     in_format,
     inputs,
@@ -142,7 +141,7 @@ def test_empty_batch_and_empty_maps(backend, format, shape, batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS, ids=ident)
-def test_more_than_2_to_the_31_elements(format):
+def test_more_than_2_to_the_31_elements(huge, format):
     if "cpu" not in fastcnn.backends.available():
         pytest.skip("takes minutes in plain PyTorch")
     x = huge(1, 64, 4096, 8200, format=format)

@@ -24,7 +24,6 @@ from promises import (
     embedded,
     expected_strides,
     gradients,
-    huge,
     ident,
     in_format,
     inputs,
@@ -249,7 +248,7 @@ def test_with_every_part_absent_it_is_a_copy(backend, format):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS, ids=ident)
-def test_more_than_2_to_the_31_elements(format):
+def test_more_than_2_to_the_31_elements(huge, format):
     if "cpu" not in fastcnn.backends.available():
         pytest.skip("takes minutes in plain PyTorch")
     h, w = 4096, 8200

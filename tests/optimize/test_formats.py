@@ -5,16 +5,19 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from promises import FORMATS, ident, in_format, leaf, randn
+from promises import FORMATS, assert_bitwise, ident, in_format, leaf, randn, recorded_calls
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcnn
+from fastcnn.memory_format import as_new
 from fastcnn.ops import stage as stage_ops
 from fastcnn.optimize import stage
 from fastcnn.optimize.stage import Stage
 
-SHIPPED = {name: getattr(stage_ops, name) for name in ("_TRAINED", "_FROZEN", "_POOLED", "_POOLED_LAST", "_TRANSFORMED")}
+SHIPPED = {
+    name: getattr(stage_ops, name) for name in ("_TRAINED", "_FROZEN", "_POOLED", "_POOLED_LAST", "_TRANSFORMED")
+}
 DOUBLE, FLOAT = torch.float64, torch.float32
 
 
@@ -281,3 +284,60 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         self.names.append(op.name())
         return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "is_trained", "expected"),
+    [
+        ((1, 512, 14, 14), (512, 512, 3, 3), True, torch.contiguous_format),  # far more weights than pixels
+        ((1, 512, 14, 14), (512, 512, 3, 3), False, torch.channels_last),
+        ((4, 64, 28, 28), (64, 64, 3, 3), True, torch.channels_last),
+        ((4, 64, 2, 2), (256, 64, 3, 3), True, torch.contiguous_format),
+        ((1, 64, 2, 2), (256, 64, 3, 3), True, torch.channels_last),  # few pixels, without oneDNN
+        ((1, 64, 1, 1), (256, 64, 3, 3), True, torch.contiguous_format),
+        ((1, 512, 2, 2), (512, 512, 3, 3), True, torch.contiguous_format),
+        ((1, 512, 3, 3), (1000, 512, 1, 1), True, torch.channels_last),  # whose weight is the same in both
+        ((4, 512, 3, 3), (1000, 512, 1, 1), True, torch.contiguous_format),
+    ],
+    ids=str,
+)
+def test_a_convolution_has_the_format_that_costs_less(x, weight, is_trained, expected):
+    weight = torch.empty(weight, dtype=FLOAT, requires_grad=is_trained)
+    assert stage._best_format(torch.empty(x, dtype=FLOAT), weight) == expected
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+@pytest.mark.parametrize(
+    ("size", "is_ours"), [((1, 8, 8, 8), ()), ((1, 64, 80, 80), FORMATS[:1]), ((2, 64, 192, 192), FORMATS)]
+)
+def test_a_small_pool_is_torchs(size, is_ours, format, relu):
+    layers = [nn.ReLU()] * relu + [nn.MaxPool2d(2)]
+    fast, x = fastcnn.optimize(nn.Sequential(*layers)), randn(*size, format=format)
+    with recorded_calls() as calls, torch.no_grad():
+        y = fast(x)
+    assert bool(calls) == (format in is_ours)
+    assert_bitwise(y, nn.Sequential(*layers)(x))
+
+
+def test_without_gradients_a_convolution_and_relu_of_ours_runs_by_winograd_alone():
+    x = randn(2, 64, 40, 40)
+    for kernel, padding in ((3, 1), (5, 2)):
+        fast = fastcnn.optimize(nn.Sequential(nn.Conv2d(64, 64, kernel, padding=padding), nn.ReLU()).to(FLOAT))
+        with recorded_calls() as calls, torch.no_grad():
+            fast(x)
+        is_winograd = kernel == 3 and fastcnn.backends.cpu_capability() != "baseline"
+        assert [name for name, _ in calls] == ["fastcnn.conv2d_relu.default"] * is_winograd
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 5), (1, 1, 1, 1), (0, 3, 4, 5)], ids=str)
+def test_maps_as_new(shape, format):
+    new = torch.empty(shape, memory_format=format)
+    for other in FORMATS:
+        y = torch.randn(shape).contiguous(memory_format=other)
+        strange = y.as_strided(shape, [1 if n == 1 else s for n, s in zip(shape, y.stride(), strict=True)])
+        for x in (y, strange):
+            assert as_new(x, format).stride() == new.stride()
+            assert_bitwise(as_new(x, format), x)
+    assert as_new(new, format) is new
