@@ -160,12 +160,14 @@ def _best_format(x: Tensor, weight: Tensor) -> torch.memory_format | None:
         return torch.channels_last if dtype in (torch.float16, torch.bfloat16) else None
     if not weight.requires_grad or weight.numel() <= _WEIGHTS + _WEIGHTS_PER_ELEMENT * x.numel():
         return torch.channels_last
-    # For a single image this small torch does not use oneDNN: a pointwise weight is fine in either format, and NCHW is
-    # slow with a few pixels, though not with one.
+    # Without oneDNN, which torch uses neither for a single image this small nor, with one thread, for pointwise windows
+    # and few images, a pointwise weight is fine in either format, and NCHW is slow with 2 to 15 pixels.
     is_small = len(x) == 1 and x.numel() <= 20480 and max(weight.shape[2:]) <= 3
-    gains_nothing = is_small and (
-        weight.shape[2:] == (1, 1) or (1 < x.shape[2:].numel() < 16 and weight.numel() < 1 << 20)
-    )
+    has_one_thread = torch.get_num_threads() == 1
+    if weight.shape[2:] == (1, 1):
+        gains_nothing = is_small or (has_one_thread and len(x) < 16)
+    else:
+        gains_nothing = is_small and 1 < x.shape[2:].numel() < 16 and (has_one_thread or weight.numel() < 1 << 20)
     return torch.channels_last if gains_nothing else torch.contiguous_format
 
 
