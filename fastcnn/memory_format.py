@@ -44,13 +44,13 @@ def flat(x: Tensor) -> Tensor:
 
 
 def strides_of(shape: Sequence[Any], format: torch.memory_format) -> tuple[Any, ...]:
-    """Of a new 4-D tensor."""
+    """Of a new 4-D tensor that is not empty."""
     _, c, h, w = shape
     return (c * h * w, 1, c * w, c) if format == torch.channels_last else (c * h * w, h * w, w, 1)
 
 
 def as_new(y: Tensor, format: torch.memory_format) -> Tensor:
-    """``contiguous`` with the strides of a new 4-D tensor, which those of one with a size of 1 need not be."""
+    """``contiguous``, but also with the strides of a new 4-D tensor where a size is 1: a view, if ``y`` is dense."""
     y = y.contiguous(memory_format=format)
     if y.stride() == strides_of(y.shape, format):
         return y

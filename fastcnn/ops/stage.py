@@ -83,7 +83,7 @@ def fastest_stage(
 
 
 def _is_small(shape: Sequence[int], channels_last: bool, pool: PoolParams) -> bool:
-    """Whether torch pools a map of this shape faster."""
+    """Whether a map of this shape is so small that torch pools it faster."""
     outputs = math.prod(shape[:2]) * math.prod(pooled_size(shape[2:], *pool.op_args()))
     return outputs < (_POOLED_LAST if channels_last else _POOLED)
 
@@ -123,8 +123,14 @@ def fastest_tail(
     x: Tensor, *, relu: bool, lrn: LRNParams | None, pool: PoolParams | None
 ) -> Callable[[Tensor], Tensor]:
     """What runs a tail on tensors like this one."""
-    may_be_torchs = x.is_cpu and x.dim() == 4 and lrn is None and not torch.compiler.is_compiling()
-    if may_be_torchs and pool is not None and _is_small(x.shape, is_channels_last(x), pool):
+    is_on_cpu = x.is_cpu and not torch.compiler.is_compiling()
+    if (
+        pool is not None
+        and lrn is None
+        and is_on_cpu
+        and x.dim() == 4
+        and _is_small(x.shape, is_channels_last(x), pool)
+    ):
         return partial(_tail_by_torch, relu=relu, pool=pool.op_args())
     return partial(_tail, relu=relu, lrn=lrn, pool=pool)
 

@@ -17,8 +17,8 @@ from ..params import ConvParams, LRNParams, PoolParams, TailParams
 from .inference import Convolution, Linear, Tail, normalized
 
 Run = Callable[..., Tensor]
-# A convolution that is trained runs in NCHW, as its weight is, where reordering that takes longer than reordering the
-# maps: with more weights than this, and this for each element of the input.
+# A convolution that is trained runs in NCHW, as its weight is, where reordering the weight takes longer than reordering
+# the maps: with more weights than _WEIGHTS, and _WEIGHTS_PER_ELEMENT more for each element of the input.
 _WEIGHTS, _WEIGHTS_PER_ELEMENT = 100_000, 8
 
 

@@ -346,3 +346,27 @@ def test_maps_as_new(shape, format):
             assert as_new(x, format).stride() == new.stride()
             assert_bitwise(as_new(x, format), x)
     assert as_new(new, format) is new
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_convolutions_of_one_pixel(batch):
+    """Whose maps have both formats; torch would reorder the weights of one with the strides of channels_last."""
+    layers = nn.Conv2d(3, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Conv2d(128, 8, 3, padding=1)).to(DOUBLE)
+    fast, x = fastcnn.optimize(model), randn(batch, 3, 1, 1, dtype=DOUBLE)
+    for y, expected in zip(trained(fast, x), trained(copy.deepcopy(model), x), strict=True):
+        for a, b in zip(tuple_of(y), tuple_of(expected), strict=True):
+            assert_near(a, b)
+            assert a.stride() == b.stride()
+
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution.default:
+                seen.append(args[0].stride())
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        fast(x)
+    assert seen[1] == (128, 1, 1, 1)
