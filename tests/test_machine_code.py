@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ import triton.language as tl
 
 from tools.machine_code import launches
 from tools.machine_code.compiled import compiling
-from tools.machine_code.execute import Counts, Launch, Memory, _wavefronts, execute
+from tools.machine_code.compiled_cuda import compiled
+from tools.machine_code.execute import Counts, Launch, Memory, execute
 from tools.machine_code.sass import instructions
 
 ALEXNET = LRNParams(5, 1e-4, 0.75, 2.0), PoolParams(3, 2)
@@ -246,25 +248,89 @@ def test_an_address_outside_of_a_tensor_is_an_error():
         scaled(256, 2, elements=255)
 
 
+def assembled(*lines):
+    text = "        /*{:04x}*/                   {} ;        /* 0x0000000000000000 */"
+    return instructions("\n".join(text.format(16 * i, line) for i, line in enumerate(lines)))
+
+
 def test_an_unknown_instruction_is_an_error():
-    code = instructions("        /*0000*/                   FOO.BAR R1, R2 ;        /* 0x0000000000000000 */")
     with pytest.raises(NotImplementedError, match=r"FOO\.BAR at 0x0"):
-        execute(Launch(code, (1, 1, 1), (32, 1, 1), b"", 0), Memory(), [0])
+        execute(Launch(assembled("FOO.BAR R1, R2"), (1, 1, 1), (32, 1, 1), b"", 0), Memory(), [0])
 
 
 @pytest.mark.parametrize(
-    ("addresses", "width", "wavefronts"),
+    ("threads", "stride", "load", "wavefronts", "conflicts"),
     [
-        (4 * np.arange(32), 4, 1),
-        (0 * np.arange(32), 4, 1),
-        (8 * np.arange(32), 4, 2),
-        (128 * np.arange(32), 4, 32),
-        (2 * np.arange(32), 2, 1),
-        (16 * np.arange(32), 16, 4),
-        (32 * np.arange(32), 16, 8),
-        (8 * np.arange(32), 8, 2),
+        (32, 4, "LDS", 1, 0),
+        (32, 0, "LDS", 1, 0),
+        (32, 8, "LDS", 2, 1),
+        (32, 128, "LDS", 32, 31),
+        (32, 2, "LDS.U16", 1, 0),
+        (32, 8, "LDS.64", 2, 0),
+        (32, 16, "LDS.64", 4, 2),
+        (32, 16, "LDS.128", 4, 0),
+        (32, 32, "LDS.128", 8, 4),
+        (40, 16, "LDS.128", 5, 0),  # only a quarter of the second warp
     ],
 )
-def test_bank_conflicts_are_counted(addresses, width, wavefronts):
-    assert _wavefronts(addresses, np.ones(32, bool), width) == wavefronts
-    assert _wavefronts(np.tile(addresses, 2), np.arange(64) < 32, width) == wavefronts
+def test_bank_conflicts_are_counted(threads, stride, load, wavefronts, conflicts):
+    code = assembled("S2R R0, SR_TID.X", f"IMAD R0, R0, {stride:#x}, RZ", f"{load} R4, [R0]", "EXIT")
+    counts = execute(Launch(code, (1, 1, 1), (threads, 1, 1), b"", 4096), Memory(), [0])
+    assert (counts.shared, counts.conflicts) == (wavefronts, conflicts)
+
+
+COPIES = """
+__device__ void copy(uint4* to, const uint4* from, int bytes) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes) : "memory");
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int groups_left>
+__device__ void wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
+}
+__global__ void copies(const uint4* x, uint4* y, int exist, int bytes) {
+  __shared__ uint4 shared[3][64];
+  const int t = threadIdx.x;
+  copy(&shared[0][t], x + t, 16);
+  copy(&shared[1][t], x + 64 + t, t < exist ? 16 : 0);
+  wait<1>();
+  y[t] = shared[0][t];
+  copy(&shared[2][t], x + 128 + t, bytes);
+  wait<1>();
+  y[64 + t] = shared[1][t];
+  wait<0>();
+  y[128 + t] = shared[2][t];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    if not shutil.which("nvcc"):
+        pytest.skip("there is no nvcc")
+    source = tmp_path_factory.mktemp("copies") / "copies.cu"
+    source.write_text(COPIES)
+    return compiled(source, 90)[0]
+
+
+@pytest.mark.parametrize("bytes", [16, 0])
+def test_asynchronous_copies_arrive_and_are_counted_as_loads(copies, bytes):
+    memory, exist = Memory(), 40
+    x, y = np.arange(1, 4 * 192 + 1, dtype=np.uint32), np.zeros(4 * 192, np.uint32)
+    places = memory.add(x), memory.add(y)
+    packed = struct.pack("<QQii", *places, exist, bytes)
+    code = instructions(copies.sass)
+    counts = execute(Launch(code, (1, 1, 1), (64, 1, 1), packed, copies.shared), memory, [0])
+    expected = x.copy()
+    expected[4 * (64 + exist) : 4 * 128] = 0
+    if not bytes:
+        expected[4 * 128 :] = 0
+    np.testing.assert_array_equal(memory.contents(places[1]).view(np.uint32), expected)
+    pieces = 64 + exist + 4 * bytes
+    assert (counts.load_sectors, counts.load_touched, counts.load_lines) == (pieces // 2, pieces // 2, pieces // 8)
+    opcodes = {opcode: n for opcode, n in counts.issued.items() if opcode.startswith("LDGSTS")}
+    assert opcodes == {"LDGSTS.E.BYPASS.128": 2 * 2, "LDGSTS.E.BYPASS.128.ZFILL": 2}
+    assert (counts.shared, counts.conflicts) == (2 * 3 * 64 // 8, 0)  # copied there and read
+    # The second copy arrives while the first is waited for; one of nothing but zeros is never under way.
+    assert counts.waits == (4 if bytes else 2)

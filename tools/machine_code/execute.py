@@ -108,7 +108,8 @@ class Counts:
         load_sectors: 32-byte sectors of it that a block loads, each counted once for a block.
         load_touched, store_sectors: those that loads and stores touch, each counted once for an instruction.
         shared: wavefronts, in each of which every bank of shared memory gives or takes one word.
-        waits: how often a warp comes to an instruction that needs a load which is under way.
+        conflicts: those of them that lanes would not need if their words were in different banks.
+        waits: how often a warp comes to an instruction that needs a load or a copy which is under way.
     """
 
     warps: int = 0
@@ -119,6 +120,7 @@ class Counts:
     load_touched: int = 0
     store_sectors: int = 0
     shared: int = 0
+    conflicts: int = 0
     waits: int = 0
 
 
@@ -176,6 +178,7 @@ class _Execution:
         self.at_barrier = np.zeros(count, bool)
         self.active = self.pc == 0
         self.pending: set[int] = set()  # registers that loads under way will write
+        self.copies = np.zeros(count, np.int64)  # a bit for each group with copies under way; the lowest takes new ones
 
     # -- control ------------------------------------------------------------------------------------------------------
 
@@ -199,7 +202,7 @@ class _Execution:
             while True:
                 instruction = code[at]
                 issued[at] += warps
-                self._wait(instruction, warps)
+                self._wait(instruction)
                 lanes = uniform if instruction.uniform else self.active
                 guard = instruction.guard
                 if guard.number != TRUE or guard.negated:
@@ -239,7 +242,7 @@ class _Execution:
         """Let go the blocks all of whose threads have come to the barrier or ended."""
         self.at_barrier[:] = False
 
-    def _wait(self, instruction: Instruction, warps: int) -> None:
+    def _wait(self, instruction: Instruction) -> None:
         if not self.pending:
             return
         for operand in instruction.operands:
@@ -247,9 +250,14 @@ class _Execution:
             if isinstance(operand, Address):
                 registers = [operand.base]
             if any(r.number in self.pending for r in registers):
-                self.counts.waits += warps
-                self.pending.clear()
+                self._arrive(self.active)
                 return
+
+    def _arrive(self, lanes: Array) -> None:
+        """Their warps wait as long as a load takes, in which everything arrives that is under way."""
+        self.counts.waits += self._count(lanes)
+        self.pending.clear()
+        self.copies[self._whole_warps(lanes)] = 0
 
     def _BRA(self, i: Instruction, lanes: Array) -> bool:
         *conditions, target = i.operands
@@ -278,7 +286,7 @@ class _Execution:
     def _nothing(self, i: Instruction, lanes: Array) -> None:
         pass
 
-    _NOP = _BSSY = _BSYNC = _BREAK = _WARPSYNC = _DEPBAR = _nothing
+    _NOP = _BSSY = _BSYNC = _BREAK = _WARPSYNC = _nothing
 
     # -- operands -----------------------------------------------------------------------------------------------------
 
@@ -787,16 +795,48 @@ class _Execution:
         assert isinstance(result, Register)
         width = _width(i)
         self.pending.update(range(result.number, result.number + max(1, width // 4)))
-        if not lanes.any():
-            return
-        addresses = self._addresses(address)
+        if lanes.any():
+            for k, word in enumerate(self._load(i, address, lanes)):
+                self.r[result.number + k][lanes] = word
+
+    def _load(self, i: Instruction, address: Operand, lanes: Array) -> list[Array]:
+        """Words of these lanes, from global memory."""
+        addresses, width = self._addresses(address), _width(i)
         self.counts.load_touched += _distinct(addresses >> 5, lanes)
         self.counts.load_lines += _distinct(addresses >> 7, lanes)
         sectors = addresses[lanes] >> 5 | self.block[lanes].astype(np.int64) << 48
         self.loaded.append(np.unique(sectors))
         buffer, at = self.memory.find(addresses[lanes], width)
-        for k, word in enumerate(_read(buffer, at, width, i)):
-            self.r[result.number + k][lanes] = word
+        return _read(buffer, at, width, i)
+
+    def _LDGSTS(self, i: Instruction, lanes: Array) -> None:
+        """A copy to shared memory, done at once; of zeros where a predicate says that the source does not exist.
+
+        Where only a part of it exists, the address is not aligned, which is an error.
+        """
+        to, source, *predicates = i.operands
+        exists, width = lanes, _width(i)
+        for predicate in predicates:
+            exists = exists & self._predicate(predicate)
+        words = np.zeros((width // 4, self.pc.size), np.uint32)
+        if exists.any():
+            words[:, exists] = self._load(i, source, exists)
+        if lanes.any():
+            at = self._shared_at(to, lanes, width)
+            _write(self.shared.reshape(-1), at, width, list(words[:, lanes]))
+        self.copies[exists] |= 1
+
+    def _LDGDEPBAR(self, i: Instruction, lanes: Array) -> None:
+        """What was copied since the last one is a group."""
+        self.copies[lanes] <<= 1
+
+    def _DEPBAR(self, i: Instruction, lanes: Array) -> None:
+        """Until at most so many groups of copies are under way; they have scoreboard 0."""
+        board, most = i.operands
+        assert isinstance(most, Immediate)
+        late = lanes & (self.copies >> most.bits + 1 != 0)
+        if board == Special("SB0") and late.any():
+            self._arrive(late)
 
     def _STG(self, i: Instruction, lanes: Array) -> None:
         if not lanes.any():
@@ -812,7 +852,9 @@ class _Execution:
 
     def _shared_at(self, address: Operand, lanes: Array, width: int) -> Array:
         addresses = self._addresses(address) & 0xFFFFFF  # above is the window that shared memory has among addresses
-        self.counts.shared += _wavefronts(addresses, lanes, width)
+        wavefronts = _wavefronts(addresses, lanes, width)
+        self.counts.shared += int(wavefronts.sum())
+        self.counts.conflicts += int((wavefronts[wavefronts > 0] - 1).sum())
         if (addresses[lanes] % width).any() or (addresses[lanes] + width > self.shared.shape[1]).any():
             raise IndexError(f"no shared memory at {int(addresses[lanes].max()):#x}")
         return addresses[lanes] + self.block[lanes] * self.shared.shape[1]
@@ -954,10 +996,10 @@ def _distinct(keys: Array, lanes: Array) -> int:
     return int(new.sum())
 
 
-def _wavefronts(addresses: Array, lanes: Array, width: int) -> int:
-    """Of shared memory: in each, a bank serves one word, to any number of lanes.
+def _wavefronts(addresses: Array, lanes: Array, width: int) -> Array:
+    """Of shared memory, for each group of lanes: in one, a bank serves one word, to any number of lanes.
 
-    Accesses of 8 and 16 bytes are served half and a quarter of a warp at a time.
+    Groups are warps; for accesses of 8 and 16 bytes halves and quarters of them. So one would do for any group.
     """
     words = max(1, width // 4)
     word = np.where(lanes, addresses >> 2, -1).reshape(-1, words, WARP // words)
@@ -969,4 +1011,4 @@ def _wavefronts(addresses: Array, lanes: Array, width: int) -> int:
     banks = np.bincount((group * 32 + ordered % 32)[first], minlength=ordered.shape[0] * ordered.shape[1] * 32).reshape(
         -1, 32
     )
-    return int(banks.max(1).sum())
+    return banks.max(1)
