@@ -20,7 +20,7 @@ from tools.machine_code import launches, roofline, workloads
 from tools.machine_code.roofline import GPU, Needs
 
 TINY = GPU("G", 10, 1.0, 100.0, {"issue": 128, "alu": 64, "l1": 32, "l2": 64}, (500, 50))
-NEEDS = Needs("kernel", {"issue": 300.0, "alu": 17.0, "l1": 17.0, "l2": 0.0}, 10, 40, 4, 32, 2.0, 0.1, 0.0)
+NEEDS = Needs("kernel", {"issue": 300.0, "alu": 17.0, "l1": 17.0, "l2": 0.0}, 10, 40, 4, 32, 2.0, 0.1, 0.0, 0.0, 0.0)
 
 
 def seconds(**changes):
@@ -35,6 +35,14 @@ def test_each_part_needs_its_own_time():
     assert seconds(work={**NEEDS.work, "l2": 64 * 8.5})["l2"] == 1.0
     assert seconds()["latency"] == 2 * (0.1 * 500 + 0.9 * 50)
     assert seconds(warps=80)["latency"] == 2 * seconds()["latency"]  # two waves
+
+
+def test_loads_that_cover_the_latency_at_the_rate_of_a_copy():
+    launch = replace(NEEDS, work={**NEEDS.work, "l2": 300.0}, loaded=200.0)
+    # A multiprocessor's part of the copy is 10 bytes in a nanosecond, of which two thirds are loaded.
+    assert launch.needed_in_flight(TINY) == pytest.approx(500 * 10 * 2 / 3)
+    assert launch.needed_in_flight(replace(TINY, ghz=2.0)) == pytest.approx(250 * 10 * 2 / 3)
+    assert NEEDS.needed_in_flight(TINY) == 0.0
 
 
 def test_what_takes_longest_binds_and_the_last_wave_stretches_it():

@@ -126,9 +126,9 @@ _PIPES = {
     **dict.fromkeys(("FADD", "FMUL", "FFMA"), "fma"),
     **dict.fromkeys(("HFMA2", "HADD2", "HMUL2", "HSET2", "HSETP2"), "half"),
     **dict.fromkeys(("MUFU", "I2F", "F2I", "F2F", "FRND", "POPC", "FLO", "BREV"), "mufu"),
-    **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL", "LDSM"), "lsu"),
+    **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDL", "STL", "SHFL", "LDSM", "LDGSTS"), "lsu"),
     **dict.fromkeys(("BRA", "EXIT", "BSSY", "BSYNC", "BREAK", "CALL", "RET", "WARPSYNC", "BAR", "NOP", "DEPBAR"), ""),
-    **dict.fromkeys(("LDC", "S2R", "S2UR", "R2UR"), ""),
+    **dict.fromkeys(("LDC", "S2R", "S2UR", "R2UR", "LDGDEPBAR"), ""),
     "IMAD": "imad",
 }
 
@@ -161,6 +161,8 @@ class Needs:
         waits: of a warp for loads.
         missed: share of the sectors that loads touch which are not in the L1 cache.
         in_flight: bytes of loads under way in a multiprocessor.
+        loaded: those of the "l2" bytes that are loaded, not stored.
+        conflicts: those of the "l1" wavefronts that are bank conflicts of shared memory.
     """
 
     kernel: str
@@ -172,6 +174,8 @@ class Needs:
     waits: float
     missed: float
     in_flight: float
+    loaded: float
+    conflicts: float
 
     def seconds(self, gpu: GPU) -> dict[str, float]:
         """That each part needs."""
@@ -182,6 +186,11 @@ class Needs:
         latency = self.missed * gpu.latency[0] + (1 - self.missed) * gpu.latency[1]
         clocks["latency"] = max(self.waves(gpu), 1) * self.waits * latency
         return {name: n / gpu.ghz / 1e9 for name, n in clocks.items()}
+
+    def needed_in_flight(self, gpu: GPU) -> float:
+        """Bytes of loads that must be under way in a multiprocessor for the rate of a copy: Little's law."""
+        share = self.loaded / max(self.work["l2"], 1)
+        return gpu.latency[0] / gpu.ghz * share * gpu.copy_gb_per_s / gpu.multiprocessors
 
     def waves(self, gpu: GPU) -> float:
         return self.warps / (self.resident * gpu.multiprocessors)
@@ -207,6 +216,8 @@ def needs(launched: Launched) -> Needs:
         counts.waits / counts.warps,
         counts.load_sectors / max(counts.load_touched, 1),
         32 * counts.load_sectors / max(counts.waits, 1) * resident,
+        scale * 32 * counts.load_sectors,
+        scale * counts.conflicts,
     )
 
 
@@ -428,7 +439,8 @@ def _details(found: Sequence[Row]) -> str:
         "resident warps",
         "KiB in flight",
     ]
-    head += [f"waves, {gpu.name}" for gpu in gpus()] + [*_COUNTED, "L2 bytes"]
+    head += [f"KiB needed, {gpu.name}" for gpu in gpus()] + [f"waves, {gpu.name}" for gpu in gpus()]
+    head += [*_COUNTED, "bank conflicts", "L2 bytes"]
     lines = [head, ["---"] * len(head)]
     for row in found:
         for launch in row.launches:
@@ -436,9 +448,11 @@ def _details(found: Sequence[Row]) -> str:
                 [
                     *(f"{row.op} {row.mode}", row.layer, row.dtype, row.format),
                     *(row.language, re.sub(r".*::(\w+)<.*", r"\1", launch.kernel), str(launch.registers)),
-                    *(str(launch.resident), f"{launch.in_flight / 1024:.0f}"),
+                    *(str(launch.resident), f"{launch.in_flight / 1024:.1f}"),
+                    *(f"{launch.needed_in_flight(gpu) / 1024:.1f}" for gpu in gpus()),
                     *(f"{launch.waves(gpu):.1f}" for gpu in gpus()),
                     *(f"{32 * launch.work.get(part, 0) / row.elements:.1f}" for part in _COUNTED),
+                    f"{32 * launch.conflicts / row.elements:.1f}",
                     f"{launch.work['l2'] / row.elements:.1f}",
                 ]
             )
@@ -446,8 +460,10 @@ def _details(found: Sequence[Row]) -> str:
 
 
 _DETAILS = """Per element of the input: instructions, including those of lanes without an element; under l1
-wavefronts of 32 words, of the L1 cache and of shared memory; and bytes between L2 cache and multiprocessors. In flight
-are the bytes that a multiprocessor's warps have loads under way for when they wait.
+wavefronts of 32 words, of the L1 cache and of shared memory; those of them that bank conflicts cost; and bytes between
+L2 cache and multiprocessors. In flight are the bytes that a multiprocessor's warps have loads under way for when they
+wait. Needed are, by Little's law, those that arrive during the latency of a load at the rate of a copy, of whose bytes
+as large a share is loaded as of the kernel's L2 bytes.
 
 """
 
