@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
+from itertools import product
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ if backends.INTERPRETING:
 import triton
 import triton.language as tl
 
-from tools.machine_code import launches
+from tools.machine_code import launch_cost, launches
 from tools.machine_code.compiled import compiling
 from tools.machine_code.compiled_cuda import compiled
 from tools.machine_code.execute import Counts, Launch, Memory, execute
@@ -193,6 +194,13 @@ def test_cuda_lrn_and_max_pool2d(cuda, dtype, format):
     nothing = torch.empty(x.shape, dtype=dtype, device="meta")
     cuda.run("max_pool2d_backward", channels_last, only_pool, x=nothing, dy=dy, argmax=places, out=dx)
     assert_right(dx, by_reference("max_pool2d_backward", dy, places, [9, 11], channels_last, pool), dtype)
+
+
+def test_every_operator_has_a_launch_cost(cuda):
+    found = {(cost.work.name, cost.work.format): cost for cost in launch_cost.costs(cuda, calls=10, repeats=1)}
+    operators = [name for name in IMPLEMENTATIONS if not name.startswith("conv2d")]
+    assert found.keys() == set(product(operators, ("NCHW", "channels_last")))
+    assert all(cost.microseconds > 0 and cost.kernels > 0 for cost in found.values())
 
 
 # -- counts, and that these tests would fail --------------------------------------------------------------------------

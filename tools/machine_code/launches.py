@@ -144,6 +144,19 @@ class Cuda:
         self._multiprocessors = multiprocessors
 
     def launches(self, work: Workload) -> list[Launched]:
+        memory, task, buffers = self._call(work)
+        return [
+            self._launched(memory, *launch)
+            for launch in self._module.record(work.name, task, buffers, self._sizes, self._multiprocessors)
+        ]
+
+    def nanoseconds(self, work: Workload, calls: int) -> float:
+        """That the operator's own code takes on this machine for one of so many calls."""
+        _, task, buffers = self._call(work)
+        return float(self._module.nanoseconds(work.name, task, buffers, self._multiprocessors, calls))
+
+    def _call(self, work: Workload) -> tuple[Memory, Any, list[int]]:
+        """Memory, the operator's task, and the addresses that it gets, in the order of ``_BUFFERS``."""
         memory, t = Memory(), work.tensors
 
         def add(dtype: torch.dtype, size: int) -> int:
@@ -166,10 +179,7 @@ class Cuda:
             where["x"] if reads_x else 0,
             *(where.get("bias", 0), dy, out, where.get("argmax", 0), partials, dbias, 0),
         ]
-        return [
-            self._launched(memory, *launch)
-            for launch in self._module.record(work.name, task, buffers, self._sizes, self._multiprocessors)
-        ]
+        return memory, task, buffers
 
     def _task(self, x: Tensor, channels_last: bool, tail: TailParams) -> Any:
         relu, *lrn, kernel, stride, padding, dilation, ceil_mode = tail.op_args()

@@ -2,6 +2,7 @@
 // compiled by nvcc as they are, and linked with this in the place of libcudart.
 #include <cuda_runtime_api.h>
 
+#include <chrono>
 #include <map>
 #include <string>
 
@@ -24,18 +25,15 @@ std::map<const void*, std::string>& names() {  // of the kernels, by what the ho
   return names;
 }
 int multiprocessors;
-py::list* launches;
+py::list* launches;  // where they are noted, if at all
 const std::map<std::string, size_t>* sizes;  // of the arguments, by name
 
 auto three(dim3 d) { return py::make_tuple(d.x, d.y, d.z); }
 
-py::list record(const std::string& op, const TailTask& described, std::vector<uintptr_t> buffers,
-                const std::map<std::string, size_t>& argument_sizes, int on_multiprocessors) {
-  TailTask t = described;
-  const auto at = [&](size_t i) { return reinterpret_cast<void*>(buffers.at(i)); };
-  t.x = at(0), t.bias = at(1), t.dy = at(2), t.out = at(3), t.argmax = at(4);
-  t.partials = at(5), t.dbias = at(6), t.terms = at(7);
-  const std::map<std::string, void (*)(const TailTask&, fastcnn::cuda::Stream)> operators = {
+using Operator = void (*)(const TailTask&, fastcnn::cuda::Stream);
+
+Operator find(const std::string& op) {
+  static const std::map<std::string, Operator> operators = {
       {"lrn", fastcnn::cuda::lrn},
       {"lrn_backward", fastcnn::cuda::lrn_backward},
       {"max_pool2d", fastcnn::cuda::max_pool2d},
@@ -43,10 +41,34 @@ py::list record(const std::string& op, const TailTask& described, std::vector<ui
       {"relu_lrn_max_pool2d", fastcnn::cuda::relu_lrn_max_pool2d},
       {"relu_lrn_max_pool2d_backward", fastcnn::cuda::relu_lrn_max_pool2d_backward},
   };
+  return operators.at(op);
+}
+
+TailTask with_memory(TailTask t, const std::vector<uintptr_t>& buffers) {
+  const auto at = [&](size_t i) { return reinterpret_cast<void*>(buffers.at(i)); };
+  t.x = at(0), t.bias = at(1), t.dy = at(2), t.out = at(3), t.argmax = at(4);
+  t.partials = at(5), t.dbias = at(6), t.terms = at(7);
+  return t;
+}
+
+py::list record(const std::string& op, const TailTask& described, const std::vector<uintptr_t>& buffers,
+                const std::map<std::string, size_t>& argument_sizes, int on_multiprocessors) {
   py::list found;
   launches = &found, sizes = &argument_sizes, multiprocessors = on_multiprocessors;
-  operators.at(op)(t, nullptr);
+  find(op)(with_memory(described, buffers), nullptr);
   return found;
+}
+
+// Of a call of an operator whose launches are not noted.
+double nanoseconds(const std::string& op, const TailTask& described, const std::vector<uintptr_t>& buffers,
+                   int on_multiprocessors, int calls) {
+  const TailTask t = with_memory(described, buffers);
+  const Operator call = find(op);
+  launches = nullptr, multiprocessors = on_multiprocessors;
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < calls; ++i) call(t, nullptr);
+  const std::chrono::duration<double, std::nano> spent = std::chrono::steady_clock::now() - start;
+  return spent.count() / calls;
 }
 
 }  // namespace
@@ -80,6 +102,7 @@ const char* cudaGetErrorName(cudaError_t) { return "?"; }
 const char* cudaGetErrorString(cudaError_t) { return "?"; }
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
                              cudaStream_t) {
+  if (!launches) return cudaSuccess;
   const std::string& name = names().at(function);
   const py::bytes bytes(static_cast<const char*>(arguments[0]), sizes->at(name));
   launches->append(py::make_tuple(name, three(grid), three(block), bytes, shared));
@@ -96,4 +119,5 @@ PYBIND11_MODULE(cuda_launches, m) {
   });
   m.def("lrn_terms", &fastcnn::cuda::lrn_terms);
   m.def("record", &record);
+  m.def("nanoseconds", &nanoseconds);
 }
