@@ -3,6 +3,7 @@
 // writes dx.
 #include "max_pool2d.h"
 
+#include "fast/pool.cuh"
 #include "pool.cuh"
 
 namespace fastcnn::cuda {
@@ -10,14 +11,29 @@ namespace fastcnn::cuda {
 void max_pool2d(const TailTask& task, Stream stream) {
   if (empty(task)) return;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
-    launch_pool<decltype(t), channels_last, Norm::none>("max_pool2d", task, stream);
+    using T = decltype(t);
+    constexpr auto name = "max_pool2d";
+    if constexpr (!std::is_same_v<T, double>) {
+      if (fast::takes<T>(task)) {
+        return fast::rectified(task) ? fast::launch_pool<T, true>(name, task, stream) : fast::launch_pool<T, false>(name, task, stream);
+      }
+    }
+    launch_pool<T, channels_last, Norm::none>(name, task, stream);
   });
 }
 
 void max_pool2d_backward(const TailTask& task, Stream stream) {
   if (empty(task)) return;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
-    launch_backward<decltype(t), channels_last, Norm::none, true>("max_pool2d_backward", task, stream);
+    using T = decltype(t);
+    constexpr auto name = "max_pool2d_backward";
+    if constexpr (!std::is_same_v<T, double>) {
+      if (fast::takes<T>(task)) {
+        return fast::rectified(task) ? fast::launch_pool_backward<T, fast::Beta::none, true>(name, task, stream)
+                         : fast::launch_pool_backward<T, fast::Beta::none, false>(name, task, stream);
+      }
+    }
+    launch_backward<T, channels_last, Norm::none, true>(name, task, stream);
   });
 }
 

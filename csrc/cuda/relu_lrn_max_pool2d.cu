@@ -7,6 +7,7 @@
 
 #include "lrn.h"
 #include "max_pool2d.h"
+#include "fast/pool.cuh"
 #include "pool.cuh"
 
 namespace fastcnn::cuda {
@@ -166,6 +167,9 @@ void relu_lrn_max_pool2d(const TailTask& task, Stream stream) {
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
     using T = decltype(t);
     if (!task.pool) return launch_forward<T, channels_last, Norm::none>(name, task, stream);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (fast::takes<T>(task) && task.shape.W > 1) return fast::launch_tail<T>(name, task, stream);
+    }
     with_norm<T>(task, [&](auto norm) { launch_tail<T, channels_last, norm>(name, task, stream); });
   });
 }
@@ -182,6 +186,11 @@ void relu_lrn_max_pool2d_backward(const TailTask& task, Stream stream) {
     with_dtype_and_format(task, [&](auto t, auto channels_last) {
       using T = decltype(t);
       if (!task.pool) return launch_backward<T, channels_last, Norm::none, false>(name, task, stream);
+      if constexpr (!std::is_same_v<T, double>) {
+        if (fast::takes<T>(task)) {
+          return fast::with_beta(task, [&](auto beta) { fast::launch_pool_backward<T, beta, true>(name, task, stream); });
+        }
+      }
       with_norm<T>(task, [&](auto norm) { launch_backward<T, channels_last, norm, true>(name, task, stream); });
     });
   }
@@ -195,6 +204,14 @@ int64_t bias_partials(const TailTask& task) {
   int64_t rows = 0;
   if (empty(task)) return 0;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
+    using T = decltype(t);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (fast::takes<T>(task) && (task.pool || task.lrn)) {
+        fast::Arguments a = fast::arguments<T>(task);
+        rows = (task.pool ? fast::share_out_blocks(a, task) : fast::share_out_pixels(a, task)).grid.x;
+        return;
+      }
+    }
     Arguments a = arguments(task, kRun<decltype(t)>);
     rows = share_out(a, channels_last, a.pixels, 0, kBiasWaves).grid.x;
   });

@@ -141,6 +141,26 @@ T* dynamic_shared() {
   return static_cast<T*>(simt::dynamic_shared());
 }
 inline float approximate_sqrt(float x) { return std::sqrt(x); }
+inline float sqrt_of_normal(float x) { return std::sqrt(x); }
+inline float inverse_sqrt_of_normal(float x) { return 1 / std::sqrt(x); }
+template <typename T>
+T opaque(T x) {
+  return x;
+}
+template <typename T>
+T load_if(bool exists, const T* p) {
+  return exists ? *p : T{};
+}
+template <int bytes>
+void load_if(bool exists, const void* p, uint32_t* words) {
+  if (exists) std::memcpy(words, p, bytes);
+}
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
 #else
 template <typename T>
 FASTCNN_DEVICE T* dynamic_shared() {
@@ -152,6 +172,73 @@ FASTCNN_DEVICE float approximate_sqrt(float x) {
   float root;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
+}
+// As precise, of numbers that are not subnormal: one instruction.
+FASTCNN_DEVICE float sqrt_of_normal(float x) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+FASTCNN_DEVICE float inverse_sqrt_of_normal(float x) {
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+// p, into global memory, but the compiler does not know how it was computed: it adds an offset to it in one instruction
+// and does not compute each address from the beginning.
+template <typename T>
+FASTCNN_DEVICE T* opaque(T* p) {
+  size_t address = __cvta_generic_to_global(p);
+  asm("mov.b64 %0, %0;" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
+FASTCNN_DEVICE unsigned opaque(unsigned x) {
+  asm("mov.b32 %0, %0;" : "+r"(x));
+  return x;
+}
+// Any value if it does not exist; without a branch.
+template <typename T>
+FASTCNN_DEVICE T load_if(bool exists, const T* p) {
+  const size_t address = __cvta_generic_to_global(p);
+  const uint32_t e = exists;
+  if constexpr (sizeof(T) == 4) {
+    T x;
+    asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.f32 %0, [%1];}" : "=f"(x) : "l"(address), "r"(e));
+    return x;
+  } else {
+    uint16_t bits;
+    if constexpr (sizeof(T) == 1) {
+      asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.u8 %0, [%1];}" : "=h"(bits) : "l"(address), "r"(e));
+      return static_cast<T>(bits);
+    } else {
+      asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.u16 %0, [%1];}" : "=h"(bits) : "l"(address), "r"(e));
+      T x;
+      memcpy(&x, &bits, sizeof x);
+      return x;
+    }
+  }
+}
+// Into words that are 0, without a branch. p is aligned to that many bytes, 2 to 16.
+template <int bytes>
+FASTCNN_DEVICE void load_if(bool exists, const void* p, uint32_t* words) {
+  const size_t address = __cvta_generic_to_global(p);
+  if constexpr (bytes == 2) {
+    asm("{.reg .pred e; .reg .b16 h; setp.ne.u32 e, %2, 0; mov.b16 h, 0; @e ld.global.b16 h, [%1]; cvt.u32.u16 %0, h;}"
+        : "=r"(words[0]) : "l"(address), "r"(uint32_t{exists}));
+  } else if constexpr (bytes == 4) {
+    asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.b32 %0, [%1];}"
+        : "+r"(words[0]) : "l"(address), "r"(uint32_t{exists}));
+  } else if constexpr (bytes == 8) {
+    asm("{.reg .pred e; setp.ne.u32 e, %3, 0; @e ld.global.v2.b32 {%0, %1}, [%2];}"
+        : "+r"(words[0]), "+r"(words[1]) : "l"(address), "r"(uint32_t{exists}));
+  } else {
+    asm("{.reg .pred e; setp.ne.u32 e, %5, 0; @e ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]) : "l"(address), "r"(uint32_t{exists}));
+  }
+}
+// Byte i of the result is the byte of b:a, from 0 to 7, that digit i of the selector names.
+FASTCNN_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
 }
 #endif
 
@@ -178,6 +265,87 @@ FASTCNN_DEVICE T narrow(A x) {
   else if constexpr (std::is_same_v<T, BFloat16>) return __float2bfloat16_rn(x);
   else return static_cast<T>(x);
 }
+
+// The larger; NaN if any is.
+FASTCNN_DEVICE float max_or_nan(float a, float b) {
+#if defined(FASTCNN_SIMT_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800)
+  return a > b || a != a ? a : b;
+#else
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#endif
+}
+
+// -- words of two 16-bit floats, the lower half first -----------------------------------------------------------------
+
+#if defined(FASTCNN_SIMT_EMULATOR)
+
+template <typename T>
+T half_of(uint32_t word, int i) {
+  return T{static_cast<uint16_t>(word >> 16 * i)};
+}
+template <typename T>
+float widen_low(uint32_t word) {
+  return widen(half_of<T>(word, 0));
+}
+template <typename T>
+float widen_high(uint32_t word) {
+  return widen(half_of<T>(word, 1));
+}
+template <typename T>
+uint32_t narrow_pair(float low, float high) {
+  return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
+}
+template <typename T>
+uint32_t max_or_nan_of_pairs(uint32_t a, uint32_t b) {
+  return narrow_pair<T>(max_or_nan(widen_low<T>(a), widen_low<T>(b)), max_or_nan(widen_high<T>(a), widen_high<T>(b)));
+}
+template <typename T>
+uint32_t equal_pairs(uint32_t a, uint32_t b) {
+  return (widen_low<T>(a) == widen_low<T>(b) ? 0xffffu : 0) | (widen_high<T>(a) == widen_high<T>(b) ? 0xffff0000u : 0);
+}
+
+#else
+
+template <typename T>
+using Pair = std::conditional_t<std::is_same_v<T, Half>, __half2, __nv_bfloat162>;
+
+template <typename T>
+FASTCNN_DEVICE Pair<T> pair_of(uint32_t word) {
+  return *reinterpret_cast<const Pair<T>*>(&word);
+}
+template <typename T>
+FASTCNN_DEVICE uint32_t word_of(Pair<T> pair) {
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <typename T>
+FASTCNN_DEVICE float widen_low(uint32_t word) {
+  if constexpr (std::is_same_v<T, Half>) return __low2float(pair_of<T>(word));
+  else return __uint_as_float(word << 16);
+}
+template <typename T>
+FASTCNN_DEVICE float widen_high(uint32_t word) {
+  if constexpr (std::is_same_v<T, Half>) return __high2float(pair_of<T>(word));
+  else return __uint_as_float(word & 0xffff0000u);
+}
+template <typename T>
+FASTCNN_DEVICE uint32_t narrow_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, Half>) return word_of<T>(__floats2half2_rn(low, high));
+  else return word_of<T>(__floats2bfloat162_rn(low, high));
+}
+// Of each half.
+template <typename T>
+FASTCNN_DEVICE uint32_t max_or_nan_of_pairs(uint32_t a, uint32_t b) {
+  return word_of<T>(__hmax2_nan(pair_of<T>(a), pair_of<T>(b)));
+}
+// All bits of the halves that are equal.
+template <typename T>
+FASTCNN_DEVICE uint32_t equal_pairs(uint32_t a, uint32_t b) {
+  return __heq2_mask(pair_of<T>(a), pair_of<T>(b));
+}
+
+#endif
 
 // -- tensor cores, from sm_80 on --------------------------------------------------------------------------------------
 

@@ -539,6 +539,8 @@ class _Execution:
             assert isinstance(bits, Immediate)
             self._set_predicate(result, (bits.bits >> row & 1).astype(bool), lanes)
 
+    _UPLOP3 = _PLOP3
+
     def _ISETP(self, i: Instruction, lanes: Array) -> None:
         comparison, combination = i.modifiers[0], "OR" if "OR" in i.modifiers else "AND"
         first, second, a, b, *inputs = i.operands

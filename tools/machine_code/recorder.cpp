@@ -113,8 +113,9 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 
 PYBIND11_MODULE(cuda_launches, m) {
   py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
-  m.def("bias_partials", [](const TailTask& t, int on) {
+  m.def("bias_partials", [](TailTask t, int on) {
     multiprocessors = on;
+    t.dbias = &t;  // it has one
     return fastcnn::cuda::bias_partials(t);
   });
   m.def("lrn_terms", &fastcnn::cuda::lrn_terms);

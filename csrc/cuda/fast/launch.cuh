@@ -1,0 +1,110 @@
+// Which tasks the fast kernels take, and how their work is shared out.
+#pragma once
+
+#include "../dispatch.cuh"
+#include "span.cuh"
+
+namespace fastcnn::cuda::fast {
+
+template <typename T>
+int channels_of_thread(const TailTask& task) {
+  return task.shape.channels_last ? kVector<T> : kPlanes;
+}
+
+// Whether there are kernels for the task's LRN and pool, its shape and where its tensors are.
+template <typename T>
+bool takes(const TailTask& task) {
+  if constexpr (std::is_same_v<T, double>) return false;
+  const Shape& shape = task.shape;
+  constexpr int64_t most = std::numeric_limits<int>::max() / 2;
+  const bool vectors = aligned(task.x) && aligned(task.dy) && aligned(task.out) && aligned(task.argmax);
+  return usual_beta(task.lrn) && (!task.pool || usual_window(task.pool)) && vectors &&
+         shape.C / task.lrn.groups % channels_of_thread<T>(task) == 0 && shape.image_stride() < most &&
+         shape.N * shape.pixels() < most && shape.N * shape.C < most;
+}
+
+template <typename T>
+Arguments arguments(const TailTask& task) {
+  const Shape& shape = task.shape;
+  Arguments a{};
+  a.x = task.x, a.bias = task.bias, a.dy = task.dy;
+  a.out = task.out, a.argmax = task.argmax, a.partials = task.partials;
+  a.N = static_cast<int>(shape.N), a.C = static_cast<int>(shape.C);
+  a.H = static_cast<int>(shape.H), a.W = static_cast<int>(shape.W);
+  a.OH = static_cast<int>(task.pool ? task.pool.h.out : shape.H);
+  a.OW = static_cast<int>(task.pool ? task.pool.w.out : shape.W);
+  a.image = shape.image_stride(), a.out_image = task.out_shape().image_stride();
+  using limits = std::numeric_limits<float>;
+  a.lowest = task.relu ? 0 : -limits::infinity(), a.blocked = task.relu ? 0 : limits::quiet_NaN();
+  if (task.lrn) {
+    const double scale = task.lrn.alpha / static_cast<double>(task.lrn.size);
+    a.start = static_cast<float>(task.lrn.k / scale), a.factor = static_cast<float>(std::pow(scale, -task.lrn.beta));
+    a.half_start = a.start / 2;
+    a.twice_beta = static_cast<float>(2 * task.lrn.beta);
+  } else {
+    a.factor = 1;
+  }
+  const int length = channels_of_thread<T>(task);
+  a.runs = a.C / length, a.runs_per_group = a.runs / static_cast<int>(task.lrn.groups);
+  a.by_group = Divisor(a.runs_per_group);
+  return a;
+}
+
+// Blocks for as many units, each of all channels.
+inline Launch share_out_units(Arguments& a, bool channels_last, int64_t units) {
+  a.units = static_cast<int>(units);
+  a.runs_per_block = channels_last ? std::min(a.runs, kThreads) : 1;
+  a.pixels_per_block = kThreads / a.runs_per_block;
+  const int64_t across = (units + a.pixels_per_block - 1) / a.pixels_per_block;
+  const int run_blocks = (a.runs + a.runs_per_block - 1) / a.runs_per_block;
+  const unsigned p = a.pixels_per_block, r = a.runs_per_block;
+  return {folded_grid(across, run_blocks), dim3(channels_last ? r : p, channels_last ? p : r)};
+}
+
+// Blocks of threads that go round until all units are done, as many as the device holds at once: each leaves a row of
+// sums for the bias gradient.
+inline Launch share_out_sums(Arguments& a, bool channels_last, int64_t units, int blocks_per_multiprocessor) {
+  Launch shape = share_out_units(a, channels_last, units);
+  const int64_t run_blocks = (a.runs + a.runs_per_block - 1) / a.runs_per_block;
+  const int64_t most = int64_t{device().multiprocessors} * blocks_per_multiprocessor;
+  shape.grid.x = static_cast<unsigned>(std::clamp<int64_t>(most / run_blocks, 1, shape.grid.x));
+  return shape;
+}
+
+inline bool rectified(const TailTask& task) { return task.relu || task.bias || task.dbias; }
+
+constexpr int kBlocks = 2;  // of a multiprocessor, that leave sums
+
+// For the operators whose maps keep their size.
+inline Launch share_out_pixels(Arguments& a, const TailTask& task) {
+  const int64_t units = task.shape.N * task.shape.pixels();
+  a.by_pixels = Divisor(static_cast<unsigned>(task.shape.pixels()));
+  return task.dbias ? share_out_sums(a, task.shape.channels_last, units, kBlocks)
+                    : share_out_units(a, task.shape.channels_last, units);
+}
+
+inline size_t shared_of_sums(const Arguments& a, int length) {
+  return a.partials ? sizeof(float) * kThreads * length : 0;
+}
+
+// f(channels_last and the vector's or planes' number as constants)
+template <typename T, typename F>
+void with_format(const TailTask& task, F f) {
+  if (task.shape.channels_last) f(std::true_type(), std::integral_constant<int, kVector<T>>());
+  else f(std::false_type(), std::integral_constant<int, kPlanes>());
+}
+
+template <typename F>
+void with_beta(const TailTask& task, F f) {
+  if (usual_beta(task.lrn) == Beta::half) f(std::integral_constant<Beta, Beta::half>());
+  else f(std::integral_constant<Beta, Beta::three_quarters>());
+}
+
+// f(K as a constant)
+template <typename F>
+void with_window(const TailTask& task, F f) {
+  if (usual_window(task.pool) == 3) f(std::integral_constant<int, 3>());
+  else f(std::integral_constant<int, 2>());
+}
+
+}  // namespace fastcnn::cuda::fast

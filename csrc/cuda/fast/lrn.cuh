@@ -1,0 +1,190 @@
+// LRN over five channels, all of them in registers: s = k + alpha/5 * sum(x^2), y = x * s^-beta, and its gradient,
+// dx = dy * s^-beta - 2*alpha*beta/5 * x * sum(q), q = dy * x * s^-(beta+1), over the windows that hold the channel.
+// Memory: forward reads x and writes y once; backward reads x and dy and writes dx. What neighbouring threads share
+// comes from the L1 cache.
+#pragma once
+
+#include "span.cuh"
+
+namespace fastcnn::cuda::fast {
+
+// sums[j] = start + the squares of v[j] ... v[j + 4], or these themselves. Windows 2i and 2i + 1 share all but their
+// outermost elements, which are added up in pairs that the next windows share.
+template <bool squares, int n>
+FASTCNN_DEVICE void sums_of_five(const float (&v)[n], float start, float (&sums)[n - 4]) {
+  static_assert(n % 2 == 0);
+  const auto add = [](float sum, float x) { return squares ? x * x + sum : x + sum; };
+  float pairs[n / 2 - 1];
+#pragma unroll
+  for (int i = 0; i < n / 2 - 1; ++i) {
+    const float first = squares && i % 2 ? v[2 * i + 1] * v[2 * i + 1] : squares ? add(start, v[2 * i + 1]) : v[2 * i + 1];
+    pairs[i] = add(first, v[2 * i + 2]);
+  }
+#pragma unroll
+  for (int i = 0; i < n / 2 - 2; ++i) {
+    const float inner = pairs[i] + pairs[i + 1];
+    sums[2 * i] = add(inner, v[2 * i]);
+    sums[2 * i + 1] = add(inner, v[2 * i + 5]);
+  }
+}
+
+// s^-beta / factor, from s / scale; r^2 is scale / s.
+template <Beta beta>
+FASTCNN_DEVICE float power(float s, float& r) {
+  r = inverse_sqrt_of_normal(s);
+  return beta == Beta::half ? r : r * sqrt_of_normal(r);
+}
+
+// relu(x + bias) of the thread's channels and their neighbours.
+template <int count>
+struct Rectifier {
+  float bias[count], lowest;
+
+  FASTCNN_DEVICE Rectifier(const Arguments& a, int first, int length, Neighbours exist) : lowest(a.lowest) {
+    const int around = (count - length) / 2;
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      const bool exists = j < around ? exist.left : j < around + length || exist.right;
+      bias[j] = a.bias && exists ? static_cast<const float*>(a.bias)[first - around + j] : -0.0f;  // changes nothing
+    }
+  }
+  FASTCNN_DEVICE void apply(float (&v)[count]) const {
+#pragma unroll
+    for (int j = 0; j < count; ++j) {
+      v[j] = max_or_nan(v[j] + bias[j], lowest);
+    }
+  }
+};
+
+template <>
+struct Rectifier<0> {
+  FASTCNN_DEVICE Rectifier(const Arguments&, int, int, Neighbours) {}
+};
+
+// y / factor of the channels that have two neighbours.
+template <Beta beta, int n>
+FASTCNN_DEVICE void normalize(const float (&v)[n], float start, float (&y)[n - 4]) {
+  sums_of_five<true>(v, start, y);
+#pragma unroll
+  for (int i = 0; i < n - 4; ++i) {
+    float r;
+    y[i] = v[i + 2] * power<beta>(y[i], r);
+  }
+}
+
+// dx of the channels that have four neighbours in v, from dy, g, of these and two neighbours.
+template <Beta beta, int n>
+FASTCNN_DEVICE void differentiate(const Arguments& a, const float (&v)[n], float (&g)[n - 4], float (&dx)[n - 8]) {
+  float s[n - 4], q[n - 4];
+  sums_of_five<true>(v, a.start, s);
+#pragma unroll
+  for (int j = 0; j < n - 4; ++j) {
+    float r;
+    g[j] *= power<beta>(s[j], r);
+    q[j] = g[j] * (v[j + 2] * (r * r));
+  }
+  sums_of_five<false>(q, 0, dx);
+#pragma unroll
+  for (int i = 0; i < n - 8; ++i) dx[i] = a.factor * (g[i + 2] - a.twice_beta * v[i + 4] * dx[i]);
+}
+
+// Where a thread works.
+template <typename T, bool channels_last, int length>
+struct Place {
+  int run, unit;
+  bool exists;
+  Neighbours neighbours;
+
+  FASTCNN_DEVICE explicit Place(const Arguments& a) {
+    run = channels_last ? block_y() * a.runs_per_block + threadIdx.x : block_y();
+    unit = channels_last ? blockIdx.x * a.pixels_per_block + threadIdx.y : blockIdx.x * kThreads + threadIdx.x;
+    exists = run < a.runs && unit < a.units;
+    const int in_group = run - a.by_group.divide(run) * a.runs_per_group;
+    neighbours = {in_group > 0, in_group < a.runs_per_group - 1};
+  }
+};
+
+// The first channel of a pixel, from the first of the tensor's, where `image` is between images.
+template <bool channels_last, int length>
+FASTCNN_DEVICE int64_t offset_of(const Arguments& a, int pixels, int unit, int run) {
+  if (channels_last) return static_cast<int64_t>(unit) * a.C + run * length;
+  const int n = a.by_pixels.divide(unit);
+  return (static_cast<int64_t>(n) * a.C + run * length) * pixels + (unit - n * pixels);
+}
+
+// The sums of dx of the block's threads, for the bias gradient, in a fixed order.
+template <bool channels_last, int length>
+FASTCNN_DEVICE void store_sums(const Arguments& a, int run, float (&sums)[length]) {
+  float* const shared = dynamic_shared<float>();
+  float* const partials = static_cast<float*>(a.partials) + static_cast<int64_t>(blockIdx.x) * a.C;
+  if constexpr (channels_last) {  // [pixel][channel]
+    const int channels = a.runs_per_block * length;
+#pragma unroll
+    for (int i = 0; i < length; ++i) shared[threadIdx.y * channels + threadIdx.x * length + i] = sums[i];
+    __syncthreads();
+    const int first = block_y() * channels, count = min(channels, a.C - first);
+    for (int c = threadIdx.y * a.runs_per_block + threadIdx.x; c < count; c += a.runs_per_block * a.pixels_per_block) {
+      float sum = 0;
+      for (int p = 0; p < a.pixels_per_block; ++p) sum += shared[p * channels + c];
+      partials[first + c] = sum;
+    }
+  } else {  // [warp][channel]
+#pragma unroll
+    for (int i = 0; i < length; ++i) {
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], step);
+      if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32 * length + i] = sums[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < length) {
+      float sum = 0;
+      for (int warp = 0; warp < kThreads / 32; ++warp) sum += shared[warp * length + threadIdx.x];
+      partials[run * length + threadIdx.x] = sum;
+    }
+  }
+}
+
+template <typename T, bool channels_last, int length, Beta beta, bool rectified>
+__global__ void __launch_bounds__(kThreads, 1) lrn(const Arguments a) {
+  const Place<T, channels_last, length> place(a);
+  if (!place.exists) return;
+  const int stride = a.H * a.W;
+  const int64_t at = offset_of<channels_last, length>(a, stride, place.unit, place.run);
+  float v[length + 4], y[length];
+  Span<T, channels_last, length, 2>(static_cast<const T*>(a.x) + at, stride, place.neighbours).widen(v);
+  if constexpr (rectified) Rectifier<length + 4>(a, place.run * length, length, place.neighbours).apply(v);
+  normalize<beta>(v, a.start, y);
+#pragma unroll
+  for (int i = 0; i < length; ++i) y[i] *= a.factor;
+  store<T, channels_last>(static_cast<T*>(a.out) + at, stride, y);
+}
+
+// A thread has the same channels of several pixels, where their sums are wanted.
+template <typename T, bool channels_last, int length, Beta beta, bool rectified>
+__global__ void __launch_bounds__(kThreads, 1) lrn_backward(const Arguments a) {
+  const Place<T, channels_last, length> place(a);
+  const int stride = a.H * a.W, step = gridDim.x * a.pixels_per_block;
+  float sums[length] = {};
+  if (place.run < a.runs) {
+    const Rectifier<rectified ? length + 8 : 0> rectify(a, place.run * length, length, place.neighbours);
+    for (int unit = place.unit; unit < a.units; unit += step) {
+      const int64_t at = offset_of<channels_last, length>(a, stride, unit, place.run);
+      const Span<T, channels_last, length, 4> x(static_cast<const T*>(a.x) + at, stride, place.neighbours);
+      const Span<T, channels_last, length, 2> dy(static_cast<const T*>(a.dy) + at, stride, place.neighbours);
+      float v[length + 8], g[length + 4], dx[length];
+      x.widen(v);
+      dy.widen(g);
+      if constexpr (rectified) rectify.apply(v);
+      differentiate<beta>(a, v, g, dx);
+#pragma unroll
+      for (int i = 0; i < length; ++i) {
+        if (rectified && v[4 + i] <= a.blocked) dx[i] = 0;
+        sums[i] += dx[i];
+      }
+      store<T, channels_last>(static_cast<T*>(a.out) + at, stride, dx);
+    }
+  }
+  if (rectified && a.partials) store_sums<channels_last>(a, place.run, sums);
+}
+
+}  // namespace fastcnn::cuda::fast

@@ -1,0 +1,338 @@
+// Max pooling of K x K windows, K = 3 or 2, at stride 2, of relu(x + bias) or of x itself, and its gradient. Memory:
+// forward reads x once (what windows share comes from the L1 cache) and writes y and one byte per output, the place of
+// its maximum; backward reads dy and the byte (and x, where there is a ReLU) and writes dx.
+//
+// Of equal elements the first wins; a NaN always does, the last of several. That there is a NaN shows in the maximum,
+// and is rare: then the place is looked for once more.
+#pragma once
+
+#include "lrn.cuh"
+
+namespace fastcnn::cuda::fast {
+
+// Of one channel: the first of the largest of the elements that were taken.
+struct Largest {
+  float value;
+  int place;
+
+  FASTCNN_DEVICE void take(float v, int at) {
+    place = v > value ? at : place;
+    value = max_or_nan(value, v);
+  }
+};
+
+// Whether a NaN is among these; or perhaps infinities of both signs, which is as rare.
+template <int n>
+FASTCNN_DEVICE bool any_nan(const float (&v)[n]) {
+  float sum = v[0];
+#pragma unroll
+  for (int i = 1; i < n; ++i) sum += v[i];
+  return sum != sum;
+}
+
+// relu(x + bias), normalized, of one element at a pixel: NaN where y is.
+template <typename T, bool channels_last, Beta beta>
+FASTCNN_DEVICE float element(const Arguments& a, const T* image, int pixel, int c) {
+  const auto at = [&](int channel) {
+    const int64_t offset = channels_last ? static_cast<int64_t>(pixel) * a.C + channel
+                                         : static_cast<int64_t>(channel) * a.H * a.W + pixel;
+    const float v = cuda::widen(image[offset]) + (a.bias ? static_cast<const float*>(a.bias)[channel] : -0.0f);
+    return max_or_nan(v, a.lowest);
+  };
+  const float v = at(c);
+  if constexpr (beta == Beta::none) return v;
+  const int channels = a.C / a.runs * a.runs_per_group, first = c / channels * channels;
+  float s = a.start, r;
+#pragma unroll 1
+  for (int i = max(c - 2, first); i < min(c + 3, first + channels); ++i) s += at(i) * at(i);
+  return v * power<beta>(s, r);
+}
+
+// Store the places again of the thread's channels that have a NaN in the window of output (oh, ow).
+template <typename T, bool channels_last, int length, Beta beta, int K>
+FASTCNN_DEVICE void find_nan(const Arguments& a, int n, int oh, int ow, int run) {
+#pragma unroll 1
+  for (int c = run * length; c < (run + 1) * length; ++c) {
+    int place = -1;
+#pragma unroll 1
+    for (int i = 0; i < K * K; ++i) {
+      const int h = 2 * oh + i / K, w = 2 * ow + i % K;
+      if (h >= a.H || w >= a.W) continue;
+      const float y = element<T, channels_last, beta>(a, static_cast<const T*>(a.x) + n * a.image, h * a.W + w, c);
+      if (y != y) place = i;
+    }
+    const int64_t pixel = static_cast<int64_t>(oh) * a.OW + ow;
+    const int64_t at = channels_last ? pixel * a.C + c : c * static_cast<int64_t>(a.OH) * a.OW + pixel;
+    if (place >= 0) static_cast<uint8_t*>(a.argmax)[n * a.out_image + at] = static_cast<uint8_t>(place);
+  }
+}
+
+// -- forward, channels_last -------------------------------------------------------------------------------------------
+
+// The maxima of a window of vectors and their places, a byte each.
+template <typename T, int K>
+FASTCNN_DEVICE bool maxima(const Words<16> (&x)[K * K], Words<16>& value, Words<kVector<T>>& place) {
+  constexpr int last = K * K - 1;
+  bool nan = false;
+  if constexpr (sizeof(T) == 2) {
+    uint32_t places[4], all = x[0].word[0];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      value.word[i] = x[0].word[i];
+#pragma unroll
+      for (int k = 1; k <= last; ++k) value.word[i] = max_or_nan_of_pairs<T>(value.word[i], x[k].word[i]);
+      places[i] = last * 0x10001;
+#pragma unroll
+      for (int k = last - 1; k >= 0; --k) {
+        const uint32_t equal = equal_pairs<T>(x[k].word[i], value.word[i]);
+        places[i] = (places[i] & ~equal) | (k * 0x10001 & equal);
+      }
+      all = max_or_nan_of_pairs<T>(all, value.word[i]);
+    }
+    nan = equal_pairs<T>(all, all) != ~0u;
+    for (int i = 0; i < 2; ++i) place.word[i] = permute_bytes(places[2 * i], places[2 * i + 1], 0x6420);
+  } else {
+    float found[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Largest largest{std::bit_cast<float>(x[0].word[i]), 0};
+#pragma unroll
+      for (int k = 1; k <= last; ++k) largest.take(std::bit_cast<float>(x[k].word[i]), k);
+      found[i] = largest.value;
+      value.word[i] = std::bit_cast<uint32_t>(largest.value);
+      place.word[0] |= largest.place << 8 * i;
+    }
+    nan = any_nan(found);
+  }
+  return nan;
+}
+
+// Store the largest of a thread's channels at one output.
+template <typename T, bool channels_last, int length>
+FASTCNN_DEVICE void store_largest(const Arguments& a, int64_t at, int stride, const Largest (&largest)[length]) {
+  float value[length];
+#pragma unroll
+  for (int i = 0; i < length; ++i) value[i] = a.factor * largest[i].value;
+  store<T, channels_last>(static_cast<T*>(a.out) + at, stride, value);
+  if (!a.argmax) return;
+  uint8_t* const argmax = static_cast<uint8_t*>(a.argmax) + at;
+  if constexpr (channels_last) {
+    Words<length> place;
+#pragma unroll
+    for (int i = 0; i < length; ++i) place.word[i / 4] |= largest[i].place << i % 4 * 8;
+    place.store(argmax);
+  } else {
+#pragma unroll
+    for (int i = 0; i < length; ++i) argmax[static_cast<int64_t>(i) * stride] = static_cast<uint8_t>(largest[i].place);
+  }
+}
+
+template <typename T, int K, bool rectified>
+__global__ void __launch_bounds__(kThreads, 1) pool_vectors(const Arguments a) {
+  constexpr int length = kVector<T>;
+  const Place<T, true, length> place(a);
+  if (!place.exists) return;
+  const int row = a.by_columns.divide(place.unit), ow = place.unit - row * a.OW;
+  const int n = a.by_rows.divide(row), oh = row - n * a.OH;
+  const T* const x = static_cast<const T*>(a.x) + n * a.image + place.run * length;
+  Words<16> window[K * K];
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    // A window may end beyond the map: the last element once more is never the first of the largest.
+    const int h = min(2 * oh + i, a.H - 1) * a.W;
+#pragma unroll
+    for (int j = 0; j < K; ++j) window[i * K + j] = Words<16>(x + (h + min(2 * ow + j, a.W - 1)) * a.C);
+  }
+  const int64_t at = static_cast<int64_t>(place.unit) * a.C + place.run * length;
+  bool nan;
+  if constexpr (rectified) {
+    const Rectifier<length> rectify(a, place.run * length, length, {});
+    Largest largest[length];
+    float value[length];
+#pragma unroll
+    for (int k = 0; k < K * K; ++k) {
+      float v[length];
+      widen_words<T, length>(window[k], v);
+      rectify.apply(v);
+#pragma unroll
+      for (int i = 0; i < length; ++i) {
+        if (k == 0) largest[i] = {v[i], 0};
+        else largest[i].take(v[i], k);
+        value[i] = largest[i].value;
+      }
+    }
+    store_largest<T, true>(a, at, 0, largest);
+    nan = any_nan(value);
+  } else {
+    Words<16> value;
+    Words<length> places;
+    nan = maxima<T, K>(window, value, places);
+    value.store(static_cast<T*>(a.out) + at);
+    if (a.argmax) places.store(static_cast<uint8_t*>(a.argmax) + at);
+  }
+  if (nan && a.argmax) find_nan<T, true, length, Beta::none, K>(a, n, oh, ow, place.run);
+}
+
+// -- forward, NCHW ----------------------------------------------------------------------------------------------------
+
+// The elements at, at + 1 and at + 2 of x, which is aligned to pairs of them, in accesses of pairs. With `clipped` only
+// `count` of them exist, and the last that does takes the place of others.
+template <typename T, int K, bool clipped>
+FASTCNN_DEVICE void load_row(const T* x, unsigned at, int count, float (&v)[3]) {
+  using Pair = Words<2 * static_cast<int>(sizeof(T))>;
+  const bool odd = at & 1;
+  const Pair* const pairs = reinterpret_cast<const Pair*>(x) + (at >> 1);
+  const Pair first(pairs), second = (clipped ? count : K) + odd > 2 ? Pair(pairs + 1) : Pair();
+  if constexpr (sizeof(T) == 4) {
+    v[0] = std::bit_cast<float>(first.word[odd]);
+    v[1] = std::bit_cast<float>(odd ? second.word[0] : first.word[1]);
+    v[2] = std::bit_cast<float>(second.word[odd]);
+  } else {
+    const uint32_t selector = 0x3210 ^ (at & 1) * (0x3210 ^ 0x5432);  // from its half on
+    const uint32_t pair = permute_bytes(first.word[0], second.word[0], selector);
+    v[0] = widen_low<T>(pair);
+    v[1] = widen_high<T>(pair);
+    v[2] = widen_low<T>(permute_bytes(second.word[0], 0, selector));
+  }
+  if (clipped && count < 2) v[1] = v[0];
+  if (clipped && count < 3) v[2] = v[1];
+}
+
+// A thread has two outputs of a plane, one below the other.
+template <typename T, int K, bool rectified, bool clipped>
+__global__ void __launch_bounds__(kThreads, 1) pool_planes(const Arguments a) {
+  const int unit = blockIdx.x * kThreads + threadIdx.x, n = block_y();
+  if (unit >= a.units || n >= a.N) return;
+  const int pair = a.by_columns.divide(unit), ow = unit - pair * a.OW;
+  const int c = a.by_rows.divide(pair), oh = 2 * (pair - c * ((a.OH + 1) / 2));
+  const T* const image = opaque(static_cast<const T*>(a.x) + n * a.image);
+  const unsigned plane = c * a.H * a.W + 2 * ow;
+  const float bias = rectified && a.bias ? static_cast<const float*>(a.bias)[c] : -0.0f;
+  const int last = (clipped ? a.H : min(2 * a.OH + K - 2, a.H)) - 1;
+  Largest rows[K + 2];
+#pragma unroll
+  for (int i = 0; i < K + 2; ++i) {
+    float v[3];
+    // Beyond the map the last row once more: it is never the first of the largest.
+    const int h = clipped || i >= K ? min(2 * oh + i, last) : 2 * oh + i;
+    load_row<T, K, clipped>(image, plane + h * a.W, a.W - 2 * ow, v);
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      if constexpr (rectified) {
+        v[j] = max_or_nan(v[j] + bias, a.lowest);
+      }
+      if (j == 0) rows[i] = {v[0], 0};
+      else rows[i].take(v[j], j);
+    }
+  }
+  const unsigned at = (c * a.OH + oh) * a.OW + ow;
+  T* const out = opaque(static_cast<T*>(a.out) + n * a.out_image);
+  uint8_t* const argmax = opaque(static_cast<uint8_t*>(a.argmax) + n * a.out_image);
+#pragma unroll
+  for (int o = 0; o < 2; ++o) {
+    if (oh + o == a.OH) break;
+    Largest largest = rows[2 * o];
+#pragma unroll
+    for (int i = 1; i < K; ++i) largest.take(rows[2 * o + i].value, i * K + rows[2 * o + i].place);
+    out[at + o * a.OW] = narrow<T>(largest.value);
+    if (!a.argmax) continue;
+    argmax[at + o * a.OW] = static_cast<uint8_t>(largest.place);
+    if (largest.value != largest.value) find_nan<T, false, 1, Beta::none, K>(a, n, oh + o, ow, c);
+  }
+}
+
+// -- backward ---------------------------------------------------------------------------------------------------------
+
+// The gradients of an output, and the places of its maxima, of a thread's channels and their neighbours.
+template <typename T, bool channels_last, int length, int around>
+struct Window {
+  static constexpr int kCount = length + 2 * around;
+  Span<T, channels_last, length, around> dy;
+  Span<uint8_t, channels_last, length, around> place;
+
+  FASTCNN_DEVICE Window(const Arguments& a, int64_t at, Neighbours exist, bool here)
+      : dy(static_cast<const T*>(a.dy) + at, a.OH * a.OW, exist, here),
+        place(static_cast<const uint8_t*>(a.argmax) + at, a.OH * a.OW, exist, here) {}
+
+  // To the gradients of `elements` of the block, the places of which are `at`.
+  template <int elements>
+  FASTCNN_DEVICE void add_to(float (&g)[4][kCount], const int (&element)[elements], const int (&at)[elements]) const {
+    float d[kCount];
+    dy.widen(d);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int mine = place.byte(j);
+#pragma unroll
+      for (int e = 0; e < elements; ++e) {
+        if (mine == at[e]) g[element[e]][j] += d[j];
+      }
+    }
+  }
+};
+
+// A thread has the blocks of 2 x 2 elements that begin where a window does, in some images.
+template <typename T, bool channels_last, int length, int K, Beta beta, bool rectified>
+__global__ void __launch_bounds__(kThreads, 2) pool_backward(const Arguments a) {
+  constexpr int around = beta == Beta::none ? 0 : 2, count = length + 2 * around;
+  using X = Span<T, channels_last, length, 2 * around>;
+  const Place<T, channels_last, length> place(a);
+  float sums[length] = {};
+  if (place.run < a.runs) {
+    const Rectifier<X::kCount> rectify(a, place.run * length, length, place.neighbours);
+    const int columns = (a.W + 1) / 2, rows = (a.H + 1) / 2, stride = a.H * a.W;
+    const int step = gridDim.x * a.pixels_per_block;
+    for (int unit = place.unit; unit < a.units; unit += step) {
+      const int row = a.by_columns.divide(unit), ow = unit - row * columns;
+      const int n = a.by_rows.divide(row), oh = row - n * rows;
+      const int64_t first = channels_last ? place.run * length : static_cast<int64_t>(place.run) * length * a.OH * a.OW;
+      const int pixel = channels_last ? a.C : 1;
+      const int64_t from = n * a.out_image + first + (oh * a.OW + ow) * static_cast<int64_t>(pixel);
+      using Source = Window<T, channels_last, length, around>;
+      const bool right = ow < a.OW, below = oh < a.OH, left = K == 3 && ow > 0, above = K == 3 && oh > 0;
+      const Source here(a, from, place.neighbours, right && below);
+      const Source before(a, from - pixel, place.neighbours, left && below);
+      const Source over(a, from - a.OW * static_cast<int64_t>(pixel), place.neighbours, right && above);
+      const Source corner(a, from - (a.OW + 1) * static_cast<int64_t>(pixel), place.neighbours, left && above);
+      const int64_t to = n * a.image + static_cast<int64_t>(place.run) * length * (channels_last ? 1 : stride) +
+                         (2 * oh * a.W + 2 * ow) * static_cast<int64_t>(pixel);
+      const int64_t next_row = a.W * static_cast<int64_t>(pixel);
+      const bool inside[4] = {true, 2 * ow + 1 < a.W, 2 * oh + 1 < a.H, 2 * ow + 1 < a.W && 2 * oh + 1 < a.H};
+      const int64_t offset[4] = {to, to + pixel, to + next_row, to + next_row + pixel};
+      const auto x = [&](int e) {
+        return X(static_cast<const T*>(a.x) + offset[e], stride, place.neighbours, rectified && inside[e]);
+      };
+      const X xs[4] = {x(0), x(1), x(2), x(3)};
+      float g[4][count] = {};
+      if constexpr (K == 3) {
+        here.add_to(g, {0, 1, 2, 3}, {0, 1, 3, 4});
+        before.add_to(g, {0, 2}, {2, 5});
+        over.add_to(g, {0, 1}, {6, 7});
+        corner.add_to(g, {0}, {8});
+      } else {
+        here.add_to(g, {0, 1, 2, 3}, {0, 1, 2, 3});
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float v[X::kCount], dx[length];
+        xs[e].widen(v);
+        if constexpr (rectified) rectify.apply(v);
+        if constexpr (beta == Beta::none) {
+#pragma unroll
+          for (int i = 0; i < length; ++i) dx[i] = g[e][i];
+        } else {
+          differentiate<beta>(a, v, g[e], dx);
+        }
+        if (!inside[e]) continue;
+#pragma unroll
+        for (int i = 0; i < length; ++i) {
+          if (rectified && v[2 * around + i] <= a.blocked) dx[i] = 0;
+          sums[i] += dx[i];
+        }
+        store<T, channels_last>(static_cast<T*>(a.out) + offset[e], stride, dx);
+      }
+    }
+  }
+  if (a.partials) store_sums<channels_last>(a, place.run, sums);
+}
+
+}  // namespace fastcnn::cuda::fast

@@ -1,0 +1,351 @@
+// The tail of an AlexNet stage, max_pool2d(lrn(relu(x + bias))), and its gradient, with LRN over five channels and
+// windows of K x K, K = 3 or 2, at stride 2. Memory: forward reads x once and writes the pooled map and its argmax;
+// backward reads x, dy and argmax and writes dx.
+#pragma once
+
+#include "max_pool2d.cuh"
+
+namespace fastcnn::cuda::fast {
+
+template <typename T>
+FASTCNN_DEVICE void narrow_two(float a, float b, T (&to)[2]) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t pair = narrow_pair<T>(a, b);
+    memcpy(to, &pair, sizeof pair);
+  } else {
+    to[0] = a, to[1] = b;
+  }
+}
+
+// -- forward ----------------------------------------------------------------------------------------------------------
+
+inline constexpr int kNarrow = kThreads / 2;  // threads of a block that need many registers
+
+// The rows of outputs of a block: all chunks of units go down the map one after the other, and each block takes as many
+// of these rows. f(chunk, first row, end of the rows)
+template <typename F>
+FASTCNN_DEVICE void for_each_strip(const Arguments& a, int units_per_block, F f) {
+  const int64_t rows = static_cast<int64_t>((a.units + units_per_block - 1) / units_per_block) * a.OH;
+  int64_t row = rows * blockIdx.x / gridDim.x;
+  const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
+  while (row < end) {
+    const int chunk = static_cast<int>(row / a.OH), first = static_cast<int>(row - int64_t{chunk} * a.OH);
+    const int last = static_cast<int>(min(int64_t{a.OH}, first + (end - row)));
+    f(chunk, first, last);
+    row += last - first;
+  }
+}
+
+// A thread has a vector of channels of two neighbouring outputs and goes down the map; what is largest in the row that
+// windows share stays in registers.
+template <typename T, int K, Beta beta>
+__global__ void __launch_bounds__(kNarrow, 3) tail_vectors(const Arguments a) {
+  constexpr int length = kVector<T>, columns = K + 2;
+  const int run = block_y() * a.runs_per_block + threadIdx.x;
+  if (run >= a.runs) return;
+  const int in_group = run - a.by_group.divide(run) * a.runs_per_group;
+  const Neighbours neighbours{in_group > 0, in_group < a.runs_per_group - 1};
+  const Rectifier<length + 4> rectify(a, run * length, length, neighbours);
+  for_each_strip(a, a.pixels_per_block, [&](int chunk, int first, int last) {
+    const int unit = chunk * a.pixels_per_block + threadIdx.y;
+    if (unit >= a.units) return;
+    const int n = a.by_columns.divide(unit), ow = 2 * (unit - n * ((a.OW + 1) / 2));
+    const T* const x = opaque(static_cast<const T*>(a.x) + n * a.image + run * length);
+    const int64_t to = n * a.out_image + ow * a.C + run * length;
+    unsigned offset[columns];
+#pragma unroll
+    for (int j = 0; j < columns; ++j) offset[j] = min(2 * ow + j, a.W - 1) * a.C;
+    // f(column, y / factor of the vector) for the columns of a row
+    const auto for_each_column = [&](int h, auto f) {
+      using X = Span<T, true, length, 2>;
+      const unsigned row = min(h, a.H - 1) * a.W * a.C;
+      const auto at = [&](int j) { return X(x + (row + offset[j]), 0, neighbours); };
+      const X xs[4] = {at(0), at(1), at(2), at(3)};
+      const auto take = [&](const X& column, int j) {
+        float v[length + 4], y[length];
+        column.widen(v);
+        rectify.apply(v);
+        normalize<beta>(v, a.start, y);
+        f(j, y);
+      };
+#pragma unroll
+      for (int j = 0; j < 4; ++j) take(xs[j], j);
+      if constexpr (K == 3) take(at(4), 4);
+    };
+    Largest shared[2][length];
+    const auto start_row = [&](int h) {
+      for_each_column(h, [&](int j, const float (&y)[length]) {
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          if (j < 2 * o || j >= 2 * o + K) continue;
+#pragma unroll
+          for (int i = 0; i < length; ++i) {
+            if (j == 2 * o) shared[o][i] = {y[i], 0};
+            else shared[o][i].take(y[i], j - 2 * o);
+          }
+        }
+      });
+    };
+    if (K == 3) start_row(2 * first);
+    for (int oh = first; oh < last; ++oh) {
+      if (K == 2) start_row(2 * oh);
+      Largest largest[2][length];
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+#pragma unroll
+        for (int i = 0; i < length; ++i) largest[o][i] = shared[o][i];
+      }
+      for_each_column(2 * oh + 1, [&](int j, const float (&y)[length]) {
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+          if (j < 2 * o || j >= 2 * o + K) continue;
+#pragma unroll
+          for (int i = 0; i < length; ++i) largest[o][i].take(y[i], K + j - 2 * o);
+        }
+      });
+      if (K == 3) {
+        start_row(2 * oh + 2);
+#pragma unroll
+        for (int o = 0; o < 2; ++o) {
+#pragma unroll
+          for (int i = 0; i < length; ++i) largest[o][i].take(shared[o][i].value, 2 * K + shared[o][i].place);
+        }
+      }
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        if (ow + o == a.OW) break;
+        store_largest<T, true>(a, to + (int64_t{oh} * a.OW + o) * a.C, 0, largest[o]);
+        float value[length];
+#pragma unroll
+        for (int i = 0; i < length; ++i) value[i] = largest[o][i].value;
+        if (any_nan(value) && a.argmax) find_nan<T, true, length, beta, K>(a, n, oh, ow + o, run);
+      }
+    }
+  });
+}
+
+// A thread has kPlanes channels of two neighbouring columns of x and of the output whose window begins there; the
+// window's next column comes from the next lane. The last lane of a warp only has a column for the lane before it.
+template <typename T, int K, Beta beta>
+__global__ void __launch_bounds__(kNarrow, 3) tail_planes(const Arguments a) {
+  constexpr int length = kPlanes, lanes = 31, warps = kNarrow / 32;
+  const int run = block_y(), lane = threadIdx.x % 32, stride = a.H * a.W, out_stride = a.OH * a.OW;
+  if (run >= a.runs) return;
+  const int in_group = run - a.by_group.divide(run) * a.runs_per_group;
+  const Neighbours neighbours{in_group > 0, in_group < a.runs_per_group - 1};
+  const Rectifier<length + 4> rectify(a, run * length, length, neighbours);
+  for_each_strip(a, warps * lanes, [&](int chunk, int first, int last) {
+    const int unit = min((chunk * warps + static_cast<int>(threadIdx.x) / 32) * lanes + lane, a.units - 1);
+    const int n = a.by_columns.divide(unit), ow = unit - n * (a.OW + 1);
+    const bool mine = ow < a.OW && lane < lanes && (chunk * warps + static_cast<int>(threadIdx.x) / 32) * lanes + lane == unit;
+    const bool shifted = 2 * ow + 1 >= a.W;  // the two columns are the map's last
+    const T* const x = opaque(static_cast<const T*>(a.x) + n * a.image + run * length * stride);
+    const int64_t to = n * a.out_image + static_cast<int64_t>(run) * length * out_stride + ow;
+    // Three columns of y / factor.
+    const auto load = [&](int h, float (&y)[3][length]) {
+      using X = Span<T, false, length, 2>;
+      const unsigned at = min(h, a.H - 1) * a.W + (shifted ? a.W - 2 : 2 * ow);
+      const X xs[2] = {X(x + at, stride, neighbours), X(x + at + 1, stride, neighbours)};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float v[length + 4];
+        xs[j].widen(v);
+        rectify.apply(v);
+        normalize<beta>(v, a.start, y[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < length; ++i) {
+        if (shifted) y[0][i] = y[1][i];
+        y[2][i] = K == 3 ? __shfl_down_sync(~0u, y[0][i], 1) : 0;
+      }
+    };
+    Largest shared[length];
+    const auto start_row = [&](int h) {
+      float y[3][length];
+      load(h, y);
+#pragma unroll
+      for (int i = 0; i < length; ++i) {
+        shared[i] = {y[0][i], 0};
+#pragma unroll
+        for (int j = 1; j < K; ++j) shared[i].take(y[j][i], j);
+      }
+    };
+    if (K == 3) start_row(2 * first);
+    for (int oh = first; oh < last; ++oh) {
+      if (K == 2) start_row(2 * oh);
+      Largest largest[length];
+      float y[3][length];
+      load(2 * oh + 1, y);
+#pragma unroll
+      for (int i = 0; i < length; ++i) {
+        largest[i] = shared[i];
+#pragma unroll
+        for (int j = 0; j < K; ++j) largest[i].take(y[j][i], K + j);
+      }
+      if (K == 3) {
+        start_row(2 * oh + 2);
+#pragma unroll
+        for (int i = 0; i < length; ++i) largest[i].take(shared[i].value, 2 * K + shared[i].place);
+      }
+      if (!mine) continue;
+      store_largest<T, false>(a, to + int64_t{oh} * a.OW, out_stride, largest);
+      float value[length];
+#pragma unroll
+      for (int i = 0; i < length; ++i) value[i] = largest[i].value;
+      if (any_nan(value) && a.argmax) find_nan<T, false, length, beta, K>(a, n, oh, ow, run);
+    }
+  });
+}
+
+// -- backward, NCHW ---------------------------------------------------------------------------------------------------
+
+// A thread has a block of 2 x 2 elements that begins where a window does, and goes through `channels` channels of it:
+// what the windows of channels share stays in registers. Dividing a group among blocks costs each of them four channels
+// more on either side.
+template <typename T, int K, Beta beta>
+__global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Arguments a) {
+  constexpr int batch = 2;  // of channels that are loaded at once
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float* const sums = dynamic_shared<float>();  // [warp][channel modulo 8, halves exchanged][lane], of a thread's elements
+  const unsigned own = opaque(static_cast<unsigned>(warp * 8 * 33 + lane));
+  float* const totals = sums + kNarrow / 32 * 8 * 33 + warp * a.channels;
+  const int group = a.C / a.runs * a.runs_per_group;
+  const int from = block_y() * a.channels;  // the first channel
+  if (from >= a.C) return;
+  const int group_begin = from / group * group, group_end = group_begin + group;
+  const int begin = max(from - 4, group_begin), end = min(from + a.channels + 4, group_end);
+  const int rows = (a.H + 1) / 2, columns = (a.W + 1) / 2, stride = a.H * a.W, out_stride = a.OH * a.OW;
+  for (int c = lane; c < a.channels; c += 32) totals[c] = 0;
+  for (int first = blockIdx.x * kNarrow; first < a.units; first += gridDim.x * kNarrow) {
+    const bool active = first + static_cast<int>(threadIdx.x) < a.units;
+    const int unit = min(first + static_cast<int>(threadIdx.x), a.units - 1);
+    const int row = a.by_columns.divide(unit), ow = unit - row * columns;
+    const int n = a.by_rows.divide(row), oh = row - n * rows;
+    const bool wide = 2 * ow + 1 < a.W, high = 2 * oh + 1 < a.H;
+    const T* const x = opaque(static_cast<const T*>(a.x) + n * a.image);
+    T* const out = opaque(static_cast<T*>(a.out) + n * a.image);
+    const T* const dy = opaque(static_cast<const T*>(a.dy) + n * a.out_image);
+    const uint8_t* const argmax = opaque(static_cast<const uint8_t*>(a.argmax) + n * a.out_image);
+    // Of elements and windows in two rows each, the first of a row. Rows of windows beyond the map repeat another.
+    const unsigned element[2] = {2u * oh * a.W + 2 * ow, (2u * oh + high) * a.W + 2 * ow};
+    const unsigned window[2] = {min(oh, a.OH - 1) * a.OW + unsigned(ow), max(oh - 1, 0) * a.OW + unsigned(ow)};
+    const bool right = ow < a.OW, left = K == 3 && ow > 0;
+    // 0, or of a window that does not exist more than any place.
+    const auto absent_unless = [&](bool exists) { return active && exists ? 0 : 256; };
+    const int absent[4] = {absent_unless(right && oh < a.OH), absent_unless(left && oh < a.OH),
+                           absent_unless(right && oh > 0), absent_unless(left && oh > 0)};
+
+    // Of each element at the last channels: v = relu(x + bias), pairs of squares, each with half of what sums start from,
+    // the gradient g of y, g * s^-beta, q = g * v * s^-(beta + 1) and pairs of it. Channel c is at index c modulo 4.
+    float v[4][4] = {}, squares[4][4], square[4], g[4][4] = {}, scaled[4][4] = {}, q[4][4] = {}, pairs[4][4] = {};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) squares[e][i] = a.half_start;
+      square[e] = a.half_start;
+    }
+    // Take channel c1 + i, of which x and the gradients of y are given; channel c1 + i - 4 is complete.
+    const auto advance = [&](int c1, int i, const float (&z)[4], const float (&gradient)[4]) {
+      float dx[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const auto back = [&](const float (&ring)[4][4], int by) { return ring[e][(i + 4 - by) % 4]; };
+        const float complete = v[e][i], middle = back(v, 2);
+        v[e][i] = z[e];
+        g[e][i] = gradient[e];
+        squares[e][i] = z[e] * z[e] + square[e];
+        square[e] = z[e] * z[e] + a.half_start;
+        float r;
+        const float t = power<beta>(middle * middle + (back(squares, 3) + back(squares, 0)), r);
+        scaled[e][i] = back(g, 2) * t;
+        q[e][i] = back(scaled, 0) * (middle * (r * r));
+        pairs[e][i] = back(q, 0) + back(q, 1);
+        const float q_sum = back(q, 2) + (back(pairs, 3) + back(pairs, 0));
+        dx[e] = a.factor * (back(scaled, 2) - a.twice_beta * complete * q_sum);
+        if (complete <= a.blocked) dx[e] = 0;
+      }
+      const int c = c1 + i - 4;
+      if (c < from) return;
+      sums[own + ((c1 & 4) + i) * 33] = (dx[0] + dx[1]) + (dx[2] + dx[3]);
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+        T* const to = opaque(out + (element[e / 2] + c * stride));
+        T two[2];
+        narrow_two(dx[e], dx[e + 1], two);
+        if (active && (e == 0 || high)) to[0] = two[0];
+        if (active && (e == 0 || high) && wide) to[1] = two[1];
+      }
+    };
+    // Add up the sums of the eight channels before c, each by four lanes.
+    const auto add_up = [&](int c) {
+      __syncwarp();
+      float sum = 0;
+#pragma unroll
+      for (int other = 0; other < 8; ++other) sum += sums[warp * 8 * 33 + lane / 4 * 33 + lane % 4 * 8 + other];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      if (lane % 4 == 0) totals[c - 8 + (lane / 4 ^ 4) - from] += sum;
+      __syncwarp();
+    };
+    for (int c1 = begin; c1 < end; c1 += 4) {
+#pragma unroll
+      for (int part = 0; part < 4; part += batch) {
+        float xs[batch][4], dys[batch][4], bias[batch];
+        int places[batch][4];
+#pragma unroll
+        for (int k = 0; k < batch; ++k) {
+          const int c = c1 + part + k;
+          const unsigned plane = c * stride, out_plane = c * out_stride;
+          bias[k] = a.bias ? static_cast<const float*>(a.bias)[c] : -0.0f;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const T* const from_row = x + (element[e / 2] + plane);
+            xs[k][e] = e % 2 == 0 || wide ? widen(from_row[e % 2]) : 0;
+          }
+#pragma unroll
+          for (int w = 0; w < (K == 3 ? 4 : 1); ++w) {
+            const unsigned at = window[w / 2] + out_plane;
+            const bool exists = w % 2 ? left : right;
+            dys[k][w] = widen(load_if(exists, dy + at - w % 2));
+            places[k][w] = load_if(exists, argmax + at - w % 2);
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < batch; ++k) {
+          const auto is = [&](int w, int place) { return ((places[k][w] ^ place) | absent[w]) == 0; };
+          const auto add = [&](float& to, int w, int place) {
+            if (is(w, place)) to += dys[k][w];
+          };
+          float z[4], gradient[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            z[e] = max_or_nan(xs[k][e] + bias[k], a.lowest);
+            gradient[e] = is(0, e % 2 + e / 2 * K) ? dys[k][0] : 0;
+          }
+          if constexpr (K == 3) {
+            add(gradient[0], 1, 2), add(gradient[0], 2, 6), add(gradient[0], 3, 8);
+            add(gradient[1], 2, 7);
+            add(gradient[2], 1, 5);
+          }
+          advance(c1, part + k, z, gradient);
+        }
+      }
+      if (a.partials && c1 > from && (c1 - from) % 8 == 0) add_up(c1);
+    }
+    if (end == group_end) {  // what follows the group counts as zero
+      const float nothing[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) advance(group_end, i, nothing, nothing);
+      if (a.partials) add_up(group_end);
+    }
+  }
+  if (!a.partials) return;
+  __syncthreads();
+  for (int c = threadIdx.x; c < a.channels; c += kNarrow) {
+    float sum = 0;
+    for (int w = 0; w < kNarrow / 32; ++w) sum += sums[kNarrow / 32 * 8 * 33 + w * a.channels + c];
+    static_cast<float*>(a.partials)[static_cast<int64_t>(blockIdx.x) * a.C + from + c] = sum;
+  }
+}
+
+}  // namespace fastcnn::cuda::fast

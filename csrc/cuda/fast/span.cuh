@@ -1,0 +1,113 @@
+// The channels of a pixel that a thread works on, and neighbours on both sides: kVector of them, 16 bytes, in
+// channels_last, where lanes of a warp have neighbouring vectors; in NCHW as many planes as the kernel says, where lanes
+// have neighbouring pixels.
+#pragma once
+
+#include "arguments.cuh"
+
+namespace fastcnn::cuda::fast {
+
+// Channels of a thread in NCHW.
+inline constexpr int kPlanes = 8;
+
+// Consecutive bytes, 2 to 16 of them, in one access.
+template <int bytes>
+struct Words {
+  static constexpr int kCount = (bytes + 3) / 4;
+  using Access = typename Word<bytes>::type;
+  uint32_t word[kCount] = {};
+
+  FASTCNN_DEVICE Words() {}
+  FASTCNN_DEVICE Words(const void* p, bool exists) { load_if<bytes>(exists, p, word); }
+  FASTCNN_DEVICE explicit Words(const void* p) {
+    const Access access = *static_cast<const Access*>(p);
+    if constexpr (bytes < 4) word[0] = access;
+    else memcpy(word, &access, bytes);
+  }
+  FASTCNN_DEVICE void store(void* p) const {
+    Access access;
+    if constexpr (bytes < 4) access = static_cast<Access>(word[0]);
+    else memcpy(&access, word, bytes);
+    *static_cast<Access*>(p) = access;
+  }
+};
+
+template <typename T, int n>
+FASTCNN_DEVICE void widen_words(const Words<static_cast<int>(sizeof(T)) * n>& words, float* v) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    if constexpr (sizeof(T) == 4) v[i] = std::bit_cast<float>(words.word[i]);
+    else v[i] = i % 2 ? widen_high<T>(words.word[i / 2]) : widen_low<T>(words.word[i / 2]);
+  }
+}
+
+// Whether the thread's channels have neighbours in their group.
+struct Neighbours {
+  bool left, right;
+};
+
+template <typename T, bool channels_last, int length, int around>
+struct Span {
+  static constexpr int kCount = length + 2 * around;
+  static constexpr int kBytes = sizeof(T);
+  T element[kCount];
+
+  // p: the thread's first channel. Without `here` there is nothing but zeros.
+  FASTCNN_DEVICE Span(const T* p, int stride, Neighbours exist, bool here = true) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const bool exists = here && (j < around ? exist.left : j < around + length || exist.right);
+      element[j] = exists ? p[static_cast<int64_t>(j - around) * stride] : T{};
+    }
+  }
+  FASTCNN_DEVICE int byte(int j) const { return element[j]; }
+  FASTCNN_DEVICE void widen(float (&v)[kCount]) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) v[j] = cuda::widen(element[j]);
+  }
+};
+
+template <typename T, int length, int around>
+struct Span<T, true, length, around> {
+  static constexpr int kCount = length + 2 * around;
+  static constexpr int kBytes = sizeof(T);
+  Words<kBytes * length> own;
+  Words<around ? kBytes * around : 4> left, right;
+
+  FASTCNN_DEVICE Span(const T* p, int, Neighbours exist, bool here = true) : own(p, here) {
+    if constexpr (around > 0) {
+      left = Words<kBytes * around>(p - around, here && exist.left);
+      right = Words<kBytes * around>(p + length, here && exist.right);
+    }
+  }
+  FASTCNN_DEVICE int byte(int j) const {
+    const auto in = [](const auto& words, int i) { return static_cast<int>(permute_bytes(words.word[i / 4], 0, 0x4440 + i % 4)); };
+    return j < around ? in(left, j) : j < around + length ? in(own, j - around) : in(right, j - around - length);
+  }
+  FASTCNN_DEVICE void widen(float (&v)[kCount]) const {
+    if constexpr (around > 0) {
+      widen_words<T, around>(left, v);
+      widen_words<T, around>(right, v + around + length);
+    }
+    widen_words<T, length>(own, v + around);
+  }
+};
+
+// Store the thread's own channels.
+template <typename T, bool channels_last, int length>
+FASTCNN_DEVICE void store(T* p, [[maybe_unused]] int stride, const float (&v)[length]) {
+  if constexpr (channels_last) {
+    Words<static_cast<int>(sizeof(T)) * length> words;
+#pragma unroll
+    for (int i = 0; i < words.kCount; ++i) {
+      if constexpr (sizeof(T) == 4) words.word[i] = std::bit_cast<uint32_t>(v[i]);
+      else words.word[i] = narrow_pair<T>(v[2 * i], v[2 * i + 1]);
+    }
+    words.store(p);
+  } else {
+#pragma unroll
+    for (int i = 0; i < length; ++i) p[static_cast<int64_t>(i) * stride] = narrow<T>(v[i]);
+  }
+}
+
+}  // namespace fastcnn::cuda::fast
