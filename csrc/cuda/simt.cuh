@@ -147,9 +147,13 @@ template <typename T>
 T opaque(T x) {
   return x;
 }
+inline uint32_t anything() { return ~0u; }
 template <typename T>
 T load_if(bool exists, const T* p) {
-  return exists ? *p : T{};
+  T x;
+  if (exists) std::memcpy(&x, p, sizeof x);
+  else std::memset(&x, 0xff, sizeof x);
+  return x;
 }
 template <int bytes>
 void load_if(bool exists, const void* p, uint32_t* words) {
@@ -196,6 +200,12 @@ FASTCNN_DEVICE unsigned opaque(unsigned x) {
   asm("mov.b32 %0, %0;" : "+r"(x));
   return x;
 }
+// What will not be used.
+FASTCNN_DEVICE uint32_t anything() {
+  uint32_t x;
+  asm("" : "=r"(x));
+  return x;
+}
 // Any value if it does not exist; without a branch.
 template <typename T>
 FASTCNN_DEVICE T load_if(bool exists, const T* p) {
@@ -218,7 +228,7 @@ FASTCNN_DEVICE T load_if(bool exists, const T* p) {
     }
   }
 }
-// Into words that are 0, without a branch. p is aligned to that many bytes, 2 to 16.
+// Into words that stay as they are if it does not exist, without a branch. p is aligned to that many bytes, 2 to 16.
 template <int bytes>
 FASTCNN_DEVICE void load_if(bool exists, const void* p, uint32_t* words) {
   const size_t address = __cvta_generic_to_global(p);

@@ -50,37 +50,39 @@ Arguments arguments(const TailTask& task) {
   return a;
 }
 
-// Blocks for as many units, each of all channels.
-inline Launch share_out_units(Arguments& a, bool channels_last, int64_t units) {
+// Blocks of at most that many threads for so many units, each of all channels.
+inline Launch share_out_units(Arguments& a, bool channels_last, int64_t units, int threads = kThreads) {
   a.units = static_cast<int>(units);
-  a.runs_per_block = channels_last ? std::min(a.runs, kThreads) : 1;
-  a.pixels_per_block = kThreads / a.runs_per_block;
+  a.runs_per_block = channels_last ? std::min(a.runs, threads) : 1;
+  a.pixels_per_block = threads / a.runs_per_block;
+  // Whole warps, if there are any of so many runs.
+  for (int p = a.pixels_per_block; p > a.pixels_per_block / 2; --p) {
+    if (p * a.runs_per_block % 32 == 0) {
+      a.pixels_per_block = p;
+      break;
+    }
+  }
   const int64_t across = (units + a.pixels_per_block - 1) / a.pixels_per_block;
   const int run_blocks = (a.runs + a.runs_per_block - 1) / a.runs_per_block;
   const unsigned p = a.pixels_per_block, r = a.runs_per_block;
   return {folded_grid(across, run_blocks), dim3(channels_last ? r : p, channels_last ? p : r)};
 }
 
-// Blocks of threads that go round until all units are done, as many as the device holds at once: each leaves a row of
-// sums for the bias gradient.
-inline Launch share_out_sums(Arguments& a, bool channels_last, int64_t units, int blocks_per_multiprocessor) {
-  Launch shape = share_out_units(a, channels_last, units);
-  const int64_t run_blocks = (a.runs + a.runs_per_block - 1) / a.runs_per_block;
-  const int64_t most = int64_t{device().multiprocessors} * blocks_per_multiprocessor;
-  shape.grid.x = static_cast<unsigned>(std::clamp<int64_t>(most / run_blocks, 1, shape.grid.x));
-  return shape;
+// Only as many blocks as the device holds at once, if a multiprocessor holds so many threads.
+inline void keep_resident(Launch& shape, int threads) {
+  const int64_t blocks = int64_t{device().multiprocessors} * (threads / (shape.block.x * shape.block.y));
+  const int64_t high = int64_t{shape.grid.y} * shape.grid.z;
+  shape.grid.x = static_cast<unsigned>(std::clamp<int64_t>(blocks / high, 1, shape.grid.x));
 }
 
 inline bool rectified(const TailTask& task) { return task.relu || task.bias || task.dbias; }
 
-constexpr int kBlocks = 2;  // of a multiprocessor, that leave sums
-
 // For the operators whose maps keep their size.
 inline Launch share_out_pixels(Arguments& a, const TailTask& task) {
-  const int64_t units = task.shape.N * task.shape.pixels();
   a.by_pixels = Divisor(static_cast<unsigned>(task.shape.pixels()));
-  return task.dbias ? share_out_sums(a, task.shape.channels_last, units, kBlocks)
-                    : share_out_units(a, task.shape.channels_last, units);
+  Launch shape = share_out_units(a, task.shape.channels_last, task.shape.N * task.shape.pixels());
+  if (task.dbias) keep_resident(shape, 2 * kThreads);  // each block leaves a row of sums
+  return shape;
 }
 
 inline size_t shared_of_sums(const Arguments& a, int length) {

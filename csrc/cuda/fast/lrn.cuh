@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1) lrn(const Arguments a) {
   const int stride = a.H * a.W;
   const int64_t at = offset_of<channels_last, length>(a, stride, place.unit, place.run);
   float v[length + 4], y[length];
-  Span<T, channels_last, length, 2>(static_cast<const T*>(a.x) + at, stride, place.neighbours).widen(v);
+  const Planes<channels_last, length + 4> planes(stride);
+  Span<T, channels_last, length, 2>(opaque(static_cast<const T*>(a.x) + at), planes, place.neighbours).widen(v);
   if constexpr (rectified) Rectifier<length + 4>(a, place.run * length, length, place.neighbours).apply(v);
   normalize<beta>(v, a.start, y);
 #pragma unroll
@@ -167,10 +168,11 @@ __global__ void __launch_bounds__(kThreads, 1) lrn_backward(const Arguments a) {
   float sums[length] = {};
   if (place.run < a.runs) {
     const Rectifier<rectified ? length + 8 : 0> rectify(a, place.run * length, length, place.neighbours);
+    const Planes<channels_last, length + 8> planes(stride);
     for (int unit = place.unit; unit < a.units; unit += step) {
       const int64_t at = offset_of<channels_last, length>(a, stride, unit, place.run);
-      const Span<T, channels_last, length, 4> x(static_cast<const T*>(a.x) + at, stride, place.neighbours);
-      const Span<T, channels_last, length, 2> dy(static_cast<const T*>(a.dy) + at, stride, place.neighbours);
+      const Span<T, channels_last, length, 4> x(opaque(static_cast<const T*>(a.x) + at), planes, place.neighbours);
+      const Span<T, channels_last, length, 2> dy(opaque(static_cast<const T*>(a.dy) + at), planes, place.neighbours);
       float v[length + 8], g[length + 4], dx[length];
       x.widen(v);
       dy.widen(g);

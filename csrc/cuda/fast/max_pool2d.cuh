@@ -127,6 +127,8 @@ FASTCNN_DEVICE void store_largest(const Arguments& a, int64_t at, int stride, co
   }
 }
 
+// Of 16-bit elements the largest is found first, and relu(x + bias) of it then: where that is 0, all of the window is,
+// and the first element counts. Sums of float32 may round to equal ones, of which the first counts.
 template <typename T, int K, bool rectified>
 __global__ void __launch_bounds__(kThreads, 1) pool_vectors(const Arguments a) {
   constexpr int length = kVector<T>;
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1) pool_vectors(const Arguments a) {
   }
   const int64_t at = static_cast<int64_t>(place.unit) * a.C + place.run * length;
   bool nan;
-  if constexpr (rectified) {
+  if constexpr (rectified && sizeof(T) == 4) {
     const Rectifier<length> rectify(a, place.run * length, length, {});
     Largest largest[length];
     float value[length];
@@ -164,10 +166,22 @@ __global__ void __launch_bounds__(kThreads, 1) pool_vectors(const Arguments a) {
     store_largest<T, true>(a, at, 0, largest);
     nan = any_nan(value);
   } else {
-    Words<16> value;
-    Words<length> places;
+    Words<16> value(x, false, 0);
+    Words<length> places(x, false, 0);
     nan = maxima<T, K>(window, value, places);
-    value.store(static_cast<T*>(a.out) + at);
+    if constexpr (rectified) {
+      const Rectifier<length> rectify(a, place.run * length, length, {});
+      float v[length];
+      widen_words<T, length>(value, v);
+      rectify.apply(v);
+#pragma unroll
+      for (int i = 0; i < length; ++i) {
+        if (!(v[i] > a.lowest)) places.word[i / 4] &= ~(0xffu << i % 4 * 8);
+      }
+      store<T, true>(static_cast<T*>(a.out) + at, 0, v);
+    } else {
+      value.store(static_cast<T*>(a.out) + at);
+    }
     if (a.argmax) places.store(static_cast<uint8_t*>(a.argmax) + at);
   }
   if (nan && a.argmax) find_nan<T, true, length, Beta::none, K>(a, n, oh, ow, place.run);
@@ -198,42 +212,45 @@ FASTCNN_DEVICE void load_row(const T* x, unsigned at, int count, float (&v)[3]) 
   if (clipped && count < 3) v[2] = v[1];
 }
 
-// A thread has two outputs of a plane, one below the other.
-template <typename T, int K, bool rectified, bool clipped>
+// A thread has `outputs` of a plane, one below the other.
+template <typename T, int K, int outputs, bool rectified, bool clipped>
 __global__ void __launch_bounds__(kThreads, 1) pool_planes(const Arguments a) {
   const int unit = blockIdx.x * kThreads + threadIdx.x, n = block_y();
   if (unit >= a.units || n >= a.N) return;
-  const int pair = a.by_columns.divide(unit), ow = unit - pair * a.OW;
-  const int c = a.by_rows.divide(pair), oh = 2 * (pair - c * ((a.OH + 1) / 2));
+  constexpr int rows = 2 * outputs + K - 2;
+  const int strip = a.by_columns.divide(unit), ow = unit - strip * a.OW;
+  const int c = a.by_rows.divide(strip), oh = outputs * (strip - c * static_cast<int>(a.by_rows.by));
   const T* const image = opaque(static_cast<const T*>(a.x) + n * a.image);
   const unsigned plane = c * a.H * a.W + 2 * ow;
   const float bias = rectified && a.bias ? static_cast<const float*>(a.bias)[c] : -0.0f;
   const int last = (clipped ? a.H : min(2 * a.OH + K - 2, a.H)) - 1;
-  Largest rows[K + 2];
+  Largest row[rows];
 #pragma unroll
-  for (int i = 0; i < K + 2; ++i) {
+  for (int i = 0; i < rows; ++i) {
     float v[3];
     // Beyond the map the last row once more: it is never the first of the largest.
     const int h = clipped || i >= K ? min(2 * oh + i, last) : 2 * oh + i;
     load_row<T, K, clipped>(image, plane + h * a.W, a.W - 2 * ow, v);
 #pragma unroll
     for (int j = 0; j < K; ++j) {
-      if constexpr (rectified) {
-        v[j] = max_or_nan(v[j] + bias, a.lowest);
-      }
-      if (j == 0) rows[i] = {v[0], 0};
-      else rows[i].take(v[j], j);
+      if (rectified && sizeof(T) == 4) v[j] = max_or_nan(v[j] + bias, a.lowest);
+      if (j == 0) row[i] = {v[0], 0};
+      else row[i].take(v[j], j);
     }
   }
   const unsigned at = (c * a.OH + oh) * a.OW + ow;
   T* const out = opaque(static_cast<T*>(a.out) + n * a.out_image);
   uint8_t* const argmax = opaque(static_cast<uint8_t*>(a.argmax) + n * a.out_image);
 #pragma unroll
-  for (int o = 0; o < 2; ++o) {
+  for (int o = 0; o < outputs; ++o) {
     if (oh + o == a.OH) break;
-    Largest largest = rows[2 * o];
+    Largest largest = row[2 * o];
 #pragma unroll
-    for (int i = 1; i < K; ++i) largest.take(rows[2 * o + i].value, i * K + rows[2 * o + i].place);
+    for (int i = 1; i < K; ++i) largest.take(row[2 * o + i].value, i * K + row[2 * o + i].place);
+    if (rectified && sizeof(T) == 2) {
+      largest.value = max_or_nan(largest.value + bias, a.lowest);
+      if (!(largest.value > a.lowest)) largest.place = 0;
+    }
     out[at + o * a.OW] = narrow<T>(largest.value);
     if (!a.argmax) continue;
     argmax[at + o * a.OW] = static_cast<uint8_t>(largest.place);
@@ -243,36 +260,36 @@ __global__ void __launch_bounds__(kThreads, 1) pool_planes(const Arguments a) {
 
 // -- backward ---------------------------------------------------------------------------------------------------------
 
-// The gradients of an output, and the places of its maxima, of a thread's channels and their neighbours.
+// The gradients of an output, and the places of its maxima, of a thread's channels and their neighbours; without `here`
+// no place is that of an element.
 template <typename T, bool channels_last, int length, int around>
 struct Window {
   static constexpr int kCount = length + 2 * around;
   Span<T, channels_last, length, around> dy;
   Span<uint8_t, channels_last, length, around> place;
 
-  FASTCNN_DEVICE Window(const Arguments& a, int64_t at, Neighbours exist, bool here)
-      : dy(static_cast<const T*>(a.dy) + at, a.OH * a.OW, exist, here),
-        place(static_cast<const uint8_t*>(a.argmax) + at, a.OH * a.OW, exist, here) {}
+  template <int count>
+  FASTCNN_DEVICE Window(const T* dy, const uint8_t* argmax, unsigned at, const Planes<channels_last, count>& planes,
+                        Neighbours exist, bool here)
+      : dy(dy + at, planes, exist, here, anything(), anything()), place(argmax + at, planes, exist, here, ~0u, ~0u) {}
 
-  // To the gradients of `elements` of the block, the places of which are `at`.
-  template <int elements>
-  FASTCNN_DEVICE void add_to(float (&g)[4][kCount], const int (&element)[elements], const int (&at)[elements]) const {
+  // f(j, the element of the block that each of the places is, whether it is there that channel j has the gradient d)
+  template <int elements, typename F>
+  FASTCNN_DEVICE void for_each(const int (&element)[elements], const int (&at)[elements], F f) const {
     float d[kCount];
     dy.widen(d);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const int mine = place.byte(j);
 #pragma unroll
-      for (int e = 0; e < elements; ++e) {
-        if (mine == at[e]) g[element[e]][j] += d[j];
-      }
+      for (int e = 0; e < elements; ++e) f(j, element[e], mine == at[e], d[j]);
     }
   }
 };
 
 // A thread has the blocks of 2 x 2 elements that begin where a window does, in some images.
 template <typename T, bool channels_last, int length, int K, Beta beta, bool rectified>
-__global__ void __launch_bounds__(kThreads, 2) pool_backward(const Arguments a) {
+__global__ void __launch_bounds__(beta == Beta::none ? kThreads : kNarrow, beta == Beta::none ? 2 : 3) pool_backward(const Arguments a) {
   constexpr int around = beta == Beta::none ? 0 : 2, count = length + 2 * around;
   using X = Span<T, channels_last, length, 2 * around>;
   const Place<T, channels_last, length> place(a);
@@ -281,35 +298,43 @@ __global__ void __launch_bounds__(kThreads, 2) pool_backward(const Arguments a) 
     const Rectifier<X::kCount> rectify(a, place.run * length, length, place.neighbours);
     const int columns = (a.W + 1) / 2, rows = (a.H + 1) / 2, stride = a.H * a.W;
     const int step = gridDim.x * a.pixels_per_block;
+    const Planes<channels_last, X::kCount> planes(stride), out_planes(a.OH * a.OW);
+    const unsigned pixel = channels_last ? a.C : 1, first = place.run * length;
     for (int unit = place.unit; unit < a.units; unit += step) {
       const int row = a.by_columns.divide(unit), ow = unit - row * columns;
       const int n = a.by_rows.divide(row), oh = row - n * rows;
-      const int64_t first = channels_last ? place.run * length : static_cast<int64_t>(place.run) * length * a.OH * a.OW;
-      const int pixel = channels_last ? a.C : 1;
-      const int64_t from = n * a.out_image + first + (oh * a.OW + ow) * static_cast<int64_t>(pixel);
-      using Source = Window<T, channels_last, length, around>;
-      const bool right = ow < a.OW, below = oh < a.OH, left = K == 3 && ow > 0, above = K == 3 && oh > 0;
-      const Source here(a, from, place.neighbours, right && below);
-      const Source before(a, from - pixel, place.neighbours, left && below);
-      const Source over(a, from - a.OW * static_cast<int64_t>(pixel), place.neighbours, right && above);
-      const Source corner(a, from - (a.OW + 1) * static_cast<int64_t>(pixel), place.neighbours, left && above);
-      const int64_t to = n * a.image + static_cast<int64_t>(place.run) * length * (channels_last ? 1 : stride) +
-                         (2 * oh * a.W + 2 * ow) * static_cast<int64_t>(pixel);
-      const int64_t next_row = a.W * static_cast<int64_t>(pixel);
-      const bool inside[4] = {true, 2 * ow + 1 < a.W, 2 * oh + 1 < a.H, 2 * ow + 1 < a.W && 2 * oh + 1 < a.H};
-      const int64_t offset[4] = {to, to + pixel, to + next_row, to + next_row + pixel};
-      const auto x = [&](int e) {
-        return X(static_cast<const T*>(a.x) + offset[e], stride, place.neighbours, rectified && inside[e]);
+      const T* const x = opaque(static_cast<const T*>(a.x) + n * a.image);
+      T* const out = opaque(static_cast<T*>(a.out) + n * a.image);
+      const T* const dy = opaque(static_cast<const T*>(a.dy) + n * a.out_image);
+      const uint8_t* const argmax = opaque(static_cast<const uint8_t*>(a.argmax) + n * a.out_image);
+      const unsigned from = first * (channels_last ? 1 : a.OH * a.OW) + (oh * a.OW + ow) * pixel, above = a.OW * pixel;
+      const bool right = ow < a.OW, below = oh < a.OH, left = ow > 0, top = oh > 0;
+      const auto window = [&](unsigned at, bool exists) {
+        return Window<T, channels_last, length, around>(dy, argmax, at, out_planes, place.neighbours, exists);
       };
-      const X xs[4] = {x(0), x(1), x(2), x(3)};
-      float g[4][count] = {};
+      const unsigned to = first * (channels_last ? 1 : stride) + (2 * oh * a.W + 2 * ow) * pixel, next = a.W * pixel;
+      const bool inside[4] = {true, 2 * ow + 1 < a.W, 2 * oh + 1 < a.H, 2 * ow + 1 < a.W && 2 * oh + 1 < a.H};
+      const unsigned offset[4] = {to, to + pixel, to + next, to + next + pixel};
+      const auto element = [&](int e) {
+        return X(x + offset[e], planes, place.neighbours, rectified && inside[e], anything());
+      };
+      float g[4][count];
+      const auto set = [&](int j, int e, bool mine, float d) { g[e][j] = mine ? d : 0; };
+      const auto add = [&](int j, int e, bool mine, float d) {
+        if (mine) g[e][j] += d;
+      };
+      // All loads come first. Of 2 x 2 elements that do not overlap there is one window.
+      const auto here = window(from, right && below), before = window(from - pixel, K == 3 && left && below),
+                 over = window(from - above, K == 3 && right && top),
+                 corner = window(from - above - pixel, K == 3 && left && top);
+      const X xs[4] = {element(0), element(1), element(2), element(3)};
       if constexpr (K == 3) {
-        here.add_to(g, {0, 1, 2, 3}, {0, 1, 3, 4});
-        before.add_to(g, {0, 2}, {2, 5});
-        over.add_to(g, {0, 1}, {6, 7});
-        corner.add_to(g, {0}, {8});
+        here.for_each({0, 1, 2, 3}, {0, 1, 3, 4}, set);
+        before.for_each({0, 2}, {2, 5}, add);
+        over.for_each({0, 1}, {6, 7}, add);
+        corner.for_each({0}, {8}, add);
       } else {
-        here.add_to(g, {0, 1, 2, 3}, {0, 1, 2, 3});
+        here.for_each({0, 1, 2, 3}, {0, 1, 2, 3}, set);
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -328,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 2) pool_backward(const Arguments a) 
           if (rectified && v[2 * around + i] <= a.blocked) dx[i] = 0;
           sums[i] += dx[i];
         }
-        store<T, channels_last>(static_cast<T*>(a.out) + offset[e], stride, dx);
+        store<T, channels_last>(out + offset[e], stride, dx);
       }
     }
   }

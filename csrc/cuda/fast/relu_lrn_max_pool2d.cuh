@@ -19,8 +19,6 @@ FASTCNN_DEVICE void narrow_two(float a, float b, T (&to)[2]) {
 
 // -- forward ----------------------------------------------------------------------------------------------------------
 
-inline constexpr int kNarrow = kThreads / 2;  // threads of a block that need many registers
-
 // The rows of outputs of a block: all chunks of units go down the map one after the other, and each block takes as many
 // of these rows. f(chunk, first row, end of the rows)
 template <typename F>
@@ -59,7 +57,7 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_vectors(const Arguments a) {
     const auto for_each_column = [&](int h, auto f) {
       using X = Span<T, true, length, 2>;
       const unsigned row = min(h, a.H - 1) * a.W * a.C;
-      const auto at = [&](int j) { return X(x + (row + offset[j]), 0, neighbours); };
+      const auto at = [&](int j) { return X(x + (row + offset[j]), Planes<true, 0>(0), neighbours); };
       const X xs[4] = {at(0), at(1), at(2), at(3)};
       const auto take = [&](const X& column, int j) {
         float v[length + 4], y[length];
@@ -124,6 +122,44 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_vectors(const Arguments a) {
   });
 }
 
+// Elements `at` and at + 1 of each of a thread's planes and their neighbours, of which the second is also where the next
+// lane begins; the last lane of a warp has only the first.
+template <typename T, int count>
+struct Columns {
+  float value[2][count];
+
+  template <int length>
+  FASTCNN_DEVICE Columns(const T* image, int at, bool wide, const Planes<false, count>& planes, Neighbours exist,
+                         std::integral_constant<int, length>) {
+    constexpr int around = (count - length) / 2;
+    const auto exists = [&](int j) { return j < around ? exist.left : j < around + length || exist.right; };
+    if constexpr (sizeof(T) == 4) {
+      const T *const first = opaque(image + at), *const second = opaque(first + wide);
+#pragma unroll
+      for (int j = 0; j < count; ++j) {
+        value[0][j] = exists(j) ? first[planes.offset[j]] : 0;
+        value[1][j] = exists(j) ? second[planes.offset[j]] : 0;
+      }
+    } else {
+      // Words of two elements, of which the first may be the second: in every plane, or in every other.
+      const int odd[2] = {at & 1, at + static_cast<int>(planes.offset[1]) & 1};
+      const T* const first[2] = {opaque(image + (at - odd[0])), opaque(image + (at - odd[1]))};
+      uint32_t word[count];
+#pragma unroll
+      for (int j = 0; j < count; ++j) {
+        word[j] = exists(j) ? *reinterpret_cast<const uint32_t*>(first[j % 2] + planes.offset[j]) : 0;
+      }
+      const uint32_t selector[2] = {0x3210u ^ odd[0] * (0x3210 ^ 0x5432), 0x3210u ^ odd[1] * (0x3210 ^ 0x5432)};
+#pragma unroll
+      for (int j = 0; j < count; ++j) {
+        const uint32_t pair = permute_bytes(word[j], __shfl_down_sync(~0u, word[j], 1), selector[j % 2]);
+        value[0][j] = widen_low<T>(pair);
+        value[1][j] = wide ? widen_high<T>(pair) : value[0][j];
+      }
+    }
+  }
+};
+
 // A thread has kPlanes channels of two neighbouring columns of x and of the output whose window begins there; the
 // window's next column comes from the next lane. The last lane of a warp only has a column for the lane before it.
 template <typename T, int K, Beta beta>
@@ -134,30 +170,26 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_planes(const Arguments a) {
   const int in_group = run - a.by_group.divide(run) * a.runs_per_group;
   const Neighbours neighbours{in_group > 0, in_group < a.runs_per_group - 1};
   const Rectifier<length + 4> rectify(a, run * length, length, neighbours);
+  const Planes<false, length + 4> planes(stride);
   for_each_strip(a, warps * lanes, [&](int chunk, int first, int last) {
     const int unit = min((chunk * warps + static_cast<int>(threadIdx.x) / 32) * lanes + lane, a.units - 1);
     const int n = a.by_columns.divide(unit), ow = unit - n * (a.OW + 1);
     const bool mine = ow < a.OW && lane < lanes && (chunk * warps + static_cast<int>(threadIdx.x) / 32) * lanes + lane == unit;
-    const bool shifted = 2 * ow + 1 >= a.W;  // the two columns are the map's last
-    const T* const x = opaque(static_cast<const T*>(a.x) + n * a.image + run * length * stride);
+    const T* const image = static_cast<const T*>(a.x) + n * a.image;
+    const int column = (run * length - 2) * stride + min(2 * ow, a.W - 1);  // of the first plane, a neighbour
+    const bool wide = (K == 3 && sizeof(T) == 2) || 2 * ow + 1 < a.W;  // no window of 3 begins in the last column
     const int64_t to = n * a.out_image + static_cast<int64_t>(run) * length * out_stride + ow;
     // Three columns of y / factor.
     const auto load = [&](int h, float (&y)[3][length]) {
-      using X = Span<T, false, length, 2>;
-      const unsigned at = min(h, a.H - 1) * a.W + (shifted ? a.W - 2 : 2 * ow);
-      const X xs[2] = {X(x + at, stride, neighbours), X(x + at + 1, stride, neighbours)};
+      Columns<T, length + 4> x(image, column + min(h, a.H - 1) * a.W, wide, planes, neighbours,
+                              std::integral_constant<int, length>());
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float v[length + 4];
-        xs[j].widen(v);
-        rectify.apply(v);
-        normalize<beta>(v, a.start, y[j]);
+        rectify.apply(x.value[j]);
+        normalize<beta>(x.value[j], a.start, y[j]);
       }
 #pragma unroll
-      for (int i = 0; i < length; ++i) {
-        if (shifted) y[0][i] = y[1][i];
-        y[2][i] = K == 3 ? __shfl_down_sync(~0u, y[0][i], 1) : 0;
-      }
+      for (int i = 0; i < length; ++i) y[2][i] = K == 3 ? __shfl_down_sync(~0u, y[0][i], 1) : 0;
     };
     Largest shared[length];
     const auto start_row = [&](int h) {
@@ -204,11 +236,12 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_planes(const Arguments a) {
 // more on either side.
 template <typename T, int K, Beta beta>
 __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Arguments a) {
-  constexpr int batch = 2;  // of channels that are loaded at once
+  constexpr int batch = 4;  // of channels that are loaded at once
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const sums = dynamic_shared<float>();  // [warp][channel modulo 8, halves exchanged][lane], of a thread's elements
   const unsigned own = opaque(static_cast<unsigned>(warp * 8 * 33 + lane));
   float* const totals = sums + kNarrow / 32 * 8 * 33 + warp * a.channels;
+  float* const biases = sums + kNarrow / 32 * (8 * 33 + a.channels);  // from the first channel that is loaded
   const int group = a.C / a.runs * a.runs_per_group;
   const int from = block_y() * a.channels;  // the first channel
   if (from >= a.C) return;
@@ -216,6 +249,10 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
   const int begin = max(from - 4, group_begin), end = min(from + a.channels + 4, group_end);
   const int rows = (a.H + 1) / 2, columns = (a.W + 1) / 2, stride = a.H * a.W, out_stride = a.OH * a.OW;
   for (int c = lane; c < a.channels; c += 32) totals[c] = 0;
+  for (int c = begin + threadIdx.x; c < end; c += kNarrow) {
+    biases[c - begin] = a.bias ? static_cast<const float*>(a.bias)[c] : -0.0f;
+  }
+  __syncthreads();
   for (int first = blockIdx.x * kNarrow; first < a.units; first += gridDim.x * kNarrow) {
     const bool active = first + static_cast<int>(threadIdx.x) < a.units;
     const int unit = min(first + static_cast<int>(threadIdx.x), a.units - 1);
@@ -227,8 +264,13 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
     const T* const dy = opaque(static_cast<const T*>(a.dy) + n * a.out_image);
     const uint8_t* const argmax = opaque(static_cast<const uint8_t*>(a.argmax) + n * a.out_image);
     // Of elements and windows in two rows each, the first of a row. Rows of windows beyond the map repeat another.
-    const unsigned element[2] = {2u * oh * a.W + 2 * ow, (2u * oh + high) * a.W + 2 * ow};
-    const unsigned window[2] = {min(oh, a.OH - 1) * a.OW + unsigned(ow), max(oh - 1, 0) * a.OW + unsigned(ow)};
+    unsigned element[2] = {2u * oh * a.W + 2 * ow, (2u * oh + high) * a.W + 2 * ow};
+    unsigned window[2] = {min(oh, a.OH - 1) * a.OW + unsigned(ow), max(oh - 1, 0) * a.OW + unsigned(ow)}, complete[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      element[i] += begin * stride, window[i] += begin * out_stride;
+      complete[i] = element[i] - 4 * stride;
+    }
     const bool right = ow < a.OW, left = K == 3 && ow > 0;
     // 0, or of a window that does not exist more than any place.
     const auto absent_unless = [&](bool exists) { return active && exists ? 0 : 256; };
@@ -237,43 +279,42 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
 
     // Of each element at the last channels: v = relu(x + bias), pairs of squares, each with half of what sums start from,
     // the gradient g of y, g * s^-beta, q = g * v * s^-(beta + 1) and pairs of it. Channel c is at index c modulo 4.
-    float v[4][4] = {}, squares[4][4], square[4], g[4][4] = {}, scaled[4][4] = {}, q[4][4] = {}, pairs[4][4] = {};
+    float v[4][4] = {}, squares[4][4], g[4][4] = {}, scaled[4][4] = {}, q[4][4] = {}, pairs[4][4] = {};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) squares[e][i] = a.half_start;
-      square[e] = a.half_start;
     }
+    const unsigned mine = opaque(active * (1u | wide << 1 | high << 2 | (wide && high) << 3));
     // Take channel c1 + i, of which x and the gradients of y are given; channel c1 + i - 4 is complete.
     const auto advance = [&](int c1, int i, const float (&z)[4], const float (&gradient)[4]) {
       float dx[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const auto back = [&](const float (&ring)[4][4], int by) { return ring[e][(i + 4 - by) % 4]; };
-        const float complete = v[e][i], middle = back(v, 2);
+        const float last = v[e][i], middle = back(v, 2);
         v[e][i] = z[e];
         g[e][i] = gradient[e];
-        squares[e][i] = z[e] * z[e] + square[e];
-        square[e] = z[e] * z[e] + a.half_start;
+        squares[e][i] = z[e] * z[e] + (back(v, 1) * back(v, 1) + a.half_start);
         float r;
         const float t = power<beta>(middle * middle + (back(squares, 3) + back(squares, 0)), r);
         scaled[e][i] = back(g, 2) * t;
         q[e][i] = back(scaled, 0) * (middle * (r * r));
         pairs[e][i] = back(q, 0) + back(q, 1);
         const float q_sum = back(q, 2) + (back(pairs, 3) + back(pairs, 0));
-        dx[e] = a.factor * (back(scaled, 2) - a.twice_beta * complete * q_sum);
-        if (complete <= a.blocked) dx[e] = 0;
+        dx[e] = a.factor * (back(scaled, 2) - a.twice_beta * last * q_sum);
+        if (last <= a.blocked) dx[e] = 0;
       }
-      const int c = c1 + i - 4;
-      if (c < from) return;
-      sums[own + ((c1 & 4) + i) * 33] = (dx[0] + dx[1]) + (dx[2] + dx[3]);
+      sums[opaque(own + (c1 & 4) * 33) + i * 33] = (dx[0] + dx[1]) + (dx[2] + dx[3]);
+      const unsigned stored = c1 > from ? mine : 0;
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
-        T* const to = opaque(out + (element[e / 2] + c * stride));
+        T* const to = opaque(out + complete[e / 2]);
+        complete[e / 2] += stride;
         T two[2];
         narrow_two(dx[e], dx[e + 1], two);
-        if (active && (e == 0 || high)) to[0] = two[0];
-        if (active && (e == 0 || high) && wide) to[1] = two[1];
+        if (stored & 1 << e) to[0] = two[0];
+        if (stored & 2 << e) to[1] = two[1];
       }
     };
     // Add up the sums of the eight channels before c, each by four lanes.
@@ -294,21 +335,20 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
         int places[batch][4];
 #pragma unroll
         for (int k = 0; k < batch; ++k) {
-          const int c = c1 + part + k;
-          const unsigned plane = c * stride, out_plane = c * out_stride;
-          bias[k] = a.bias ? static_cast<const float*>(a.bias)[c] : -0.0f;
+          bias[k] = biases[c1 + part + k - begin];
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const T* const from_row = x + (element[e / 2] + plane);
+            const T* const from_row = x + element[e / 2];
             xs[k][e] = e % 2 == 0 || wide ? widen(from_row[e % 2]) : 0;
           }
 #pragma unroll
           for (int w = 0; w < (K == 3 ? 4 : 1); ++w) {
-            const unsigned at = window[w / 2] + out_plane;
             const bool exists = w % 2 ? left : right;
-            dys[k][w] = widen(load_if(exists, dy + at - w % 2));
-            places[k][w] = load_if(exists, argmax + at - w % 2);
+            dys[k][w] = widen(load_if(exists, dy + window[w / 2] - w % 2));
+            places[k][w] = load_if(exists, argmax + window[w / 2] - w % 2);
           }
+#pragma unroll
+          for (int i = 0; i < 2; ++i) element[i] += stride, window[i] += out_stride;
         }
 #pragma unroll
         for (int k = 0; k < batch; ++k) {

@@ -10,6 +10,8 @@ namespace fastcnn::cuda::fast {
 // Channels of a thread in NCHW.
 inline constexpr int kPlanes = 8;
 
+inline constexpr int kNarrow = kThreads / 2;  // threads of a block that need many registers: 168, if there are three
+
 // Consecutive bytes, 2 to 16 of them, in one access.
 template <int bytes>
 struct Words {
@@ -18,7 +20,11 @@ struct Words {
   uint32_t word[kCount] = {};
 
   FASTCNN_DEVICE Words() {}
-  FASTCNN_DEVICE Words(const void* p, bool exists) { load_if<bytes>(exists, p, word); }
+  FASTCNN_DEVICE Words(const void* p, bool exists, uint32_t otherwise) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) word[i] = otherwise;
+    load_if<bytes>(exists, p, word);
+  }
   FASTCNN_DEVICE explicit Words(const void* p) {
     const Access access = *static_cast<const Access*>(p);
     if constexpr (bytes < 4) word[0] = access;
@@ -46,25 +52,56 @@ struct Neighbours {
   bool left, right;
 };
 
+// In NCHW, elements from a thread's first plane to each of its others; all of them in registers, so that an address is
+// one instruction.
+template <bool channels_last, int count>
+struct Planes {
+  FASTCNN_DEVICE explicit Planes(int) {}
+};
+template <int count>
+struct Planes<false, count> {
+  unsigned offset[count];
+  FASTCNN_DEVICE explicit Planes(int stride) {
+#pragma unroll
+    for (int j = 0; j < count; ++j) offset[j] = opaque(static_cast<unsigned>(j * stride));
+  }
+};
+
 template <typename T, bool channels_last, int length, int around>
 struct Span {
   static constexpr int kCount = length + 2 * around;
-  static constexpr int kBytes = sizeof(T);
-  T element[kCount];
+  float value[kCount];
 
-  // p: the thread's first channel. Without `here` there is nothing but zeros.
-  FASTCNN_DEVICE Span(const T* p, int stride, Neighbours exist, bool here = true) {
+  // p: the thread's first channel. Neighbours that do not exist are 0; without `here` nothing exists, and everything is
+  // `otherwise`.
+  template <int count>
+  FASTCNN_DEVICE Span(const T* p, const Planes<false, count>& planes, Neighbours exist, bool here = true,
+                      uint32_t = 0, uint32_t = 0) {
+    const T* const first = around ? opaque(p - planes.offset[around]) : p;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const bool exists = here && (j < around ? exist.left : j < around + length || exist.right);
-      element[j] = exists ? p[static_cast<int64_t>(j - around) * stride] : T{};
+      value[j] = exists ? static_cast<float>(cuda::widen(first[planes.offset[j]])) : 0;
     }
   }
-  FASTCNN_DEVICE int byte(int j) const { return element[j]; }
   FASTCNN_DEVICE void widen(float (&v)[kCount]) const {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) v[j] = cuda::widen(element[j]);
+    for (int j = 0; j < kCount; ++j) v[j] = value[j];
   }
+};
+
+// Bytes of planes.
+template <int length>
+struct Span<uint8_t, false, length, 0> {
+  int value[length];
+
+  template <int count>
+  FASTCNN_DEVICE Span(const uint8_t* p, const Planes<false, count>& planes, Neighbours, bool here, uint32_t otherwise,
+                      uint32_t) {
+#pragma unroll
+    for (int j = 0; j < length; ++j) value[j] = here ? p[planes.offset[j]] : otherwise;
+  }
+  FASTCNN_DEVICE int byte(int j) const { return value[j]; }
 };
 
 template <typename T, int length, int around>
@@ -74,10 +111,13 @@ struct Span<T, true, length, around> {
   Words<kBytes * length> own;
   Words<around ? kBytes * around : 4> left, right;
 
-  FASTCNN_DEVICE Span(const T* p, int, Neighbours exist, bool here = true) : own(p, here) {
+  template <int count>
+  FASTCNN_DEVICE Span(const T* p, const Planes<true, count>&, Neighbours exist, bool here = true,
+                      uint32_t otherwise = 0, uint32_t beside = 0)
+      : own(p, here, otherwise) {
     if constexpr (around > 0) {
-      left = Words<kBytes * around>(p - around, here && exist.left);
-      right = Words<kBytes * around>(p + length, here && exist.right);
+      left = Words<kBytes * around>(p - around, here && exist.left, beside);
+      right = Words<kBytes * around>(p + length, here && exist.right, beside);
     }
   }
   FASTCNN_DEVICE int byte(int j) const {
