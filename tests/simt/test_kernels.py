@@ -232,7 +232,7 @@ def test_too_big_for_32_bit_coordinates_raises(address):
 )
 def test_more_channels_than_can_be_counted_raise(address, shape, error, tail):
     pool = tail["pool"].op_args() if "pool" in tail else ([],) * 4 + (False,)
-    task = (1, list(shape), False, True, LRN.op_args() if "lrn" in tail else (0, 0.0, 0.0, 0.0, 1), *pool)
+    task = (3, list(shape), False, True, LRN.op_args() if "lrn" in tail else (0, 0.0, 0.0, 0.0, 1), *pool)
     nothing, empty = (b"", 0), (0, 0)
     if shape[0]:
         with pytest.raises(RuntimeError, match=error):

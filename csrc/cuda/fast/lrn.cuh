@@ -136,7 +136,7 @@ FASTCNN_DEVICE void store_sums(const Arguments& a, int run, float (&sums)[length
       if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32 * length + i] = sums[i];
     }
     __syncthreads();
-    if (threadIdx.x < length) {
+    if (run < a.runs && threadIdx.x < length) {
       float sum = 0;
       for (int warp = 0; warp < kThreads / 32; ++warp) sum += shared[warp * length + threadIdx.x];
       partials[run * length + threadIdx.x] = sum;

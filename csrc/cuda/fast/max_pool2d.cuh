@@ -293,6 +293,7 @@ __global__ void __launch_bounds__(beta == Beta::none ? kThreads : kNarrow, beta 
   constexpr int around = beta == Beta::none ? 0 : 2, count = length + 2 * around;
   using X = Span<T, channels_last, length, 2 * around>;
   const Place<T, channels_last, length> place(a);
+  const bool reads_x = rectified && a.x;  // without ReLU and LRN there may be none
   float sums[length] = {};
   if (place.run < a.runs) {
     const Rectifier<X::kCount> rectify(a, place.run * length, length, place.neighbours);
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(beta == Beta::none ? kThreads : kNarrow, beta 
       const bool inside[4] = {true, 2 * ow + 1 < a.W, 2 * oh + 1 < a.H, 2 * ow + 1 < a.W && 2 * oh + 1 < a.H};
       const unsigned offset[4] = {to, to + pixel, to + next, to + next + pixel};
       const auto element = [&](int e) {
-        return X(x + offset[e], planes, place.neighbours, rectified && inside[e], anything());
+        return X(x + offset[e], planes, place.neighbours, reads_x && inside[e], anything());
       };
       float g[4][count];
       const auto set = [&](int j, int e, bool mine, float d) { g[e][j] = mine ? d : 0; };

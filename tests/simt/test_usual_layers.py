@@ -1,0 +1,120 @@
+"""The kernels of csrc/cuda/fast, for LRN over five channels and pools of 3 x 3 and 2 x 2 at stride 2."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from promises import DTYPES, FORMATS, assert_bitwise, ident, integers, randn
+
+from fastcnn import LRNParams, PoolParams, reference
+from fastcnn.params import opmath
+
+from .test_kernels import assert_same_tail, bias_of, special
+
+LRN = LRNParams(5, 0.5, 0.75, 1.0)
+POOL = PoolParams(3, 2)
+USUAL = [dtype for dtype in DTYPES if dtype != torch.float64]
+POOLS = [POOL, PoolParams(2, 2), PoolParams(3, 2, 0, 1, True), PoolParams(2, 2, 0, 1, True)]
+LRNS = [LRN, LRNParams(5, 0.5, 0.5, 2.0), LRNParams(5, 0.5, 0.75, 1.0, 2), LRNParams(5, 1e-4, 0.75, 1.0)]
+
+
+@pytest.fixture(params=FORMATS, ids=ident)
+def format(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", USUAL, ids=ident)
+@pytest.mark.parametrize(("relu", "lrn", "pool"), list(itertools.product([False, True], [None, LRN], [None, POOL])), ids=str)
+def test_every_part(address, format, dtype, relu, lrn, pool):
+    for shape in ((2, 48, 7, 9), (3, 8, 12, 5), (2, 16, 6, 35)):
+        x = randn(*shape, dtype=dtype, format=format)
+        assert_same_tail(address, x, bias_of(x), relu=relu, lrn=lrn, pool=pool)
+        assert_same_tail(address, x, relu=relu, lrn=lrn, pool=pool)
+
+
+@pytest.mark.parametrize("pool", [None, *POOLS], ids=str)
+@pytest.mark.parametrize("lrn", LRNS, ids=ident)
+def test_every_window_of_channels_and_pool(address, format, lrn, pool):
+    for dtype, size in itertools.product(USUAL, [(9, 12), (12, 9)]):
+        x = randn(2, 48, *size, dtype=dtype, format=format)
+        assert_same_tail(address, x, bias_of(x), lrn=lrn, pool=pool)
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("size", [(2, 2), (3, 3), (4, 3), (3, 65), (66, 4), (5, 1)], ids=ident)
+def test_every_size(address, format, size, pool):
+    if pool.op_args()[0][0] > min(size):
+        pytest.skip("the window is larger than the map")
+    for dtype, lrn in itertools.product((torch.float32, torch.bfloat16), (None, LRN)):
+        x = randn(2, 8, *size, dtype=dtype, format=format)
+        assert_same_tail(address, x, bias_of(x), lrn=lrn, pool=pool)
+
+
+@pytest.mark.parametrize("dtype", USUAL, ids=ident)
+@pytest.mark.parametrize("channels", [128, 600], ids=ident)
+def test_channels_of_several_blocks(address, format, dtype, channels):
+    x = randn(1, channels, 5, 5, dtype=dtype, format=format)
+    for lrn, pool in ((LRN, POOL), (LRN, None), (None, POOL)):
+        assert_same_tail(address, x, bias_of(x), lrn=lrn, pool=pool)
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=ident)
+@pytest.mark.parametrize("dtype", USUAL, ids=ident)
+def test_pool_is_bitwise_that_of_torch(address, format, dtype, pool):
+    for size in ((11, 13), (12, 8)):
+        for x in (
+            integers(2, 16, *size, dtype=dtype).contiguous(memory_format=format),
+            special(2, 16, *size, dtype=dtype, format=format),
+        ):
+            y, argmax = address.forward("max_pool2d", x, pool=pool)
+            assert_bitwise(address.forward("max_pool2d", x, pool=pool, with_argmax=False)[0], y)
+            expected, indices = F.max_pool2d(x, *pool.op_args(), return_indices=True)
+            assert_bitwise(y, expected)
+            assert_bitwise(reference.flat_indices(argmax, x.shape[-1], pool), indices)
+            dy = randn(*y.shape, dtype=dtype, seed=1)
+            dx, _ = address.backward("max_pool2d_backward", dy, x, None, argmax, pool=pool)
+            wide = reference.max_pool2d_backward(dy.to(opmath(dtype)), argmax, x.shape[2:], pool)
+            assert_bitwise(dx, wide.to(dtype))
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=ident)
+@pytest.mark.parametrize("lrn", [None, LRN], ids=str)
+@pytest.mark.parametrize("dtype", USUAL, ids=ident)
+def test_nan_propagates_like_torch(address, format, dtype, lrn, pool):
+    x = randn(2, 16, 11, 12, dtype=dtype)
+    x.view(-1)[::97] = float("nan")
+    x.view(-1)[5::131] = float("inf")
+    x = x.contiguous(memory_format=format)
+    wide = x.float().relu()
+    if lrn:
+        wide = reference.local_response_norm(wide, *lrn.op_args()[:4])
+    expected, indices = F.max_pool2d(wide, *pool.op_args(), return_indices=True)
+    y, argmax = address.forward("relu_lrn_max_pool2d", x, relu=True, lrn=lrn, pool=pool)
+    assert_bitwise(y.isnan(), expected.isnan())
+    found = reference.flat_indices(argmax, x.shape[-1], pool)
+    assert_bitwise(found[expected.isnan()], indices[expected.isnan()])
+    assert_bitwise(address.forward("relu_lrn_max_pool2d", x, relu=True, lrn=lrn, pool=pool, with_argmax=False)[0], y)
+
+
+@pytest.mark.parametrize("dtype", USUAL, ids=ident)
+def test_first_of_window_that_relu_makes_zero_wins(address, format, dtype):
+    x = -randn(2, 16, 9, 9, dtype=dtype, format=format).abs()
+    for lrn in (None, LRN):
+        y, argmax = address.forward("relu_lrn_max_pool2d", x, relu=True, lrn=lrn, pool=POOL)
+        assert not y.any()
+        assert not argmax.any()
+
+
+@pytest.mark.parametrize("dtype", USUAL, ids=ident)
+def test_bias_gradient_of_many_terms(address, dtype, format):
+    x = randn(4, 8, 33, 35, dtype=dtype, format=format)
+    for lrn, pool in ((None, POOL), (LRN, POOL), (LRN, None)):
+        assert_same_tail(address, x, bias_of(x), lrn=lrn, pool=pool)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ident)
+@pytest.mark.parametrize(("lrn", "pool"), [(LRN, POOL), (LRN, None), (None, POOL), (LRN, PoolParams(2, 2))], ids=str)
+def test_no_barrier_is_missing(thread, dtype, format, lrn, pool):
+    x = randn(2, 40, 9, 14, dtype=dtype, format=format)
+    assert_same_tail(thread, x, bias_of(x), lrn=lrn, pool=pool)
