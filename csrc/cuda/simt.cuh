@@ -147,6 +147,7 @@ template <typename T>
 T opaque(T x) {
   return x;
 }
+inline unsigned computed_here(unsigned x) { return x; }
 inline uint32_t anything() { return ~0u; }
 template <typename T>
 T load_if(bool exists, const T* p) {
@@ -195,6 +196,11 @@ FASTCNN_DEVICE T* opaque(T* p) {
   size_t address = __cvta_generic_to_global(p);
   asm("mov.b64 %0, %0;" : "+l"(address));
   return static_cast<T*>(__cvta_global_to_generic(address));
+}
+// What follows from x is computed anew each time, and does not occupy a register in between.
+FASTCNN_DEVICE unsigned computed_here(unsigned x) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(x));
+  return x;
 }
 FASTCNN_DEVICE unsigned opaque(unsigned x) {
   asm("mov.b32 %0, %0;" : "+r"(x));

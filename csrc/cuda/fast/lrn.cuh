@@ -138,7 +138,7 @@ FASTCNN_DEVICE void store_sums(const Arguments& a, int run, float (&sums)[length
     __syncthreads();
     if (run < a.runs && threadIdx.x < length) {
       float sum = 0;
-      for (int warp = 0; warp < kThreads / 32; ++warp) sum += shared[warp * length + threadIdx.x];
+      for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += shared[warp * length + threadIdx.x];
       partials[run * length + threadIdx.x] = sum;
     }
   }

@@ -287,9 +287,13 @@ struct Window {
   }
 };
 
+template <bool channels_last, Beta beta>
+inline constexpr int kThreadsOfBackward = channels_last && beta == Beta::none ? kThreads : kNarrow;
+
 // A thread has the blocks of 2 x 2 elements that begin where a window does, in some images.
 template <typename T, bool channels_last, int length, int K, Beta beta, bool rectified>
-__global__ void __launch_bounds__(beta == Beta::none ? kThreads : kNarrow, beta == Beta::none ? 2 : 3) pool_backward(const Arguments a) {
+__global__ void __launch_bounds__(kThreadsOfBackward<channels_last, beta>,
+                                  3 * kNarrow / kThreadsOfBackward<channels_last, beta>) pool_backward(const Arguments a) {
   constexpr int around = beta == Beta::none ? 0 : 2, count = length + 2 * around;
   using X = Span<T, channels_last, length, 2 * around>;
   const Place<T, channels_last, length> place(a);

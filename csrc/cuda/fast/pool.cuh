@@ -73,9 +73,9 @@ inline Launch share_out_blocks(Arguments& a, const TailTask& task) {
     const int64_t most = task.dbias ? std::max<int64_t>(1, wanted / run_blocks) : across;
     return {folded_grid(std::min(across, most), run_blocks), dim3(kNarrow)};
   }
-  const int threads = normalized ? kNarrow : kThreads;
+  const int threads = normalized || !channels_last ? kNarrow : kThreads;
   Launch shape = share_out_units(a, channels_last, units, threads);
-  if (task.dbias) keep_resident(shape, normalized ? 3 * kNarrow : 2 * kThreads);
+  if (task.dbias) keep_resident(shape, threads == kNarrow ? 3 * kNarrow : 2 * kThreads);
   return shape;
 }
 

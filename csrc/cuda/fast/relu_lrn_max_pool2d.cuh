@@ -240,7 +240,6 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const sums = dynamic_shared<float>();  // [warp][channel modulo 8, halves exchanged][lane], of a thread's elements
   const unsigned own = opaque(static_cast<unsigned>(warp * 8 * 33 + lane));
-  float* const totals = sums + kNarrow / 32 * 8 * 33 + warp * a.channels;
   float* const biases = sums + kNarrow / 32 * (8 * 33 + a.channels);  // from the first channel that is loaded
   const int group = a.C / a.runs * a.runs_per_group;
   const int from = block_y() * a.channels;  // the first channel
@@ -248,7 +247,7 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
   const int group_begin = from / group * group, group_end = group_begin + group;
   const int begin = max(from - 4, group_begin), end = min(from + a.channels + 4, group_end);
   const int rows = (a.H + 1) / 2, columns = (a.W + 1) / 2, stride = a.H * a.W, out_stride = a.OH * a.OW;
-  for (int c = lane; c < a.channels; c += 32) totals[c] = 0;
+  for (int i = threadIdx.x; i < kNarrow / 32 * a.channels; i += kNarrow) sums[kNarrow / 32 * 8 * 33 + i] = 0;
   for (int c = begin + threadIdx.x; c < end; c += kNarrow) {
     biases[c - begin] = a.bias ? static_cast<const float*>(a.bias)[c] : -0.0f;
   }
@@ -265,11 +264,10 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
     const uint8_t* const argmax = opaque(static_cast<const uint8_t*>(a.argmax) + n * a.out_image);
     // Of elements and windows in two rows each, the first of a row. Rows of windows beyond the map repeat another.
     unsigned element[2] = {2u * oh * a.W + 2 * ow, (2u * oh + high) * a.W + 2 * ow};
-    unsigned window[2] = {min(oh, a.OH - 1) * a.OW + unsigned(ow), max(oh - 1, 0) * a.OW + unsigned(ow)}, complete[2];
+    unsigned window[2] = {min(oh, a.OH - 1) * a.OW + unsigned(ow), max(oh - 1, 0) * a.OW + unsigned(ow)};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       element[i] += begin * stride, window[i] += begin * out_stride;
-      complete[i] = element[i] - 4 * stride;
     }
     const bool right = ow < a.OW, left = K == 3 && ow > 0;
     // 0, or of a window that does not exist more than any place.
@@ -309,8 +307,7 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
       const unsigned stored = c1 > from ? mine : 0;
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
-        T* const to = opaque(out + complete[e / 2]);
-        complete[e / 2] += stride;
+        T* const to = opaque(out + (element[e / 2] - (8 - i) * stride));  // it is four channels ahead by now
         T two[2];
         narrow_two(dx[e], dx[e + 1], two);
         if (stored & 1 << e) to[0] = two[0];
@@ -320,6 +317,8 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
     // Add up the sums of the eight channels before c, each by four lanes.
     const auto add_up = [&](int c) {
       __syncwarp();
+      const int thread = computed_here(threadIdx.x), lane = thread % 32, warp = thread / 32;
+      float* const totals = sums + kNarrow / 32 * 8 * 33 + warp * a.channels;
       float sum = 0;
 #pragma unroll
       for (int other = 0; other < 8; ++other) sum += sums[warp * 8 * 33 + lane / 4 * 33 + lane % 4 * 8 + other];
@@ -329,13 +328,11 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
       __syncwarp();
     };
     for (int c1 = begin; c1 < end; c1 += 4) {
-#pragma unroll
-      for (int part = 0; part < 4; part += batch) {
-        float xs[batch][4], dys[batch][4], bias[batch];
+      {
+        float xs[batch][4], dys[batch][4];
         int places[batch][4];
 #pragma unroll
         for (int k = 0; k < batch; ++k) {
-          bias[k] = biases[c1 + part + k - begin];
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const T* const from_row = x + element[e / 2];
@@ -356,10 +353,11 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
           const auto add = [&](float& to, int w, int place) {
             if (is(w, place)) to += dys[k][w];
           };
+          const float bias = biases[c1 + k - begin];
           float z[4], gradient[4];
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            z[e] = max_or_nan(xs[k][e] + bias[k], a.lowest);
+            z[e] = max_or_nan(xs[k][e] + bias, a.lowest);
             gradient[e] = is(0, e % 2 + e / 2 * K) ? dys[k][0] : 0;
           }
           if constexpr (K == 3) {
@@ -367,13 +365,15 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
             add(gradient[1], 2, 7);
             add(gradient[2], 1, 5);
           }
-          advance(c1, part + k, z, gradient);
+          advance(c1, k, z, gradient);
         }
       }
       if (a.partials && c1 > from && (c1 - from) % 8 == 0) add_up(c1);
     }
     if (end == group_end) {  // what follows the group counts as zero
       const float nothing[4] = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) element[i] += 4 * stride;
 #pragma unroll
       for (int i = 0; i < 4; ++i) advance(group_end, i, nothing, nothing);
       if (a.partials) add_up(group_end);
