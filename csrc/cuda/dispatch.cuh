@@ -3,7 +3,8 @@
 
 #include <type_traits>
 
-#include "lrn.cuh"
+#include "../relu_lrn_max_pool2d.h"
+#include "simt.cuh"
 
 namespace fastcnn::cuda {
 
@@ -20,15 +21,6 @@ void with_dtype_and_format(const TailTask& task, F f) {
     case DType::float32: return with_format(float());
     case DType::float64: return with_format(double());
   }
-}
-
-// f(Norm as a constant), of a task with LRN. Doubles take the general way.
-template <typename T, typename F>
-void with_norm(const TailTask& task, F f) {
-  if constexpr (!std::is_same_v<T, double>) {
-    if (task.lrn.size == 5 && task.lrn.beta == 0.75) return f(std::integral_constant<Norm, Norm::five>());
-  }
-  f(std::integral_constant<Norm, Norm::any>());
 }
 
 inline bool empty(const TailTask& task) { return task.shape.elements() == 0; }

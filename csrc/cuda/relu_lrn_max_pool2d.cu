@@ -1,129 +1,15 @@
 // The tail of an AlexNet stage, max_pool2d(lrn(relu(x + bias))), any part of which may be absent, and its gradient.
 // Memory: forward reads x once and writes the pooled map and its argmax; backward reads x, dy and argmax and writes dx.
-//
-// With both LRN and a pool, a block goes down a strip of the map: rows are rectified and normalized, once, into a ring
-// in shared memory, from which they are pooled.
 #include "relu_lrn_max_pool2d.h"
 
+#include "dispatch.cuh"
+#include "fast/relu_lrn_max_pool2d.cuh"
+#include "general/relu_lrn_max_pool2d.cuh"
 #include "lrn.h"
 #include "max_pool2d.h"
-#include "fast/pool.cuh"
-#include "pool.cuh"
 
 namespace fastcnn::cuda {
 namespace {
-
-constexpr int kSharedBytes = 40 << 10;
-
-struct Strip {
-  Arguments a;
-  int rows, columns;            // of outputs, a strip
-  int row_strips, column_strips;
-  int slots, width, channels;   // of the ring: rows, their pixels, their channels
-};
-
-template <typename T, bool channels_last, Norm norm>
-__global__ void __launch_bounds__(kThreads, 1) tail(const Strip s) {
-  using A = Compute<T>;
-  constexpr int length = kRun<T>;
-  const Arguments& a = s.a;
-  A* ring = dynamic_shared<A>();
-  const int run_lane = channels_last ? threadIdx.x : threadIdx.y, lane = channels_last ? threadIdx.y : threadIdx.x;
-  const int index = block_y() * a.runs_per_block + run_lane;
-  if (index - run_lane >= a.runs) return;  // the whole block, before any barrier
-  const bool active = index < a.runs;
-  const Run run(a, active ? index : 0, length);
-  const Normalized<T, channels_last, norm> input(a, run);
-
-  // In the ring, as in memory, a pixel's channels or a channel's pixels follow each other.
-  const auto slot = [&](int row, int column) {
-    return ring + row % s.slots * s.width * s.channels +
-           (channels_last ? column * s.channels + run_lane * length : run_lane * length * s.width + column);
-  };
-
-  for (int64_t unit = blockIdx.x; unit < a.units; unit += gridDim.x) {
-    const int64_t n = unit / (s.row_strips * s.column_strips);
-    const int strip = static_cast<int>(unit - n * (s.row_strips * s.column_strips));
-    const int first_row = strip / s.column_strips * s.rows, last_row = min(first_row + s.rows, a.h.out);
-    const int first_column = strip % s.column_strips * s.columns, last_column = min(first_column + s.columns, a.w.out);
-    const int left = max(a.w.element(first_column, 0), 0);
-    const int right = min(a.w.element(last_column - 1, a.w.reach - 1) + 1, a.w.size);
-    const T* image = static_cast<const T*>(a.x) + n * a.C * a.pixels;
-    int next = 0;  // the first row that is not in the ring yet
-    for (int oh = first_row; oh < last_row; ++oh) {
-      const int begin = a.h.first(oh), end = a.h.last(oh);
-      const int bottom = begin < end ? a.h.element(oh, end - 1) + 1 : 0;
-      for (int row = max(next, max(a.h.element(oh, 0), 0)); active && row < bottom; ++row) {
-        for (int column = left + lane; column < right; column += a.pixels_per_block) {
-          const int64_t pixel = static_cast<int64_t>(row) * a.w.size + column;
-          A y[length];
-          input.load(image + pixel * (channels_last ? a.C : 1), y);
-          A* to = slot(row, column - left);
-#pragma unroll
-          for (int i = 0; i < length; ++i) to[channels_last ? i : i * s.width] = y[i];
-        }
-      }
-      next = max(next, bottom);
-      __syncthreads();
-      for (int ow = first_column + lane; active && ow < last_column; ow += a.pixels_per_block) {
-        Maximum<A, length> maximum;
-        for (int i = begin; i < end; ++i) {
-          for (int j = a.w.first(ow); j < a.w.last(ow); ++j) {
-            const A* from = slot(a.h.element(oh, i), a.w.element(ow, j) - left);
-            A y[length];
-#pragma unroll
-            for (int k = 0; k < length; ++k) y[k] = from[channels_last ? k : k * s.width];
-            maximum.take(y, i * a.w.kernel + j);
-          }
-        }
-        maximum.template store<channels_last, T>(a, run, n, static_cast<int64_t>(oh) * a.w.out + ow);
-      }
-      __syncthreads();
-    }
-  }
-}
-
-// Pixels between the first and last element of as many windows.
-int64_t span(const Axis& axis, int64_t windows) {
-  return std::min<int64_t>((windows - 1) * axis.stride + (axis.reach - 1) * int64_t{axis.dilation} + 1, axis.size);
-}
-
-// As wide a strip as the ring has room for; false if it has none for a single window.
-template <typename T>
-bool plan(const TailTask& task, Strip& s) {
-  s.a = arguments(task, kRun<T>);
-  Arguments& a = s.a;
-  a.runs_per_block = std::min(a.runs, kThreads / (task.shape.channels_last ? 16 : 32));
-  a.pixels_per_block = kThreads / a.runs_per_block;
-  s.channels = a.runs_per_block * kRun<T>;
-  const int64_t rows = span(a.h, 1), pixels = kSharedBytes / (rows * s.channels * int64_t{sizeof(Compute<T>)});
-  if (pixels < span(a.w, 1)) return false;
-  s.columns = a.w.out;
-  while (span(a.w, s.columns) > pixels) --s.columns;
-  s.column_strips = (a.w.out + s.columns - 1) / s.columns;
-  s.columns = (a.w.out + s.column_strips - 1) / s.column_strips;  // of even widths
-  s.slots = static_cast<int>(rows), s.width = static_cast<int>(span(a.w, s.columns));
-  // Rows are cut up only where there is too little to do otherwise: the cuts cost rows that are normalized twice.
-  const Device here = device();
-  const int64_t wanted = int64_t{here.multiprocessors} * (here.threads_per_multiprocessor / kThreads);
-  const int64_t blocks = a.N * s.column_strips * ((a.runs + a.runs_per_block - 1) / a.runs_per_block);
-  s.row_strips = static_cast<int>(std::clamp<int64_t>(wanted / blocks, 1, (a.h.out + 3) / 4));
-  s.rows = (a.h.out + s.row_strips - 1) / s.row_strips;
-  s.row_strips = (a.h.out + s.rows - 1) / s.rows;
-  a.units = a.N * s.row_strips * s.column_strips;
-  return true;
-}
-
-template <typename T, bool channels_last, Norm norm>
-void launch_tail(const char* name, const TailTask& task, Stream stream) {
-  Strip s{};
-  if (!plan<T>(task, s)) return launch_pool<T, channels_last, Norm::any>(name, task, stream);
-  const unsigned p = s.a.pixels_per_block, r = s.a.runs_per_block;
-  const dim3 grid =
-      folded_grid(std::min<int64_t>(s.a.units, std::numeric_limits<int>::max()), (s.a.runs + r - 1) / r);
-  const size_t shared = size_t{sizeof(Compute<T>)} * s.slots * s.width * s.channels;
-  launch<&tail<T, channels_last, norm>>(name, grid, channels_last ? dim3(r, p) : dim3(p, r), shared, stream, s);
-}
 
 // The bias gradient's second stage: the rows of partial sums, each of a few threads adding every so many of them.
 struct Partials {
@@ -152,7 +38,7 @@ __global__ void __launch_bounds__(32 * kRows) sum_partials(const Partials p) {
 
 template <typename A>
 void launch_sum_partials(const TailTask& task, Stream stream) {
-  const Partials p{task.partials, task.dbias, bias_partials(task), channels_of(task)};
+  const Partials p{task.partials, task.dbias, bias_partials(task), general::channels_of(task)};
   launch<&sum_partials<A>>("relu_lrn_max_pool2d_backward", dim3((p.C + 31) / 32), dim3(32, kRows),
                            32 * kRows * sizeof(A), stream, p);
 }
@@ -164,13 +50,11 @@ void relu_lrn_max_pool2d(const TailTask& task, Stream stream) {
   if (empty(task)) return;
   if (!task.pool && task.lrn) return lrn(task, stream);
   if (task.pool && !task.lrn) return max_pool2d(task, stream);
+  if (fast::takes(task) && task.shape.W > 1) return fast::launch_tail(name, task, stream);
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
     using T = decltype(t);
-    if (!task.pool) return launch_forward<T, channels_last, Norm::none>(name, task, stream);
-    if constexpr (!std::is_same_v<T, double>) {
-      if (fast::takes<T>(task) && task.shape.W > 1) return fast::launch_tail<T>(name, task, stream);
-    }
-    with_norm<T>(task, [&](auto norm) { launch_tail<T, channels_last, norm>(name, task, stream); });
+    if (task.pool) general::launch_tail<T, channels_last>(name, task, stream);
+    else general::launch_forward<T, channels_last, false>(name, task, stream);
   });
 }
 
@@ -182,16 +66,13 @@ void relu_lrn_max_pool2d_backward(const TailTask& task, Stream stream) {
     lrn_backward(task, stream);
   } else if (task.pool && !task.lrn) {
     max_pool2d_backward(task, stream);
+  } else if (fast::takes(task)) {
+    fast::launch_tail_backward(name, task, stream);
   } else {
     with_dtype_and_format(task, [&](auto t, auto channels_last) {
       using T = decltype(t);
-      if (!task.pool) return launch_backward<T, channels_last, Norm::none, false>(name, task, stream);
-      if constexpr (!std::is_same_v<T, double>) {
-        if (fast::takes<T>(task)) {
-          return fast::with_beta(task, [&](auto beta) { fast::launch_pool_backward<T, beta, true>(name, task, stream); });
-        }
-      }
-      with_norm<T>(task, [&](auto norm) { launch_backward<T, channels_last, norm, true>(name, task, stream); });
+      if (task.pool) general::launch_backward<T, channels_last, true, true>(name, task, stream);
+      else general::launch_backward<T, channels_last, false, false>(name, task, stream);
     });
   }
   if (!task.dbias || !task.shape.C) return;
@@ -201,19 +82,15 @@ void relu_lrn_max_pool2d_backward(const TailTask& task, Stream stream) {
 
 // One row for each block along x of backward.
 int64_t bias_partials(const TailTask& task) {
-  int64_t rows = 0;
   if (empty(task)) return 0;
+  if (fast::takes(task)) {
+    fast::Arguments a = fast::arguments(task);
+    return (task.pool ? fast::share_out_blocks(a, task) : fast::share_out_pixels(a, task)).grid.x;
+  }
+  int64_t rows = 0;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
-    using T = decltype(t);
-    if constexpr (!std::is_same_v<T, double>) {
-      if (fast::takes<T>(task) && (task.pool || task.lrn)) {
-        fast::Arguments a = fast::arguments<T>(task);
-        rows = (task.pool ? fast::share_out_blocks(a, task) : fast::share_out_pixels(a, task)).grid.x;
-        return;
-      }
-    }
-    Arguments a = arguments(task, kRun<decltype(t)>);
-    rows = share_out(a, channels_last, a.pixels, 0, kBiasWaves).grid.x;
+    general::Arguments a = general::arguments(task, general::kRun<decltype(t)>);
+    rows = general::share_out(a, channels_last, a.pixels, 0, general::kBiasWaves).grid.x;
   });
   return rows;
 }

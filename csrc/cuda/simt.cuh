@@ -121,6 +121,10 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, Stream
 
 #endif
 
+struct Launch {
+  dim3 grid, block;
+};
+
 // A grid of x by y blocks. Those that y has no room for go on along z, where there may be a few too many: a kernel asks
 // block_y() where it is, and does nothing beyond the last.
 inline dim3 folded_grid(int64_t x, int64_t y) {

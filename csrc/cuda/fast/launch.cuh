@@ -6,46 +6,41 @@
 
 namespace fastcnn::cuda::fast {
 
-template <typename T>
-int channels_of_thread(const TailTask& task) {
-  return task.shape.channels_last ? kVector<T> : kPlanes;
+inline int channels_of_thread(const TailTask& task) {
+  if (!task.shape.channels_last) return kPlanes;
+  return task.dtype == DType::float32 ? kVector<float> : kVector<Half>;
 }
 
-// Whether there are kernels for the task's LRN and pool, its shape and where its tensors are.
-template <typename T>
-bool takes(const TailTask& task) {
-  if constexpr (std::is_same_v<T, double>) return false;
+// Whether there are kernels for the task's dtype, LRN and pool, its shape, and where its tensors are.
+inline bool takes(const TailTask& task) {
+  if (task.dtype == DType::float64) return false;
   const Shape& shape = task.shape;
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
-  const bool vectors = aligned(task.x) && aligned(task.dy) && aligned(task.out) && aligned(task.argmax);
-  return usual_beta(task.lrn) && (!task.pool || usual_window(task.pool)) && vectors &&
-         shape.C / task.lrn.groups % channels_of_thread<T>(task) == 0 && shape.image_stride() < most &&
-         shape.N * shape.pixels() < most && shape.N * shape.C < most;
+  const bool small = shape.image_stride() < most && shape.N * shape.pixels() < most && shape.N * shape.C < most;
+  return (task.lrn || task.pool) && usual_beta(task.lrn) && (!task.pool || usual_window(task.pool)) && small &&
+         shape.C / task.lrn.groups % channels_of_thread(task) == 0 && aligned(task.x) && aligned(task.dy) &&
+         aligned(task.out) && aligned(task.argmax);
 }
 
-template <typename T>
-Arguments arguments(const TailTask& task) {
+inline Arguments arguments(const TailTask& task) {
   const Shape& shape = task.shape;
   Arguments a{};
   a.x = task.x, a.bias = task.bias, a.dy = task.dy;
   a.out = task.out, a.argmax = task.argmax, a.partials = task.partials;
   a.N = static_cast<int>(shape.N), a.C = static_cast<int>(shape.C);
   a.H = static_cast<int>(shape.H), a.W = static_cast<int>(shape.W);
-  a.OH = static_cast<int>(task.pool ? task.pool.h.out : shape.H);
-  a.OW = static_cast<int>(task.pool ? task.pool.w.out : shape.W);
+  a.OH = static_cast<int>(task.out_shape().H), a.OW = static_cast<int>(task.out_shape().W);
   a.image = shape.image_stride(), a.out_image = task.out_shape().image_stride();
   using limits = std::numeric_limits<float>;
   a.lowest = task.relu ? 0 : -limits::infinity(), a.blocked = task.relu ? 0 : limits::quiet_NaN();
+  a.factor = 1;
   if (task.lrn) {
     const double scale = task.lrn.alpha / static_cast<double>(task.lrn.size);
-    a.start = static_cast<float>(task.lrn.k / scale), a.factor = static_cast<float>(std::pow(scale, -task.lrn.beta));
-    a.half_start = a.start / 2;
+    a.start = static_cast<float>(task.lrn.k / scale), a.half_start = a.start / 2;
+    a.factor = static_cast<float>(std::pow(scale, -task.lrn.beta));
     a.twice_beta = static_cast<float>(2 * task.lrn.beta);
-  } else {
-    a.factor = 1;
   }
-  const int length = channels_of_thread<T>(task);
-  a.runs = a.C / length, a.runs_per_group = a.runs / static_cast<int>(task.lrn.groups);
+  a.runs = a.C / channels_of_thread(task), a.runs_per_group = a.runs / static_cast<int>(task.lrn.groups);
   a.by_group = Divisor(a.runs_per_group);
   return a;
 }
@@ -75,25 +70,57 @@ inline void keep_resident(Launch& shape, int threads) {
   shape.grid.x = static_cast<unsigned>(std::clamp<int64_t>(blocks / high, 1, shape.grid.x));
 }
 
-inline bool rectified(const TailTask& task) { return task.relu || task.bias || task.dbias; }
+// Of a multiprocessor, for which kernels have registers: of whole blocks, and of those of kNarrow threads.
+inline constexpr int kResident = 2 * kThreads, kResidentNarrow = 3 * kNarrow;
 
-// For the operators whose maps keep their size.
+// Where the map keeps its size. Each block that leaves a row of sums for the bias gradient goes round.
 inline Launch share_out_pixels(Arguments& a, const TailTask& task) {
   a.by_pixels = Divisor(static_cast<unsigned>(task.shape.pixels()));
   Launch shape = share_out_units(a, task.shape.channels_last, task.shape.N * task.shape.pixels());
-  if (task.dbias) keep_resident(shape, 2 * kThreads);  // each block leaves a row of sums
+  if (task.dbias) keep_resident(shape, kResident);
   return shape;
 }
 
-inline size_t shared_of_sums(const Arguments& a, int length) {
+// The gradient of a pool, whose units are blocks of 2 x 2 elements.
+inline Launch share_out_blocks(Arguments& a, const TailTask& task) {
+  const bool channels_last = task.shape.channels_last, narrow = task.lrn || !channels_last;
+  const int rows = (a.H + 1) / 2, columns = (a.W + 1) / 2;
+  a.by_rows = Divisor(rows), a.by_columns = Divisor(columns);
+  Launch shape = share_out_units(a, channels_last, int64_t{a.N} * rows * columns, narrow ? kNarrow : kThreads);
+  if (task.lrn && !channels_last) {
+    // A thread goes through all channels of its group, or through part of them where there are too few units.
+    const int64_t across = shape.grid.x, wanted = int64_t{device().multiprocessors} * kResidentNarrow / kNarrow;
+    a.channels = a.C / static_cast<int>(task.lrn.groups);
+    while (10 * across * (a.C / a.channels) < 9 * wanted && a.channels % 16 == 0 && a.channels > 32) a.channels /= 2;
+    shape.grid = folded_grid(across, a.C / a.channels);
+  }
+  if (task.dbias) keep_resident(shape, narrow ? kResidentNarrow : kResident);
+  return shape;
+}
+
+inline size_t bytes_of_sums(const Arguments& a, int length) {
   return a.partials ? sizeof(float) * kThreads * length : 0;
 }
 
-// f(channels_last and the vector's or planes' number as constants)
-template <typename T, typename F>
-void with_format(const TailTask& task, F f) {
-  if (task.shape.channels_last) f(std::true_type(), std::integral_constant<int, kVector<T>>());
-  else f(std::false_type(), std::integral_constant<int, kPlanes>());
+// f(T{}, channels_last and the channels of a thread as constants)
+template <typename F>
+void with_dtype_and_format(const TailTask& task, F f) {
+  const auto with_format = [&](auto t) {
+    if (task.shape.channels_last) f(t, std::true_type(), std::integral_constant<int, kVector<decltype(t)>>());
+    else f(t, std::false_type(), std::integral_constant<int, kPlanes>());
+  };
+  switch (task.dtype) {
+    case DType::float16: return with_format(Half());
+    case DType::bfloat16: return with_format(BFloat16());
+    default: return with_format(float());
+  }
+}
+
+// f(whether there is a bias or a ReLU, as a constant)
+template <typename F>
+void with_rectified(const TailTask& task, F f) {
+  if (task.relu || task.bias || task.dbias) f(std::true_type());
+  else f(std::false_type());
 }
 
 template <typename F>

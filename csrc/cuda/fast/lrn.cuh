@@ -4,7 +4,7 @@
 // comes from the L1 cache.
 #pragma once
 
-#include "span.cuh"
+#include "launch.cuh"
 
 namespace fastcnn::cuda::fast {
 
@@ -97,7 +97,7 @@ struct Place {
 
   FASTCNN_DEVICE explicit Place(const Arguments& a) {
     run = channels_last ? block_y() * a.runs_per_block + threadIdx.x : block_y();
-    unit = channels_last ? blockIdx.x * a.pixels_per_block + threadIdx.y : blockIdx.x * kThreads + threadIdx.x;
+    unit = blockIdx.x * a.pixels_per_block + (channels_last ? threadIdx.y : threadIdx.x);
     exists = run < a.runs && unit < a.units;
     const int in_group = run - a.by_group.divide(run) * a.runs_per_group;
     neighbours = {in_group > 0, in_group < a.runs_per_group - 1};
@@ -187,6 +187,31 @@ __global__ void __launch_bounds__(kThreads, 1) lrn_backward(const Arguments a) {
     }
   }
   if (rectified && a.partials) store_sums<channels_last>(a, place.run, sums);
+}
+
+inline void launch_lrn(const char* name, const TailTask& task, Stream stream) {
+  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
+    with_beta(task, [&](auto beta) {
+      with_rectified(task, [&](auto rectified) {
+        Arguments a = arguments(task);
+        const Launch shape = share_out_pixels(a, task);
+        launch<&lrn<decltype(t), channels_last, length, beta, rectified>>(name, shape.grid, shape.block, 0, stream, a);
+      });
+    });
+  });
+}
+
+inline void launch_lrn_backward(const char* name, const TailTask& task, Stream stream) {
+  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
+    with_beta(task, [&](auto beta) {
+      with_rectified(task, [&](auto rectified) {
+        Arguments a = arguments(task);
+        const Launch shape = share_out_pixels(a, task);
+        launch<&lrn_backward<decltype(t), channels_last, length, beta, rectified>>(
+            name, shape.grid, shape.block, bytes_of_sums(a, length), stream, a);
+      });
+    });
+  });
 }
 
 }  // namespace fastcnn::cuda::fast

@@ -231,6 +231,12 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_planes(const Arguments a) {
 
 // -- backward, NCHW ---------------------------------------------------------------------------------------------------
 
+// Of shared memory: sums of eight channels of each lane, totals of each warp, and biases.
+inline constexpr int kTotals = kNarrow / 32 * 8 * 33;  // where they begin
+inline int floats_of_tail_backward(int channels) {
+  return kTotals + kNarrow / 32 * channels + channels + 8;
+}
+
 // A thread has a block of 2 x 2 elements that begins where a window does, and goes through `channels` channels of it:
 // what the windows of channels share stays in registers. Dividing a group among blocks costs each of them four channels
 // more on either side.
@@ -240,14 +246,14 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const sums = dynamic_shared<float>();  // [warp][channel modulo 8, halves exchanged][lane], of a thread's elements
   const unsigned own = opaque(static_cast<unsigned>(warp * 8 * 33 + lane));
-  float* const biases = sums + kNarrow / 32 * (8 * 33 + a.channels);  // from the first channel that is loaded
+  float* const biases = sums + kTotals + kNarrow / 32 * a.channels;  // from the first channel that is loaded
   const int group = a.C / a.runs * a.runs_per_group;
   const int from = block_y() * a.channels;  // the first channel
   if (from >= a.C) return;
   const int group_begin = from / group * group, group_end = group_begin + group;
   const int begin = max(from - 4, group_begin), end = min(from + a.channels + 4, group_end);
   const int rows = (a.H + 1) / 2, columns = (a.W + 1) / 2, stride = a.H * a.W, out_stride = a.OH * a.OW;
-  for (int i = threadIdx.x; i < kNarrow / 32 * a.channels; i += kNarrow) sums[kNarrow / 32 * 8 * 33 + i] = 0;
+  for (int i = threadIdx.x; i < kNarrow / 32 * a.channels; i += kNarrow) sums[kTotals + i] = 0;
   for (int c = begin + threadIdx.x; c < end; c += kNarrow) {
     biases[c - begin] = a.bias ? static_cast<const float*>(a.bias)[c] : -0.0f;
   }
@@ -318,7 +324,7 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
     const auto add_up = [&](int c) {
       __syncwarp();
       const int thread = computed_here(threadIdx.x), lane = thread % 32, warp = thread / 32;
-      float* const totals = sums + kNarrow / 32 * 8 * 33 + warp * a.channels;
+      float* const totals = sums + kTotals + warp * a.channels;
       float sum = 0;
 #pragma unroll
       for (int other = 0; other < 8; ++other) sum += sums[warp * 8 * 33 + lane / 4 * 33 + lane % 4 * 8 + other];
@@ -383,9 +389,52 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
   __syncthreads();
   for (int c = threadIdx.x; c < a.channels; c += kNarrow) {
     float sum = 0;
-    for (int w = 0; w < kNarrow / 32; ++w) sum += sums[kNarrow / 32 * 8 * 33 + w * a.channels + c];
+    for (int w = 0; w < kNarrow / 32; ++w) sum += sums[kTotals + w * a.channels + c];
     static_cast<float*>(a.partials)[static_cast<int64_t>(blockIdx.x) * a.C + from + c] = sum;
   }
+}
+
+// Of maps of more than one column.
+inline void launch_tail(const char* name, const TailTask& task, Stream stream) {
+  with_dtype_and_format(task, [&](auto t, auto channels_last, auto) {
+    using T = decltype(t);
+    with_window(task, [&](auto K) {
+      with_beta(task, [&](auto beta) {
+        Arguments a = arguments(task);
+        const int columns = channels_last ? (a.OW + 1) / 2 : a.OW + 1;
+        a.by_columns = Divisor(columns);
+        Launch shape = share_out_units(a, channels_last, int64_t{a.N} * columns, kNarrow);
+        // A block takes rows of outputs of these units, as many as any other.
+        const int units = channels_last ? a.pixels_per_block : kNarrow / 32 * 31;
+        shape.grid.x = static_cast<unsigned>((int64_t{a.units} + units - 1) / units * a.OH);
+        keep_resident(shape, kResidentNarrow);
+        if constexpr (channels_last) {
+          launch<&tail_vectors<T, K, beta>>(name, shape.grid, shape.block, 0, stream, a);
+        } else {
+          launch<&tail_planes<T, K, beta>>(name, shape.grid, shape.block, 0, stream, a);
+        }
+      });
+    });
+  });
+}
+
+inline void launch_tail_backward(const char* name, const TailTask& task, Stream stream) {
+  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
+    using T = decltype(t);
+    with_window(task, [&](auto K) {
+      with_beta(task, [&](auto beta) {
+        Arguments a = arguments(task);
+        const Launch shape = share_out_blocks(a, task);
+        if constexpr (channels_last) {
+          launch<&pool_backward<T, true, length, K, beta, true>>(name, shape.grid, shape.block,
+                                                                 bytes_of_sums(a, length), stream, a);
+        } else {
+          const size_t bytes = sizeof(float) * floats_of_tail_backward(a.channels);
+          launch<&tail_backward_planes<T, K, beta>>(name, shape.grid, shape.block, bytes, stream, a);
+        }
+      });
+    });
+  });
 }
 
 }  // namespace fastcnn::cuda::fast

@@ -2,11 +2,10 @@
 // Units of pixels are dealt out to blocks; see share_out().
 #pragma once
 
-#include "dispatch.cuh"
 #include "lrn.cuh"
 #include "max_pool2d.cuh"
 
-namespace fastcnn::cuda {
+namespace fastcnn::cuda::general {
 
 // f(n, pixel) for the thread's pixels.
 template <bool channels_last, typename F>
@@ -23,12 +22,12 @@ FASTCNN_DEVICE int run_of_thread(const Arguments& a) {
   return block_y() * a.runs_per_block + (channels_last ? threadIdx.x : threadIdx.y);
 }
 
-template <typename T, bool channels_last, Norm norm>
+template <typename T, bool channels_last, bool normalized>
 __global__ void __launch_bounds__(kThreads, 1) forward(const Arguments a) {
   const int index = run_of_thread<channels_last>(a);
   if (index >= a.runs) return;
   const Run run(a, index, kRun<T>);
-  const Normalized<T, channels_last, norm> input(a, run);
+  const Normalized<T, channels_last, normalized> input(a, run);
   for_each_pixel<channels_last>(a, a.pixels, [&](int64_t n, int64_t pixel) {
     const int64_t at = n * a.C * a.pixels + pixel * (channels_last ? a.C : 1);
     Compute<T> y[kRun<T>];
@@ -59,9 +58,8 @@ FASTCNN_DEVICE void add_up(const Arguments& a, const A (&sums)[length]) {
   }
 }
 
-template <typename T, bool channels_last, Norm norm, bool pooled>
-using Gradient = std::conditional_t<pooled, PoolGradient<T, channels_last, kReach<norm>>,
-                                    TensorGradient<T, channels_last, kReach<norm>>>;
+template <typename T, bool channels_last, bool pooled>
+using Gradient = std::conditional_t<pooled, PoolGradient<T, channels_last>, TensorGradient<T, channels_last>>;
 
 // The terms of LRN's backward for any window, laid out like x.
 template <typename T, bool channels_last, bool pooled>
@@ -70,28 +68,28 @@ __global__ void __launch_bounds__(kThreads, 1) terms(const Arguments a) {
   const int index = run_of_thread<channels_last>(a);
   if (index >= a.runs) return;
   const Run run(a, index, kRun<T>);
-  const Differentiated<T, channels_last, Norm::any> input(a, run);
+  const Differentiated<T, channels_last, true> input(a, run);
   for_each_pixel<channels_last>(a, a.pixels, [&](int64_t n, int64_t pixel) {
     const int64_t at = n * a.C * a.pixels + pixel * (channels_last ? a.C : 1);
     A q[kRun<T>];
-    const Gradient<T, channels_last, Norm::any, pooled> gradient(a, run, n, pixel);
+    const Gradient<T, channels_last, pooled> gradient(a, run, n, pixel);
     input.load_terms(static_cast<const T*>(a.x) + at, gradient, q);
     store_run<channels_last, kRun<T>>(a, static_cast<A*>(a.terms) + at, a.pixels, run, [&](int i) { return q[i]; });
   });
 }
 
-template <typename T, bool channels_last, Norm norm, bool pooled>
+template <typename T, bool channels_last, bool normalized, bool pooled>
 __global__ void __launch_bounds__(kThreads, 1) backward(const Arguments a) {
   using A = Compute<T>;
   const int index = run_of_thread<channels_last>(a);
   A sums[kRun<T>] = {};
   if (index < a.runs) {
     const Run run(a, index, kRun<T>);
-    const Differentiated<T, channels_last, norm> input(a, run);
+    const Differentiated<T, channels_last, normalized> input(a, run);
     for_each_pixel<channels_last>(a, a.pixels, [&](int64_t n, int64_t pixel) {
       const int64_t at = n * a.C * a.pixels + pixel * (channels_last ? a.C : 1);
       A dx[kRun<T>];
-      const Gradient<T, channels_last, norm, pooled> gradient(a, run, n, pixel);
+      const Gradient<T, channels_last, pooled> gradient(a, run, n, pixel);
       input.load(static_cast<const T*>(a.x) + at, gradient, static_cast<const A*>(a.terms) + at, dx);
 #pragma unroll
       for (int i = 0; i < kRun<T>; ++i) sums[i] += dx[i];
@@ -102,24 +100,24 @@ __global__ void __launch_bounds__(kThreads, 1) backward(const Arguments a) {
   if (a.partials) add_up<channels_last>(a, sums);
 }
 
-template <typename T, bool channels_last, Norm norm>
+template <typename T, bool channels_last, bool normalized>
 void launch_forward(const char* name, const TailTask& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
   const Launch shape = share_out(a, channels_last, a.pixels, 0);
-  launch<&forward<T, channels_last, norm>>(name, shape.grid, shape.block, 0, stream, a);
+  launch<&forward<T, channels_last, normalized>>(name, shape.grid, shape.block, 0, stream, a);
 }
 
 constexpr int kBiasWaves = 1;  // few sums for the second stage
 
-template <typename T, bool channels_last, Norm norm, bool pooled>
+template <typename T, bool channels_last, bool normalized, bool pooled>
 void launch_backward(const char* name, const TailTask& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
   const Launch shape = share_out(a, channels_last, a.pixels, task.shape.W, task.dbias ? kBiasWaves : 4);
-  if constexpr (norm == Norm::any) {
+  if constexpr (normalized) {
     launch<&terms<T, channels_last, pooled>>(name, shape.grid, shape.block, 0, stream, a);
   }
   const size_t shared = task.partials ? kThreads * kRun<T> * sizeof(Compute<T>) : 0;
-  launch<&backward<T, channels_last, norm, pooled>>(name, shape.grid, shape.block, shared, stream, a);
+  launch<&backward<T, channels_last, normalized, pooled>>(name, shape.grid, shape.block, shared, stream, a);
 }
 
-}  // namespace fastcnn::cuda
+}  // namespace fastcnn::cuda::general

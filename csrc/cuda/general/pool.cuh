@@ -4,14 +4,14 @@
 
 #include "elementwise.cuh"
 
-namespace fastcnn::cuda {
+namespace fastcnn::cuda::general {
 
-template <typename T, bool channels_last, Norm norm>
+template <typename T, bool channels_last, bool normalized>
 __global__ void __launch_bounds__(kThreads, 1) pool(const Arguments a) {
   const int index = run_of_thread<channels_last>(a);
   if (index >= a.runs) return;
   const Run run(a, index, kRun<T>);
-  const Normalized<T, channels_last, norm> input(a, run);
+  const Normalized<T, channels_last, normalized> input(a, run);
   for_each_pixel<channels_last>(a, a.out_pixels, [&](int64_t n, int64_t pixel) {
     const int oh = a.by_width.divide(static_cast<int>(pixel)), ow = static_cast<int>(pixel) - oh * a.w.out;
     const T* image = static_cast<const T*>(a.x) + n * a.C * a.pixels;
@@ -28,11 +28,11 @@ __global__ void __launch_bounds__(kThreads, 1) pool(const Arguments a) {
   });
 }
 
-template <typename T, bool channels_last, Norm norm>
+template <typename T, bool channels_last, bool normalized>
 void launch_pool(const char* name, const TailTask& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
   const Launch shape = share_out(a, channels_last, a.out_pixels, a.w.out);
-  launch<&pool<T, channels_last, norm>>(name, shape.grid, shape.block, 0, stream, a);
+  launch<&pool<T, channels_last, normalized>>(name, shape.grid, shape.block, 0, stream, a);
 }
 
-}  // namespace fastcnn::cuda
+}  // namespace fastcnn::cuda::general

@@ -3,11 +3,11 @@
 
 #include <limits>
 
-#include "../relu_lrn_max_pool2d.h"
-#include "divisor.cuh"
-#include "pack.cuh"
+#include "../../relu_lrn_max_pool2d.h"
+#include "../divisor.cuh"
+#include "../pack.cuh"
 
-namespace fastcnn::cuda {
+namespace fastcnn::cuda::general {
 
 // PoolAxis in 32 bits.
 struct Axis {
@@ -82,10 +82,6 @@ inline Arguments arguments(const TailTask& task, int run) {
   return a;
 }
 
-struct Launch {
-  dim3 grid, block;
-};
-
 // Cut `pixels` an image of width `width` into units, for blocks that go round until all are done; `waves` times as many
 // blocks as the device holds at once.
 inline Launch share_out(Arguments& a, bool channels_last, int64_t pixels, int64_t width, int waves = 4) {
@@ -103,4 +99,4 @@ inline Launch share_out(Arguments& a, bool channels_last, int64_t pixels, int64_
   return {folded_grid(std::min(a.units, most), run_blocks), channels_last ? dim3(r, p) : dim3(p, r)};
 }
 
-}  // namespace fastcnn::cuda
+}  // namespace fastcnn::cuda::general

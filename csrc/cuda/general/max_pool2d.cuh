@@ -3,7 +3,7 @@
 
 #include "channels.cuh"
 
-namespace fastcnn::cuda {
+namespace fastcnn::cuda::general {
 
 // torch's rules: of equal values the first in row-major order wins, and a NaN always takes over, so that of several the
 // last stays. A window of -inf gives its first element inside the map. A dilated window may step over the whole map:
@@ -56,10 +56,10 @@ FASTCNN_DEVICE void for_each_window(const Axis& axis, int at, F f) {
 
 // The gradients at one pixel of the map: of each channel, dy of the windows whose maximum it is, in the order of its
 // places in them.
-template <typename T, bool channels_last, int reach>
+template <typename T, bool channels_last>
 struct PoolGradient {
   using A = Compute<T>;
-  static constexpr int kLength = kRun<T>, kCount = kLength + 2 * reach;
+  static constexpr int kLength = kRun<T>;
   const Arguments& a;
   const Run& run;
   int64_t image;
@@ -71,9 +71,9 @@ struct PoolGradient {
     column = static_cast<int>(pixel) - row * static_cast<int>(a.by_width.by);
   }
 
-  FASTCNN_DEVICE void load(A (&g)[kCount]) const {
+  FASTCNN_DEVICE void load(A (&g)[kLength]) const {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) g[j] = 0;
+    for (int j = 0; j < kLength; ++j) g[j] = 0;
     if (a.wide_argmax) gather(static_cast<const int32_t*>(a.argmax), g);
     else gather(static_cast<const uint8_t*>(a.argmax), g);
   }
@@ -91,24 +91,24 @@ struct PoolGradient {
   }
 
   template <typename Argmax>
-  FASTCNN_DEVICE void gather(const Argmax* argmax, A (&g)[kCount]) const {
+  FASTCNN_DEVICE void gather(const Argmax* argmax, A (&g)[kLength]) const {
     for_each_source([&](int64_t from, int place) {
-      bool mine[kCount] = {};
-      for_each_channel<channels_last, kLength, reach, reach>(
-          a, argmax + from, a.out_pixels, run,
-          [&](int j, Argmax element) { mine[j] = static_cast<int>(element) == place; });
-      for_each_channel<channels_last, kLength, reach, reach>(
-          a, static_cast<const T*>(a.dy) + from, a.out_pixels, run,
-          [&](int j, T element) { g[j] += mine[j] ? widen(element) : A(0); });
+      bool mine[kLength] = {};
+      load_run<channels_last, kLength>(a, argmax + from, a.out_pixels, run, [&](int i, Argmax element) {
+        mine[i] = static_cast<int>(element) == place;
+      });
+      load_run<channels_last, kLength>(a, static_cast<const T*>(a.dy) + from, a.out_pixels, run, [&](int i, T element) {
+        g[i] += mine[i] ? widen(element) : A(0);
+      });
     });
   }
 };
 
 // The gradients at one pixel of a tensor of the map's own shape.
-template <typename T, bool channels_last, int reach>
+template <typename T, bool channels_last>
 struct TensorGradient {
   using A = Compute<T>;
-  static constexpr int kLength = kRun<T>, kCount = kLength + 2 * reach;
+  static constexpr int kLength = kRun<T>;
   const Arguments& a;
   const Run& run;
   const T* dy;
@@ -116,12 +116,11 @@ struct TensorGradient {
   FASTCNN_DEVICE TensorGradient(const Arguments& a, const Run& run, int64_t n, int64_t pixel)
       : a(a), run(run), dy(static_cast<const T*>(a.dy) + n * a.C * a.pixels + pixel * (channels_last ? a.C : 1)) {}
 
-  FASTCNN_DEVICE void load(A (&g)[kCount]) const {
+  FASTCNN_DEVICE void load(A (&g)[kLength]) const {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) g[j] = 0;
-    for_each_channel<channels_last, kLength, reach, reach>(a, dy, a.pixels, run,
-                                                           [&](int j, T element) { g[j] = widen(element); });
+    for (int j = 0; j < kLength; ++j) g[j] = 0;
+    load_run<channels_last, kLength>(a, dy, a.pixels, run, [&](int i, T element) { g[i] = widen(element); });
   }
 };
 
-}  // namespace fastcnn::cuda
+}  // namespace fastcnn::cuda::general

@@ -4,7 +4,7 @@
 
 #include "arguments.cuh"
 
-namespace fastcnn::cuda {
+namespace fastcnn::cuda::general {
 
 template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -26,28 +26,17 @@ struct Run {
   FASTCNN_DEVICE bool holds(int channel) const { return channel >= first && channel < last; }
 };
 
-// f(j, element of channel c - before + j) for the run and its neighbours, length + before + after channels in all,
-// where the group has them. x is the pixel's first channel.
-template <bool channels_last, int length, int before, int after, typename T, typename F>
-FASTCNN_DEVICE void for_each_channel(const Arguments& a, const T* x, int64_t stride, const Run& run, F f) {
+// f(i, element of channel c + i) for the run. x is the pixel's first channel.
+template <bool channels_last, int length, typename T, typename F>
+FASTCNN_DEVICE void load_run(const Arguments& a, const T* x, int64_t stride, const Run& run, F f) {
   if (channels_last && a.vectors) {
-    constexpr int left = (before + length - 1) / length, right = (after + length - 1) / length;
+    const Pack<T, length> pack(x + run.c);
 #pragma unroll
-    for (int v = -left; v <= right; ++v) {
-      const int c = run.c + v * length;
-      if (!run.holds(c)) continue;
-      const Pack<T, length> pack(x + c);
-#pragma unroll
-      for (int i = 0; i < length; ++i) {
-        const int j = v * length + i + before;
-        if (j >= 0 && j < before + length + after) f(j, pack.element[i]);
-      }
-    }
+    for (int i = 0; i < length; ++i) f(i, pack.element[i]);
   } else {
 #pragma unroll
-    for (int j = 0; j < before + length + after; ++j) {
-      const int c = run.c - before + j;
-      if (run.holds(c)) f(j, x[channels_last ? c : c * stride]);
+    for (int i = 0; i < length; ++i) {
+      if (i < run.count) f(i, x[channels_last ? run.c + i : (run.c + i) * stride]);
     }
   }
 }
@@ -68,4 +57,4 @@ FASTCNN_DEVICE void store_run(const Arguments& a, T* out, int64_t stride, const 
   }
 }
 
-}  // namespace fastcnn::cuda
+}  // namespace fastcnn::cuda::general
