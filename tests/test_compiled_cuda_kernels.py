@@ -27,11 +27,11 @@ def built():
 
 def test_every_kernel_is_there(built):
     functions = {kernel.parts[0] for kernel in built}
+    kernel = re.compile(r"^__global__ void (?:__launch_bounds__\([^;{]*?\)\s)?(\w+)\(const", re.MULTILINE)
     defined = set()
-    for file in (*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")):
-        defined |= set(
-            re.findall(r"^__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)", file.read_text(), re.MULTILINE)
-        )
+    for file in (*SOURCES.rglob("*.cu"), *SOURCES.rglob("*.cuh")):
+        where = "" if file.parent == SOURCES else f"{file.parent.name}::"
+        defined |= {where + name for name in kernel.findall(file.read_text())}
     assert functions == defined
 
 

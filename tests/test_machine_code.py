@@ -157,16 +157,36 @@ def test_triton_tail_keeps_nan_and_infinities(lrn, dtype, format):
 @formats
 @dtypes
 def test_cuda_tail(cuda, dtype, format):
-    x, bias = randn(2, 24, 9, 11, dtype=dtype, format=format), randn(24, seed=2)
-    tail, channels_last = TailParams(True, *ALEXNET), format == torch.channels_last
+    assert_cuda_tail(cuda, randn(2, 24, 9, 11, dtype=dtype, format=format), TailParams(True, *ALEXNET))
+
+
+@formats
+@pytest.mark.parametrize(
+    ("channels", "tail"),
+    [
+        (20, TailParams(True, *ALEXNET)),  # not of whole vectors
+        (24, TailParams(True, None, ALEXNET[1])),
+        (24, TailParams(True, ALEXNET[0], None)),
+        (24, TailParams(True, LRNParams(5, 1e-4, 0.5, 2.0, 3), PoolParams(2, 2))),
+        (24, TailParams(False, None, PoolParams(3, 2, 0, 1, True))),
+    ],
+    ids=str,
+)
+def test_cuda_tail_of_other_parts(cuda, format, channels, tail):
+    assert_cuda_tail(cuda, randn(2, channels, 10, 11, dtype=torch.bfloat16, format=format), tail)
+
+
+def assert_cuda_tail(cuda, x, tail):
+    channels, dtype, channels_last = x.shape[1], x.dtype, not x.is_contiguous()
+    bias, format = randn(channels, seed=2), torch.channels_last if channels_last else torch.contiguous_format
     expected, places = by_reference("relu_lrn_max_pool2d", x, bias, tail, True)
-    y, argmax = torch.empty_like(expected), torch.empty_like(places)
-    cuda.run("relu_lrn_max_pool2d", channels_last, tail, x=x, bias=bias, out=y, argmax=argmax)
+    y, pooled = torch.empty_like(expected), {} if places is None else {"argmax": torch.empty_like(places)}
+    cuda.run("relu_lrn_max_pool2d", channels_last, tail, x=x, bias=bias, out=y, **pooled)
     assert_right(y, expected, dtype)
-    assert torch.equal(argmax, places)
-    dy, dx, dbias = randn(*y.shape, dtype=dtype, seed=1), torch.empty_like(x), torch.empty(24)
+    assert places is None or torch.equal(pooled["argmax"], places)
+    dy, dx, dbias = randn(*y.shape, dtype=dtype, seed=1), torch.empty_like(x), torch.empty(channels)
     dy = dy.contiguous(memory_format=format)
-    given = {"x": x, "bias": bias, "dy": dy, "argmax": places}
+    given = {"x": x, "bias": bias, "dy": dy, **({} if places is None else {"argmax": places})}
     cuda.run("relu_lrn_max_pool2d_backward", channels_last, tail, **given, out=dx, dbias=dbias)
     reference = by_reference("relu_lrn_max_pool2d_backward", dy, x, bias, places, tail)
     assert_right(dx, reference[0], dtype)

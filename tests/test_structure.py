@@ -130,17 +130,18 @@ def test_the_checklist_is_complete(op):
     named = [path for path in ROOT.rglob(f"*{op}*") if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
     exact = re.compile(rf"(test_)?{op}(_op)?\.\w+$")
     folders = ("fastcnn", "csrc", "kernels", "tests/ops")
-    paths = {path.replace("<op>", op) for path in checklist(cuda=True)} | OPTIONAL.get(op, set())
+    paths = {path.replace("<op>", op) for path in checklist(cuda=True)}
     for path in named:
         relative = path.relative_to(ROOT).as_posix()
         if relative.startswith(folders) and exact.fullmatch(path.name) and "fastcnn/kernels" not in relative:
-            assert relative in paths
+            assert relative in paths | {other.replace("<op>", op) for other in OPTIONAL.get(op, set())}
 
 
+CUDA = "csrc/cuda/fast/<op>.cuh", "csrc/cuda/general/<op>.cuh"
 # What some operators have beside the list: glue that CPU and CUDA share, parts of kernels that others use, and cuDNN.
 OPTIONAL = {
-    "lrn": {"csrc/lrn_op.h", "csrc/cpu/lrn.h", "csrc/cuda/lrn.cuh"},
-    "max_pool2d": {"csrc/max_pool2d_op.h", "csrc/cpu/max_pool2d.h", "csrc/cuda/max_pool2d.cuh"},
+    "lrn": {"csrc/lrn_op.h", "csrc/cpu/lrn.h", *CUDA},
+    "max_pool2d": {"csrc/max_pool2d_op.h", "csrc/cpu/max_pool2d.h", *CUDA},
     "conv2d_relu": {"fastcnn/ops/cudnn/conv2d_relu.py"},
-    "relu_lrn_max_pool2d": {"csrc/relu_lrn_max_pool2d_op.h"},
+    "relu_lrn_max_pool2d": {"csrc/relu_lrn_max_pool2d_op.h", *CUDA},
 }

@@ -1,6 +1,7 @@
 """What nvcc makes of the CUDA kernels: registers, spills, access widths, tensor-core instructions. No GPU is needed.
 
-The kernels know nothing of shapes: one is compiled for each dtype, memory format and kind of window.
+The kernels know nothing of shapes: one is compiled for each dtype, memory format and kind of window; those of
+``csrc/cuda/fast`` only for the usual ones.
 """
 
 import functools
@@ -18,8 +19,26 @@ SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr")
 
 _DTYPES = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32", "double": "fp64"}
-_WINDOWS = {"0": "no LRN", "1": "LRN of five, beta 3/4", "2": "any LRN"}
-_NAME = re.compile(r"(?:void )?fastcnn::cuda::(?:\(anonymous namespace\)::)?(\w+)<(\w+)(?:, (true|false))?(.*?)>\(")
+_NAME = re.compile(r"(?:void )?fastcnn::cuda::(fast::|general::)?(?:\(anonymous namespace\)::)?(\w+)<(\w+)(.*?)>\(")
+# What a kernel's template arguments are, after the dtype.
+_ARGUMENTS = {
+    "general::forward": ("channels_last", "LRN"),
+    "general::terms": ("channels_last", "pool"),
+    "general::backward": ("channels_last", "LRN", "pool"),
+    "general::pool": ("channels_last", "LRN"),
+    "general::tail": ("channels_last",),
+    "fast::lrn": ("channels_last", "", "beta", "bias or ReLU"),
+    "fast::lrn_backward": ("channels_last", "", "beta", "bias or ReLU"),
+    "fast::pool_vectors": ("window", "bias or ReLU"),
+    "fast::pool_planes": ("window", "", "bias or ReLU", "clipped windows"),
+    "fast::pool_backward": ("channels_last", "", "window", "beta", "bias or ReLU"),
+    "fast::tail_vectors": ("window", "beta"),
+    "fast::tail_planes": ("window", "beta"),
+    "fast::tail_backward_planes": ("window", "beta"),
+    "conv2d_relu_kernel": ("channels_last", "windows in vectors"),
+    "sum_partials": (),
+}
+_BETAS = {"0": "no LRN", "1": "LRN of five, beta 1/2", "2": "LRN of five, beta 3/4"}
 
 
 @dataclass(frozen=True)
@@ -46,15 +65,20 @@ class CudaKernel(Kernel):
         """Function, dtype, memory format, and what else it is compiled for."""
         found = _NAME.match(self.name)
         assert found, self.name
-        function, dtype, channels_last, rest = found.groups()
-        window = re.search(r"Norm\)(\d)", rest)
-        kind = [_WINDOWS[window[1]]] if window else []
-        if function in ("backward", "terms"):
-            kind.append("pool" if rest.endswith("true") else "no pool")
-        elif function == "conv2d_relu_kernel":
-            kind.append("windows in vectors" if rest.endswith("true") else "windows in elements")
-        format = {"true": "channels_last", "false": "NCHW", None: ""}[channels_last]
+        where, function, dtype, rest = found.groups()
+        function = (where or "") + function
+        values = [value.strip().removeprefix("(fastcnn::cuda::fast::Beta)") for value in rest.split(",")[1:]]
+        arguments = dict(zip(_ARGUMENTS[function], values, strict=True))
+        in_vectors = arguments.pop("channels_last", {"planes": "false", "vectors": "true"}.get(function.split("_")[-1]))
+        format = {"true": "channels_last", "false": "NCHW", None: ""}[in_vectors]
+        kind = [_described(*argument) for argument in arguments.items() if argument[0]]
         return function, _DTYPES[dtype], format, ", ".join(filter(None, kind))
+
+
+def _described(argument: str, value: str) -> str:
+    if argument == "window":
+        return f"{value} x {value}"
+    return _BETAS[value] if argument == "beta" else argument if value == "true" else ""
 
 
 def kernels(file: Path, arch: int) -> list[CudaKernel]:

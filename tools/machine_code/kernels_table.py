@@ -165,8 +165,7 @@ Written by `make kernels`, on a machine that needs no GPU: every kernel as its l
 VGG-16 at batch {BATCH}, in machine code for A100 (sm_80), H100 (sm_90) and B200 (sm_100). Registers are those of a
 thread; spills are instructions that move registers to or from local memory; shared memory is in bytes; loads and
 stores are instructions by the bytes that a thread asks global memory for at once. CUDA kernels are compiled for any
-shape: for runs of channels that fill 16 bytes, in channels_last, and for all others one by one; the dynamic shared
-memory that a launch adds is not counted.
+shape, those named fast for the usual windows; the dynamic shared memory that a launch adds is not counted.
 
 """
 
