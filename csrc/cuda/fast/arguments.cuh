@@ -1,6 +1,5 @@
 // What the kernels for the usual layers get: LRN over five channels with beta 3/4 or 1/2, pools of 3 x 3 or 2 x 2
-// windows, stride 2 and no padding, and maps of fewer than 2^31 elements an image. What is not usual takes the general
-// kernels.
+// windows at stride 2 without padding, and images of fewer than 2^30 elements. All others take the general kernels.
 #pragma once
 
 #include <cmath>
@@ -26,12 +25,11 @@ struct Arguments {
   float lowest, blocked;
   // s / scale is start + sum(x^2), so that s^-beta is the power of that times factor; scale = alpha / size.
   float start, half_start, factor, twice_beta;
-  // In channels_last a block has lanes for `runs` neighbouring vectors of channels of some pixels.
+  // A run is the channels of a thread. In channels_last a block has lanes for several of them.
   int runs, runs_per_group, runs_per_block, pixels_per_block;
-  int channels;  // that a block goes through, where it does that
-  int units;  // pixels, or what a thread does in their place, of all images
-  Divisor by_pixels, by_columns, by_rows;  // of a unit
-  Divisor by_group;                        // runs of a group of channels
+  int units;     // of all images: pixels, or what a thread has in their place
+  int channels;  // that a thread goes through, in the tail's backward in NCHW
+  Divisor by_pixels, by_columns, by_rows, by_group;  // of an image, of a row, of a column, of a group's runs
 };
 
 // Beta, if LRN's other parameters are such that no power leaves float's normal range.
@@ -45,7 +43,7 @@ inline std::optional<Beta> usual_beta(const LRN& lrn) {
   return {};
 }
 
-// The kernel size, 2 or 3; 0 if it is another.
+// The kernel size, 2 or 3; 0 if the pool is not a usual one.
 inline int usual_window(const MaxPool2d& pool) {
   const auto usual = [&](const PoolAxis& axis) {
     return axis.kernel == pool.h.kernel && axis.padding == 0 && axis.dilation == 1 &&

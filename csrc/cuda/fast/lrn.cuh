@@ -8,7 +8,7 @@
 
 namespace fastcnn::cuda::fast {
 
-// sums[j] = start + the squares of v[j] ... v[j + 4], or these themselves. Windows 2i and 2i + 1 share all but their
+// sums[j] = start + the squares of v[j] ... v[j + 4], or just their sum. Windows 2i and 2i + 1 share all but their
 // outermost elements, which are added up in pairs that the next windows share.
 template <bool squares, int n>
 FASTCNN_DEVICE void sums_of_five(const float (&v)[n], float start, float (&sums)[n - 4]) {
@@ -17,8 +17,8 @@ FASTCNN_DEVICE void sums_of_five(const float (&v)[n], float start, float (&sums)
   float pairs[n / 2 - 1];
 #pragma unroll
   for (int i = 0; i < n / 2 - 1; ++i) {
-    const float first = squares && i % 2 ? v[2 * i + 1] * v[2 * i + 1] : squares ? add(start, v[2 * i + 1]) : v[2 * i + 1];
-    pairs[i] = add(first, v[2 * i + 2]);
+    const float first = v[2 * i + 1];
+    pairs[i] = add(!squares ? first : i % 2 ? first * first : add(start, first), v[2 * i + 2]);
   }
 #pragma unroll
   for (int i = 0; i < n / 2 - 2; ++i) {
@@ -50,9 +50,7 @@ struct Rectifier {
   }
   FASTCNN_DEVICE void apply(float (&v)[count]) const {
 #pragma unroll
-    for (int j = 0; j < count; ++j) {
-      v[j] = max_or_nan(v[j] + bias[j], lowest);
-    }
+    for (int j = 0; j < count; ++j) v[j] = max_or_nan(v[j] + bias[j], lowest);
   }
 };
 
@@ -88,7 +86,7 @@ FASTCNN_DEVICE void differentiate(const Arguments& a, const float (&v)[n], float
   for (int i = 0; i < n - 8; ++i) dx[i] = a.factor * (g[i + 2] - a.twice_beta * v[i + 4] * dx[i]);
 }
 
-// Where a thread works.
+// Which channels and which unit a thread has.
 template <typename T, bool channels_last, int length>
 struct Place {
   int run, unit;
@@ -99,12 +97,11 @@ struct Place {
     run = channels_last ? block_y() * a.runs_per_block + threadIdx.x : block_y();
     unit = blockIdx.x * a.pixels_per_block + (channels_last ? threadIdx.y : threadIdx.x);
     exists = run < a.runs && unit < a.units;
-    const int in_group = run - a.by_group.divide(run) * a.runs_per_group;
-    neighbours = {in_group > 0, in_group < a.runs_per_group - 1};
+    neighbours = Neighbours(a, run);
   }
 };
 
-// The first channel of a pixel, from the first of the tensor's, where `image` is between images.
+// Where in a tensor the first of a run's channels of a pixel is.
 template <bool channels_last, int length>
 FASTCNN_DEVICE int64_t offset_of(const Arguments& a, int pixels, int unit, int run) {
   if (channels_last) return static_cast<int64_t>(unit) * a.C + run * length;
@@ -117,16 +114,17 @@ template <bool channels_last, int length>
 FASTCNN_DEVICE void store_sums(const Arguments& a, int run, float (&sums)[length]) {
   float* const shared = dynamic_shared<float>();
   float* const partials = static_cast<float*>(a.partials) + static_cast<int64_t>(blockIdx.x) * a.C;
-  if constexpr (channels_last) {  // [pixel][channel]
-    const int channels = a.runs_per_block * length;
+  if constexpr (channels_last) {  // [channel of a run][pixel][run]
+    const int runs = a.runs_per_block, threads = runs * a.pixels_per_block, thread = threadIdx.y * runs + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < length; ++i) shared[threadIdx.y * channels + threadIdx.x * length + i] = sums[i];
+    for (int i = 0; i < length; ++i) shared[i * threads + thread] = sums[i];
     __syncthreads();
-    const int first = block_y() * channels, count = min(channels, a.C - first);
-    for (int c = threadIdx.y * a.runs_per_block + threadIdx.x; c < count; c += a.runs_per_block * a.pixels_per_block) {
+    for (int c = thread; c < length * runs; c += threads) {
+      const int i = c / runs, in_block = c - i * runs, of_all = block_y() * runs + in_block;
+      if (of_all >= a.runs) continue;
       float sum = 0;
-      for (int p = 0; p < a.pixels_per_block; ++p) sum += shared[p * channels + c];
-      partials[first + c] = sum;
+      for (int p = 0; p < a.pixels_per_block; ++p) sum += shared[i * threads + p * runs + in_block];
+      partials[of_all * length + i] = sum;
     }
   } else {  // [warp][channel]
 #pragma unroll

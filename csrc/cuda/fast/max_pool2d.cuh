@@ -3,7 +3,7 @@
 // its maximum; backward reads dy and the byte (and x, where there is a ReLU) and writes dx.
 //
 // Of equal elements the first wins; a NaN always does, the last of several. That there is a NaN shows in the maximum,
-// and is rare: then the place is looked for once more.
+// and is rare: then its place is looked for in another pass over the window.
 #pragma once
 
 #include "lrn.cuh"
@@ -30,7 +30,7 @@ FASTCNN_DEVICE bool any_nan(const float (&v)[n]) {
   return sum != sum;
 }
 
-// relu(x + bias), normalized, of one element at a pixel: NaN where y is.
+// y / factor of one channel at a pixel, read from memory.
 template <typename T, bool channels_last, Beta beta>
 FASTCNN_DEVICE float element(const Arguments& a, const T* image, int pixel, int c) {
   const auto at = [&](int channel) {
@@ -48,7 +48,7 @@ FASTCNN_DEVICE float element(const Arguments& a, const T* image, int pixel, int 
   return v * power<beta>(s, r);
 }
 
-// Store the places again of the thread's channels that have a NaN in the window of output (oh, ow).
+// Store the places of the last NaN in the window of output (oh, ow), for those of the run's channels that have one.
 template <typename T, bool channels_last, int length, Beta beta, int K>
 FASTCNN_DEVICE void find_nan(const Arguments& a, int n, int oh, int ow, int run) {
 #pragma unroll 1
@@ -69,11 +69,10 @@ FASTCNN_DEVICE void find_nan(const Arguments& a, int n, int oh, int ow, int run)
 
 // -- forward, channels_last -------------------------------------------------------------------------------------------
 
-// The maxima of a window of vectors and their places, a byte each.
+// The maxima of a window of vectors, and their places, a byte each; whether one may be NaN.
 template <typename T, int K>
 FASTCNN_DEVICE bool maxima(const Words<16> (&x)[K * K], Words<16>& value, Words<kVector<T>>& place) {
   constexpr int last = K * K - 1;
-  bool nan = false;
   if constexpr (sizeof(T) == 2) {
     uint32_t places[4], all = x[0].word[0];
 #pragma unroll
@@ -89,8 +88,8 @@ FASTCNN_DEVICE bool maxima(const Words<16> (&x)[K * K], Words<16>& value, Words<
       }
       all = max_or_nan_of_pairs<T>(all, value.word[i]);
     }
-    nan = equal_pairs<T>(all, all) != ~0u;
     for (int i = 0; i < 2; ++i) place.word[i] = permute_bytes(places[2 * i], places[2 * i + 1], 0x6420);
+    return equal_pairs<T>(all, all) != ~0u;
   } else {
     float found[4];
 #pragma unroll
@@ -102,9 +101,8 @@ FASTCNN_DEVICE bool maxima(const Words<16> (&x)[K * K], Words<16>& value, Words<
       value.word[i] = std::bit_cast<uint32_t>(largest.value);
       place.word[0] |= largest.place << 8 * i;
     }
-    nan = any_nan(found);
+    return any_nan(found);
   }
-  return nan;
 }
 
 // Store the largest of a thread's channels at one output.
@@ -127,8 +125,8 @@ FASTCNN_DEVICE void store_largest(const Arguments& a, int64_t at, int stride, co
   }
 }
 
-// Of 16-bit elements the largest is found first, and relu(x + bias) of it then: where that is 0, all of the window is,
-// and the first element counts. Sums of float32 may round to equal ones, of which the first counts.
+// Of 16-bit elements the largest is found first, and then relu(x + bias) of it: where that is 0, it is 0 in all of the
+// window, and the first element counts. In float32 different x + bias may round to one number, so that they come first.
 template <typename T, int K, bool rectified>
 __global__ void __launch_bounds__(kThreads, 1) pool_vectors(const Arguments a) {
   constexpr int length = kVector<T>;
@@ -166,8 +164,8 @@ __global__ void __launch_bounds__(kThreads, 1) pool_vectors(const Arguments a) {
     store_largest<T, true>(a, at, 0, largest);
     nan = any_nan(value);
   } else {
-    Words<16> value(x, false, 0);
-    Words<length> places(x, false, 0);
+    Words<16> value;
+    Words<length> places;
     nan = maxima<T, K>(window, value, places);
     if constexpr (rectified) {
       const Rectifier<length> rectify(a, place.run * length, length, {});
@@ -273,7 +271,8 @@ struct Window {
                         Neighbours exist, bool here)
       : dy(dy + at, planes, exist, here, anything(), anything()), place(argmax + at, planes, exist, here, ~0u, ~0u) {}
 
-  // f(j, the element of the block that each of the places is, whether it is there that channel j has the gradient d)
+  // f(j, e, whether the maximum of channel j is element e of the block, its gradient), where the places `at` of the
+  // window are the block's elements `element`.
   template <int elements, typename F>
   FASTCNN_DEVICE void for_each(const int (&element)[elements], const int (&at)[elements], F f) const {
     float d[kCount];
@@ -288,12 +287,13 @@ struct Window {
 };
 
 template <bool channels_last, Beta beta>
-inline constexpr int kThreadsOfBackward = channels_last && beta == Beta::none ? kThreads : kNarrow;
+inline constexpr int kBackward = channels_last && beta == Beta::none ? kThreads : kNarrow;
 
-// A thread has the blocks of 2 x 2 elements that begin where a window does, in some images.
+// A thread has blocks of 2 x 2 elements, each of which begins where a window does: elements at the same place of their
+// blocks are at the same places of their windows. Each gradient is added where its place is, in the order of places.
 template <typename T, bool channels_last, int length, int K, Beta beta, bool rectified>
-__global__ void __launch_bounds__(kThreadsOfBackward<channels_last, beta>,
-                                  3 * kNarrow / kThreadsOfBackward<channels_last, beta>) pool_backward(const Arguments a) {
+__global__ void __launch_bounds__(kBackward<channels_last, beta>, kResidentNarrow / kBackward<channels_last, beta>)
+pool_backward(const Arguments a) {
   constexpr int around = beta == Beta::none ? 0 : 2, count = length + 2 * around;
   using X = Span<T, channels_last, length, 2 * around>;
   const Place<T, channels_last, length> place(a);

@@ -41,8 +41,7 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_vectors(const Arguments a) {
   constexpr int length = kVector<T>, columns = K + 2;
   const int run = block_y() * a.runs_per_block + threadIdx.x;
   if (run >= a.runs) return;
-  const int in_group = run - a.by_group.divide(run) * a.runs_per_group;
-  const Neighbours neighbours{in_group > 0, in_group < a.runs_per_group - 1};
+  const Neighbours neighbours(a, run);
   const Rectifier<length + 4> rectify(a, run * length, length, neighbours);
   for_each_strip(a, a.pixels_per_block, [&](int chunk, int first, int last) {
     const int unit = chunk * a.pixels_per_block + threadIdx.y;
@@ -122,8 +121,8 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_vectors(const Arguments a) {
   });
 }
 
-// Elements `at` and at + 1 of each of a thread's planes and their neighbours, of which the second is also where the next
-// lane begins; the last lane of a warp has only the first.
+// Elements `at` and at + 1 of each of a thread's planes and their neighbours; the next lane's begin at at + 2. The last
+// lane of a warp has only the first.
 template <typename T, int count>
 struct Columns {
   float value[2][count];
@@ -167,14 +166,14 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_planes(const Arguments a) {
   constexpr int length = kPlanes, lanes = 31, warps = kNarrow / 32;
   const int run = block_y(), lane = threadIdx.x % 32, stride = a.H * a.W, out_stride = a.OH * a.OW;
   if (run >= a.runs) return;
-  const int in_group = run - a.by_group.divide(run) * a.runs_per_group;
-  const Neighbours neighbours{in_group > 0, in_group < a.runs_per_group - 1};
+  const Neighbours neighbours(a, run);
   const Rectifier<length + 4> rectify(a, run * length, length, neighbours);
   const Planes<false, length + 4> planes(stride);
   for_each_strip(a, warps * lanes, [&](int chunk, int first, int last) {
-    const int unit = min((chunk * warps + static_cast<int>(threadIdx.x) / 32) * lanes + lane, a.units - 1);
+    const int beyond = (chunk * warps + static_cast<int>(threadIdx.x) / 32) * lanes + lane;
+    const int unit = min(beyond, a.units - 1);
     const int n = a.by_columns.divide(unit), ow = unit - n * (a.OW + 1);
-    const bool mine = ow < a.OW && lane < lanes && (chunk * warps + static_cast<int>(threadIdx.x) / 32) * lanes + lane == unit;
+    const bool mine = ow < a.OW && lane < lanes && beyond == unit;
     const T* const image = static_cast<const T*>(a.x) + n * a.image;
     const int column = (run * length - 2) * stride + min(2 * ow, a.W - 1);  // of the first plane, a neighbour
     const bool wide = (K == 3 && sizeof(T) == 2) || 2 * ow + 1 < a.W;  // no window of 3 begins in the last column
@@ -242,9 +241,9 @@ inline int floats_of_tail_backward(int channels) {
 // more on either side.
 template <typename T, int K, Beta beta>
 __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Arguments a) {
-  constexpr int batch = 4;  // of channels that are loaded at once
+  constexpr int batch = 4;  // channels that are loaded at once
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float* const sums = dynamic_shared<float>();  // [warp][channel modulo 8, halves exchanged][lane], of a thread's elements
+  float* const sums = dynamic_shared<float>();  // of a thread's elements: [warp][(channel + 4) % 8][lane], and a column
   const unsigned own = opaque(static_cast<unsigned>(warp * 8 * 33 + lane));
   float* const biases = sums + kTotals + kNarrow / 32 * a.channels;  // from the first channel that is loaded
   const int group = a.C / a.runs * a.runs_per_group;
@@ -276,13 +275,13 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
       element[i] += begin * stride, window[i] += begin * out_stride;
     }
     const bool right = ow < a.OW, left = K == 3 && ow > 0;
-    // 0, or of a window that does not exist more than any place.
+    // 0; of a window that does not exist, more than any place.
     const auto absent_unless = [&](bool exists) { return active && exists ? 0 : 256; };
     const int absent[4] = {absent_unless(right && oh < a.OH), absent_unless(left && oh < a.OH),
                            absent_unless(right && oh > 0), absent_unless(left && oh > 0)};
 
-    // Of each element at the last channels: v = relu(x + bias), pairs of squares, each with half of what sums start from,
-    // the gradient g of y, g * s^-beta, q = g * v * s^-(beta + 1) and pairs of it. Channel c is at index c modulo 4.
+    // Of each element, for the last four channels: v = relu(x + bias), pairs of squares (each with half of what sums
+    // start from), the gradient g of y, g * s^-beta, q = g * v * s^-(beta + 1), and pairs of q. Channel c is at c % 4.
     float v[4][4] = {}, squares[4][4], g[4][4] = {}, scaled[4][4] = {}, q[4][4] = {}, pairs[4][4] = {};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -333,46 +332,44 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
       if (lane % 4 == 0) totals[c - 8 + (lane / 4 ^ 4) - from] += sum;
       __syncwarp();
     };
-    for (int c1 = begin; c1 < end; c1 += 4) {
-      {
-        float xs[batch][4], dys[batch][4];
-        int places[batch][4];
+    for (int c1 = begin; c1 < end; c1 += batch) {
+      float xs[batch][4], dys[batch][4];
+      int places[batch][4];
 #pragma unroll
-        for (int k = 0; k < batch; ++k) {
+      for (int k = 0; k < batch; ++k) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const T* const from_row = x + element[e / 2];
-            xs[k][e] = e % 2 == 0 || wide ? widen(from_row[e % 2]) : 0;
-          }
-#pragma unroll
-          for (int w = 0; w < (K == 3 ? 4 : 1); ++w) {
-            const bool exists = w % 2 ? left : right;
-            dys[k][w] = widen(load_if(exists, dy + window[w / 2] - w % 2));
-            places[k][w] = load_if(exists, argmax + window[w / 2] - w % 2);
-          }
-#pragma unroll
-          for (int i = 0; i < 2; ++i) element[i] += stride, window[i] += out_stride;
+        for (int e = 0; e < 4; ++e) {
+          const T* const from_row = x + element[e / 2];
+          xs[k][e] = e % 2 == 0 || wide ? widen(from_row[e % 2]) : 0;
         }
 #pragma unroll
-        for (int k = 0; k < batch; ++k) {
-          const auto is = [&](int w, int place) { return ((places[k][w] ^ place) | absent[w]) == 0; };
-          const auto add = [&](float& to, int w, int place) {
-            if (is(w, place)) to += dys[k][w];
-          };
-          const float bias = biases[c1 + k - begin];
-          float z[4], gradient[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            z[e] = max_or_nan(xs[k][e] + bias, a.lowest);
-            gradient[e] = is(0, e % 2 + e / 2 * K) ? dys[k][0] : 0;
-          }
-          if constexpr (K == 3) {
-            add(gradient[0], 1, 2), add(gradient[0], 2, 6), add(gradient[0], 3, 8);
-            add(gradient[1], 2, 7);
-            add(gradient[2], 1, 5);
-          }
-          advance(c1, k, z, gradient);
+        for (int w = 0; w < (K == 3 ? 4 : 1); ++w) {
+          const bool exists = w % 2 ? left : right;
+          dys[k][w] = widen(load_if(exists, dy + window[w / 2] - w % 2));
+          places[k][w] = load_if(exists, argmax + window[w / 2] - w % 2);
         }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) element[i] += stride, window[i] += out_stride;
+      }
+#pragma unroll
+      for (int k = 0; k < batch; ++k) {
+        const auto is = [&](int w, int place) { return ((places[k][w] ^ place) | absent[w]) == 0; };
+        const auto add = [&](float& to, int w, int place) {
+          if (is(w, place)) to += dys[k][w];
+        };
+        const float bias = biases[c1 + k - begin];
+        float z[4], gradient[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          z[e] = max_or_nan(xs[k][e] + bias, a.lowest);
+          gradient[e] = is(0, e % 2 + e / 2 * K) ? dys[k][0] : 0;
+        }
+        if constexpr (K == 3) {
+          add(gradient[0], 1, 2), add(gradient[0], 2, 6), add(gradient[0], 3, 8);
+          add(gradient[1], 2, 7);
+          add(gradient[2], 1, 5);
+        }
+        advance(c1, k, z, gradient);
       }
       if (a.partials && c1 > from && (c1 - from) % 8 == 0) add_up(c1);
     }

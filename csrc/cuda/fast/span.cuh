@@ -1,16 +1,14 @@
-// The channels of a pixel that a thread works on, and neighbours on both sides: kVector of them, 16 bytes, in
-// channels_last, where lanes of a warp have neighbouring vectors; in NCHW as many planes as the kernel says, where lanes
-// have neighbouring pixels.
+// The channels of a pixel that a thread has, and their neighbours on both sides. In channels_last they are a vector of
+// 16 bytes, and the lanes of a warp have neighbouring vectors; in NCHW they are kPlanes channels, and the lanes have
+// neighbouring pixels.
 #pragma once
 
 #include "arguments.cuh"
 
 namespace fastcnn::cuda::fast {
 
-// Channels of a thread in NCHW.
 inline constexpr int kPlanes = 8;
-
-inline constexpr int kNarrow = kThreads / 2;  // threads of a block that need many registers: 168, if there are three
+inline constexpr int kNarrow = kThreads / 2;  // threads of a block, three of which leave each 168 registers
 
 // Consecutive bytes, 2 to 16 of them, in one access.
 template <int bytes>
@@ -47,9 +45,15 @@ FASTCNN_DEVICE void widen_words(const Words<static_cast<int>(sizeof(T)) * n>& wo
   }
 }
 
-// Whether the thread's channels have neighbours in their group.
+// Whether a run's channels have neighbours in their group.
 struct Neighbours {
-  bool left, right;
+  bool left = false, right = false;
+
+  FASTCNN_DEVICE Neighbours() {}
+  FASTCNN_DEVICE Neighbours(const Arguments& a, int run) {
+    const int in_group = run - a.by_group.divide(run) * a.runs_per_group;
+    left = in_group > 0, right = in_group < a.runs_per_group - 1;
+  }
 };
 
 // In NCHW, elements from a thread's first plane to each of its others; all of them in registers, so that an address is
@@ -72,8 +76,8 @@ struct Span {
   static constexpr int kCount = length + 2 * around;
   float value[kCount];
 
-  // p: the thread's first channel. Neighbours that do not exist are 0; without `here` nothing exists, and everything is
-  // `otherwise`.
+  // p: the thread's first channel. Neighbours that do not exist are 0; without `here` nothing exists. In vectors, what
+  // does not exist is `otherwise`, or `beside` where it is a neighbour.
   template <int count>
   FASTCNN_DEVICE Span(const T* p, const Planes<false, count>& planes, Neighbours exist, bool here = true,
                       uint32_t = 0, uint32_t = 0) {
@@ -121,7 +125,9 @@ struct Span<T, true, length, around> {
     }
   }
   FASTCNN_DEVICE int byte(int j) const {
-    const auto in = [](const auto& words, int i) { return static_cast<int>(permute_bytes(words.word[i / 4], 0, 0x4440 + i % 4)); };
+    const auto in = [](const auto& words, int i) {
+      return static_cast<int>(permute_bytes(words.word[i / 4], 0, 0x4440 + i % 4));
+    };
     return j < around ? in(left, j) : j < around + length ? in(own, j - around) : in(right, j - around - length);
   }
   FASTCNN_DEVICE void widen(float (&v)[kCount]) const {

@@ -1,6 +1,6 @@
 // LRN of a thread's run of channels, of any size and exponent: s = k + alpha/size * sum(x^2), y = x * s^-beta, and its
-// gradient, dx = dy * s^-beta - 2*alpha*beta/size * x * sum(q), q = dy * x * s^-(beta+1), over the windows that hold the
-// channel. The window is read again for each channel, and q is written to memory by a pass of its own.
+// gradient, dx = dy * s^-beta - 2*alpha*beta/size * x * sum(q), q = dy * x * s^-(beta+1), over the windows that hold
+// the channel. The window is read again for each channel, and q is written to memory by a pass of its own.
 #pragma once
 
 #include "channels.cuh"
