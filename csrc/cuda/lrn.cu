@@ -7,6 +7,36 @@
 #include "general/elementwise.cuh"
 
 namespace fastcnn::cuda {
+namespace fast {
+namespace {
+
+void launch_lrn(const char* name, const TailTask& task, Stream stream) {
+  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
+    with_beta(task, [&](auto beta) {
+      with_rectified(task, [&](auto rectified) {
+        Arguments a = arguments(task);
+        const Launch shape = share_out_pixels(a, task);
+        launch<&lrn<decltype(t), channels_last, length, beta, rectified>>(name, shape.grid, shape.block, 0, stream, a);
+      });
+    });
+  });
+}
+
+void launch_lrn_backward(const char* name, const TailTask& task, Stream stream) {
+  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
+    with_beta(task, [&](auto beta) {
+      with_rectified(task, [&](auto rectified) {
+        Arguments a = arguments(task);
+        const Launch shape = share_out_pixels(a, task);
+        launch<&lrn_backward<decltype(t), channels_last, length, beta, rectified>>(
+            name, shape.grid, shape.block, bytes_of_sums(a, length), stream, a);
+      });
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fast
 
 void lrn(const TailTask& task, Stream stream) {
   if (empty(task)) return;

@@ -9,6 +9,55 @@
 #include "max_pool2d.h"
 
 namespace fastcnn::cuda {
+namespace fast {
+namespace {
+
+// Of maps of more than one column.
+void launch_tail(const char* name, const TailTask& task, Stream stream) {
+  with_dtype_and_format(task, [&](auto t, auto channels_last, auto) {
+    using T = decltype(t);
+    with_window(task, [&](auto K) {
+      with_beta(task, [&](auto beta) {
+        Arguments a = arguments(task);
+        const int columns = channels_last ? (a.OW + 1) / 2 : a.OW + 1;
+        a.by_columns = Divisor(columns);
+        Launch shape = share_out_units(a, channels_last, int64_t{a.N} * columns, kNarrow);
+        // A block takes rows of outputs of these units, as many as any other.
+        const int units = channels_last ? a.pixels_per_block : kNarrow / 32 * 31;
+        shape.grid.x = static_cast<unsigned>((int64_t{a.units} + units - 1) / units * a.OH);
+        keep_resident(shape, kResidentNarrow);
+        if constexpr (channels_last) {
+          launch<&tail_vectors<T, K, beta>>(name, shape.grid, shape.block, 0, stream, a);
+        } else {
+          launch<&tail_planes<T, K, beta>>(name, shape.grid, shape.block, 0, stream, a);
+        }
+      });
+    });
+  });
+}
+
+void launch_tail_backward(const char* name, const TailTask& task, Stream stream) {
+  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
+    using T = decltype(t);
+    with_window(task, [&](auto K) {
+      with_beta(task, [&](auto beta) {
+        Arguments a = arguments(task);
+        const Launch shape = share_out_blocks(a, task);
+        if constexpr (channels_last) {
+          launch<&pool_backward<T, true, length, K, beta, true>>(name, shape.grid, shape.block,
+                                                                 bytes_of_sums(a, length), stream, a);
+        } else {
+          const size_t bytes = sizeof(float) * floats_of_tail_backward(a.channels);
+          launch<&tail_backward_planes<T, K, beta>>(name, shape.grid, shape.block, bytes, stream, a);
+        }
+      });
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fast
+
 namespace {
 
 // The bias gradient's second stage: the rows of partial sums, each of a few threads adding every so many of them.

@@ -216,44 +216,43 @@ FASTCNN_DEVICE uint32_t anything() {
   asm("" : "=r"(x));
   return x;
 }
+// Of 2 to 16 bytes, into words that stay as they are if it does not exist; without a branch.
+template <int bytes>
+FASTCNN_DEVICE void load_if(bool exists, const void* p, uint32_t* words) {
+  const size_t address = __cvta_generic_to_global(p);
+  const uint32_t e = exists;
+  if constexpr (bytes == 2) {
+    uint16_t low = static_cast<uint16_t>(words[0]);
+    asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.b16 %0, [%1];}" : "+h"(low) : "l"(address), "r"(e));
+    words[0] = low;
+  } else if constexpr (bytes == 4) {
+    asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.b32 %0, [%1];}" : "+r"(words[0]) : "l"(address), "r"(e));
+  } else if constexpr (bytes == 8) {
+    asm("{.reg .pred e; setp.ne.u32 e, %3, 0; @e ld.global.v2.b32 {%0, %1}, [%2];}"
+        : "+r"(words[0]), "+r"(words[1]) : "l"(address), "r"(e));
+  } else {
+    asm("{.reg .pred e; setp.ne.u32 e, %5, 0; @e ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]) : "l"(address), "r"(e));
+  }
+}
 // Any value if it does not exist; without a branch.
 template <typename T>
 FASTCNN_DEVICE T load_if(bool exists, const T* p) {
   const size_t address = __cvta_generic_to_global(p);
   const uint32_t e = exists;
-  if constexpr (sizeof(T) == 4) {
-    T x;
-    asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.f32 %0, [%1];}" : "=f"(x) : "l"(address), "r"(e));
-    return x;
+  std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t> bits;
+  if constexpr (sizeof(T) == 1) {
+    asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.u8 %0, [%1];}" : "=h"(bits) : "l"(address), "r"(e));
+    return static_cast<T>(bits);
   } else {
-    uint16_t bits;
-    if constexpr (sizeof(T) == 1) {
-      asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.u8 %0, [%1];}" : "=h"(bits) : "l"(address), "r"(e));
-      return static_cast<T>(bits);
+    if constexpr (sizeof(T) == 2) {
+      asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.b16 %0, [%1];}" : "=h"(bits) : "l"(address), "r"(e));
     } else {
-      asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.u16 %0, [%1];}" : "=h"(bits) : "l"(address), "r"(e));
-      T x;
-      memcpy(&x, &bits, sizeof x);
-      return x;
+      asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.b32 %0, [%1];}" : "=r"(bits) : "l"(address), "r"(e));
     }
-  }
-}
-// Into words that stay as they are if it does not exist, without a branch. p is aligned to that many bytes, 2 to 16.
-template <int bytes>
-FASTCNN_DEVICE void load_if(bool exists, const void* p, uint32_t* words) {
-  const size_t address = __cvta_generic_to_global(p);
-  if constexpr (bytes == 2) {
-    asm("{.reg .pred e; .reg .b16 h; setp.ne.u32 e, %2, 0; mov.b16 h, 0; @e ld.global.b16 h, [%1]; cvt.u32.u16 %0, h;}"
-        : "=r"(words[0]) : "l"(address), "r"(uint32_t{exists}));
-  } else if constexpr (bytes == 4) {
-    asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.b32 %0, [%1];}"
-        : "+r"(words[0]) : "l"(address), "r"(uint32_t{exists}));
-  } else if constexpr (bytes == 8) {
-    asm("{.reg .pred e; setp.ne.u32 e, %3, 0; @e ld.global.v2.b32 {%0, %1}, [%2];}"
-        : "+r"(words[0]), "+r"(words[1]) : "l"(address), "r"(uint32_t{exists}));
-  } else {
-    asm("{.reg .pred e; setp.ne.u32 e, %5, 0; @e ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
-        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]) : "l"(address), "r"(uint32_t{exists}));
+    T x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
   }
 }
 // Byte i of the result is the byte of b:a, from 0 to 7, that digit i of the selector names.

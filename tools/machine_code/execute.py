@@ -162,7 +162,8 @@ class _Execution:
             "SR_CgaCtaId": np.zeros_like(thread),
             "SRZ": np.zeros_like(thread),
         }
-        self.r = np.zeros((_REGISTERS, count), np.uint32)
+        self.r = np.full((_REGISTERS, count), 0xFFFFFFFF, np.uint32)  # what nothing was written to is no number
+        self.r[[ZERO, UNIFORM[0] + 63]] = 0
         self.p = np.zeros((_PREDICATES, count), bool)
         self.p[TRUE] = self.p[UNIFORM[1] + TRUE] = True
         self.shared = np.zeros((len(blocks), launch.shared + 1024 & ~15), np.uint8)

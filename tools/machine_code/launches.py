@@ -4,6 +4,7 @@ The Triton launchers say it themselves, called with tensors on the meta device. 
 by nvcc as they are and linked with ``recorder.cpp``, a CUDA runtime that has no device and only notes what is launched.
 """
 
+import fcntl
 import functools
 import importlib
 import importlib.machinery
@@ -220,9 +221,15 @@ class Cuda:
 
 
 def build(arch: int) -> Path:
-    """Compile what changed, and return the module's path."""
+    """Compile what changed, one process at a time, and return the module's path."""
     directory = ROOT / "build" / "machine_code" / f"sm_{arch}"
     directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(arch, directory)
+
+
+def _build(arch: int, directory: Path) -> Path:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     includes = " ".join(f"-isystem {i}" for i in (pybind11.get_include(), sysconfig.get_paths()["include"]))
     target = directory / f"cuda_launches{sysconfig.get_config_var('EXT_SUFFIX')}"

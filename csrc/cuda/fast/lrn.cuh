@@ -187,29 +187,4 @@ __global__ void __launch_bounds__(kThreads, 1) lrn_backward(const Arguments a) {
   if (rectified && a.partials) store_sums<channels_last>(a, place.run, sums);
 }
 
-inline void launch_lrn(const char* name, const TailTask& task, Stream stream) {
-  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
-    with_beta(task, [&](auto beta) {
-      with_rectified(task, [&](auto rectified) {
-        Arguments a = arguments(task);
-        const Launch shape = share_out_pixels(a, task);
-        launch<&lrn<decltype(t), channels_last, length, beta, rectified>>(name, shape.grid, shape.block, 0, stream, a);
-      });
-    });
-  });
-}
-
-inline void launch_lrn_backward(const char* name, const TailTask& task, Stream stream) {
-  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
-    with_beta(task, [&](auto beta) {
-      with_rectified(task, [&](auto rectified) {
-        Arguments a = arguments(task);
-        const Launch shape = share_out_pixels(a, task);
-        launch<&lrn_backward<decltype(t), channels_last, length, beta, rectified>>(
-            name, shape.grid, shape.block, bytes_of_sums(a, length), stream, a);
-      });
-    });
-  });
-}
-
 }  // namespace fastcnn::cuda::fast

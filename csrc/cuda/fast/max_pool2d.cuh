@@ -196,9 +196,9 @@ FASTCNN_DEVICE void load_row(const T* x, unsigned at, int count, float (&v)[3]) 
   const Pair* const pairs = reinterpret_cast<const Pair*>(x) + (at >> 1);
   const Pair first(pairs), second = (clipped ? count : K) + odd > 2 ? Pair(pairs + 1) : Pair();
   if constexpr (sizeof(T) == 4) {
-    v[0] = std::bit_cast<float>(first.word[odd]);
+    v[0] = std::bit_cast<float>(odd ? first.word[1] : first.word[0]);
     v[1] = std::bit_cast<float>(odd ? second.word[0] : first.word[1]);
-    v[2] = std::bit_cast<float>(second.word[odd]);
+    v[2] = std::bit_cast<float>(odd ? second.word[1] : second.word[0]);
   } else {
     const uint32_t selector = 0x3210 ^ (at & 1) * (0x3210 ^ 0x5432);  // from its half on
     const uint32_t pair = permute_bytes(first.word[0], second.word[0], selector);
@@ -363,55 +363,6 @@ pool_backward(const Arguments a) {
     }
   }
   if (a.partials) store_sums<channels_last>(a, place.run, sums);
-}
-
-template <typename T, int K, bool rectified>
-void launch_pool_planes(const char* name, Arguments& a, Stream stream) {
-  const auto with_outputs = [&](auto outputs) {
-    const int strips = (a.OH + outputs - 1) / outputs;
-    a.by_rows = Divisor(strips);
-    a.units = a.C * strips * a.OW;
-    const dim3 grid = folded_grid((a.units + kThreads - 1) / kThreads, a.N);
-    if (2 * (a.OH - 1) + K <= a.H && 2 * (a.OW - 1) + K <= a.W) {
-      launch<&pool_planes<T, K, outputs, rectified, false>>(name, grid, dim3(kThreads), 0, stream, a);
-    } else {
-      launch<&pool_planes<T, K, outputs, rectified, true>>(name, grid, dim3(kThreads), 0, stream, a);
-    }
-  };
-  // The lanes of small maps are further apart the more outputs a thread has.
-  if (a.OH % 3 == 0 && a.OW >= 16) with_outputs(std::integral_constant<int, 3>());
-  else with_outputs(std::integral_constant<int, 2>());
-}
-
-inline void launch_pool(const char* name, const TailTask& task, Stream stream) {
-  with_dtype_and_format(task, [&](auto t, auto channels_last, auto) {
-    using T = decltype(t);
-    with_window(task, [&](auto K) {
-      with_rectified(task, [&](auto rectified) {
-        Arguments a = arguments(task);
-        a.by_columns = Divisor(a.OW), a.by_rows = Divisor(a.OH);
-        if constexpr (channels_last) {
-          const Launch shape = share_out_units(a, true, int64_t{a.N} * a.OH * a.OW);
-          launch<&pool_vectors<T, K, rectified>>(name, shape.grid, shape.block, 0, stream, a);
-        } else {
-          launch_pool_planes<T, K, rectified>(name, a, stream);
-        }
-      });
-    });
-  });
-}
-
-inline void launch_pool_backward(const char* name, const TailTask& task, Stream stream) {
-  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
-    with_window(task, [&](auto K) {
-      with_rectified(task, [&](auto rectified) {
-        Arguments a = arguments(task);
-        const Launch shape = share_out_blocks(a, task);
-        launch<&pool_backward<decltype(t), channels_last, length, K, Beta::none, rectified>>(
-            name, shape.grid, shape.block, bytes_of_sums(a, length), stream, a);
-      });
-    });
-  });
 }
 
 }  // namespace fastcnn::cuda::fast

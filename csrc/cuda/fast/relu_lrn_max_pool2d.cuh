@@ -141,7 +141,7 @@ struct Columns {
       }
     } else {
       // Words of two elements, of which the first may be the second: in every plane, or in every other.
-      const int odd[2] = {at & 1, at + static_cast<int>(planes.offset[1]) & 1};
+      const int odd[2] = {at & 1, (at + static_cast<int>(planes.offset[1])) & 1};
       const T* const first[2] = {opaque(image + (at - odd[0])), opaque(image + (at - odd[1]))};
       uint32_t word[count];
 #pragma unroll
@@ -389,49 +389,6 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_backward_planes(const Argumen
     for (int w = 0; w < kNarrow / 32; ++w) sum += sums[kTotals + w * a.channels + c];
     static_cast<float*>(a.partials)[static_cast<int64_t>(blockIdx.x) * a.C + from + c] = sum;
   }
-}
-
-// Of maps of more than one column.
-inline void launch_tail(const char* name, const TailTask& task, Stream stream) {
-  with_dtype_and_format(task, [&](auto t, auto channels_last, auto) {
-    using T = decltype(t);
-    with_window(task, [&](auto K) {
-      with_beta(task, [&](auto beta) {
-        Arguments a = arguments(task);
-        const int columns = channels_last ? (a.OW + 1) / 2 : a.OW + 1;
-        a.by_columns = Divisor(columns);
-        Launch shape = share_out_units(a, channels_last, int64_t{a.N} * columns, kNarrow);
-        // A block takes rows of outputs of these units, as many as any other.
-        const int units = channels_last ? a.pixels_per_block : kNarrow / 32 * 31;
-        shape.grid.x = static_cast<unsigned>((int64_t{a.units} + units - 1) / units * a.OH);
-        keep_resident(shape, kResidentNarrow);
-        if constexpr (channels_last) {
-          launch<&tail_vectors<T, K, beta>>(name, shape.grid, shape.block, 0, stream, a);
-        } else {
-          launch<&tail_planes<T, K, beta>>(name, shape.grid, shape.block, 0, stream, a);
-        }
-      });
-    });
-  });
-}
-
-inline void launch_tail_backward(const char* name, const TailTask& task, Stream stream) {
-  with_dtype_and_format(task, [&](auto t, auto channels_last, auto length) {
-    using T = decltype(t);
-    with_window(task, [&](auto K) {
-      with_beta(task, [&](auto beta) {
-        Arguments a = arguments(task);
-        const Launch shape = share_out_blocks(a, task);
-        if constexpr (channels_last) {
-          launch<&pool_backward<T, true, length, K, beta, true>>(name, shape.grid, shape.block,
-                                                                 bytes_of_sums(a, length), stream, a);
-        } else {
-          const size_t bytes = sizeof(float) * floats_of_tail_backward(a.channels);
-          launch<&tail_backward_planes<T, K, beta>>(name, shape.grid, shape.block, bytes, stream, a);
-        }
-      });
-    });
-  });
 }
 
 }  // namespace fastcnn::cuda::fast
