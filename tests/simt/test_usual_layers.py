@@ -25,7 +25,9 @@ def format(request):
 
 
 @pytest.mark.parametrize("dtype", USUAL, ids=ident)
-@pytest.mark.parametrize(("relu", "lrn", "pool"), list(itertools.product([False, True], [None, LRN], [None, POOL])), ids=str)
+@pytest.mark.parametrize(
+    ("relu", "lrn", "pool"), list(itertools.product([False, True], [None, LRN], [None, POOL])), ids=str
+)
 def test_every_part(address, format, dtype, relu, lrn, pool):
     for shape in ((2, 48, 7, 9), (3, 8, 12, 5), (2, 16, 6, 35)):
         x = randn(*shape, dtype=dtype, format=format)
