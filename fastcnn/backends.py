@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import os
 import warnings
 from collections.abc import Collection
@@ -61,18 +62,25 @@ def release_memory() -> None:
         _C.release_memory()
 
 
-@functools.cache
-def _faster(op: str, dtype: torch.dtype, channels_last: bool, bits: int) -> tuple[str, ...]:
+@functools.lru_cache(maxsize=1024)
+def _faster(op: str, dtype: torch.dtype, channels_last: bool, elements: int) -> tuple[str, ...]:
     """Triton or CUDA C++ first: as ``faster.json``, made by ``make roofline``, has it for a tensor of about this size.
 
     Where it says nothing, CUDA C++.
     """
-    rows = json.loads(_FASTER.read_text())["rows"]
-    key = [op, str(dtype).removeprefix("torch."), channels_last]
-    sizes = {elements: backend for *of, elements, backend, _ in rows if of == key}
-    if not sizes or sizes[min(sizes, key=lambda elements: abs(elements.bit_length() - bits))] == "cuda":
+    sizes = _sizes().get((op, str(dtype).removeprefix("torch."), channels_last))
+    if not sizes or sizes[min(sizes, key=lambda size: abs(math.log(size / elements)))] == "cuda":
         return ("cuda", "triton")
     return ("triton", "cuda")
+
+
+@functools.cache
+def _sizes() -> dict[tuple[str, str, bool], dict[int, str]]:
+    """Operator, dtype and whether channels are last -> elements -> the faster backend."""
+    sizes: dict[tuple[str, str, bool], dict[int, str]] = {}
+    for op, dtype, channels_last, elements, backend, _ in json.loads(_FASTER.read_text())["rows"]:
+        sizes.setdefault((op, dtype, channels_last), {})[elements] = backend
+    return sizes
 
 
 def _preferred(op: str, tensor: Tensor) -> tuple[str, ...]:
@@ -84,7 +92,7 @@ def _preferred(op: str, tensor: Tensor) -> tuple[str, ...]:
         return ("cudnn", "triton", "cuda")
     if tensor.numel() < _SMALL:
         return ("cuda", "triton")
-    return _faster(op, tensor.dtype, is_channels_last(tensor), tensor.numel().bit_length())
+    return _faster(op, tensor.dtype, is_channels_last(tensor), tensor.numel())
 
 
 # Triton reads it when the kernels are imported; one of its own words for yes.

@@ -146,5 +146,5 @@ def test_operators_choose_what_is_predicted_or_was_measured_to_be_faster():
             assert source == "predicted"
             ms = times[op, dtype, channels_last, elements]
             assert faster == min(ms, key=lambda language: ms[language])
-        chosen = backends._faster(op, getattr(torch, dtype), channels_last, elements.bit_length())
+        chosen = backends._faster(op, getattr(torch, dtype), channels_last, elements)
         assert chosen[0] == faster
