@@ -27,9 +27,10 @@ std::vector<KernelAttributes> kernel_attributes() {
     cudaFuncAttributes f;
     int blocks = 0;
     check(name.c_str(), cudaFuncGetAttributes(&f, kernel));
-    check(name.c_str(), cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
-    list.push_back({name, f.numRegs, static_cast<int>(f.sharedSizeBytes), static_cast<int>(f.localSizeBytes), kThreads,
-                    blocks, static_cast<double>(blocks) * kThreads / threads});
+    const int block = std::min(kThreads, f.maxThreadsPerBlock);  // what its launch bounds say, if that is less
+    check(name.c_str(), cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, block, 0));
+    list.push_back({name, f.numRegs, static_cast<int>(f.sharedSizeBytes), static_cast<int>(f.localSizeBytes), block,
+                    blocks, static_cast<double>(blocks) * block / threads});
   }
   return list;
 }

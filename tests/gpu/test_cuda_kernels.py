@@ -28,13 +28,14 @@ LRN = LRNParams(5, 0.5, 0.75, 1.0)
 POOL = PoolParams(3, 2)
 TAILS = [
     {"lrn": LRN, "pool": POOL},
+    {"lrn": LRNParams(5, 0.5, 0.5, 1.0, 2), "pool": PoolParams(2, 2)},
     {"relu": False, "lrn": LRN},
     {"pool": POOL},
     {"lrn": LRNParams(4, 0.5, 0.6, 1.0, 2), "pool": PoolParams(2, 2, 1, 3)},
     {"pool": PoolParams(17, 1, 8)},
     {},
 ]
-SHAPES = [(3, 96, 55, 55), (2, 36, 13, 17), (1, 2, 19, 7)]
+SHAPES = [(3, 96, 55, 55), (2, 256, 13, 13), (2, 36, 13, 17), (1, 2, 19, 7)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=ident)
 formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
 tails = pytest.mark.parametrize("tail", TAILS, ids=lambda tail: "-".join(map(str, map(ident, tail.values()))) or "copy")
@@ -98,9 +99,12 @@ def test_compiles_in_one_graph():
 def test_kernel_attributes():
     kernels = backends._C_cuda.kernel_attributes()
     for name in (
-        "forward<float, true,",
-        "backward<double, false,",
-        "tail<__half, true,",
+        "general::forward<float, true,",
+        "general::backward<double, false,",
+        "general::tail<__half, true>",
+        "fast::lrn<__nv_bfloat16, true,",
+        "fast::tail_vectors<__half, 3,",
+        "fast::tail_backward_planes<float, 2,",
         "conv2d_relu_kernel<__nv_bfloat16",
     ):
         assert any(name in kernel["name"] for kernel in kernels)
