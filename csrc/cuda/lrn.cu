@@ -3,6 +3,7 @@
 #include "lrn.h"
 
 #include "dispatch.cuh"
+#include "fast/launch.cuh"
 #include "fast/lrn.cuh"
 #include "general/elementwise.cuh"
 

@@ -3,6 +3,7 @@
 #include "max_pool2d.h"
 
 #include "dispatch.cuh"
+#include "fast/launch.cuh"
 #include "fast/max_pool2d.cuh"
 #include "general/pool.cuh"
 

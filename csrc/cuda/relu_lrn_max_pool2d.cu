@@ -3,6 +3,7 @@
 #include "relu_lrn_max_pool2d.h"
 
 #include "dispatch.cuh"
+#include "fast/launch.cuh"
 #include "fast/relu_lrn_max_pool2d.cuh"
 #include "general/relu_lrn_max_pool2d.cuh"
 #include "lrn.h"

@@ -127,22 +127,24 @@ def special(*shape, dtype, format):
     return x.to(dtype).contiguous(memory_format=format)
 
 
+def assert_pool_is_torchs(emulator, x, pool):
+    """y, argmax and the gradient, bit for bit."""
+    y, argmax = emulator.forward("max_pool2d", x, pool=pool)
+    assert_bitwise(emulator.forward("max_pool2d", x, pool=pool, with_argmax=False)[0], y)
+    expected, indices = F.max_pool2d(x, *pool.op_args(), return_indices=True)
+    assert_bitwise(y, expected)
+    assert_bitwise(reference.flat_indices(argmax, x.shape[-1], pool), indices)
+    dy = randn(*y.shape, dtype=x.dtype, seed=1)
+    dx, _ = emulator.backward("max_pool2d_backward", dy, x, None, argmax, pool=pool)
+    wide = reference.max_pool2d_backward(dy.to(opmath(x.dtype)), argmax, x.shape[2:], pool)
+    assert_bitwise(dx, wide.to(x.dtype))
+
+
 @pytest.mark.parametrize("pool", [POOL, *POOLS], ids=ident)
 def test_pool_is_bitwise_that_of_torch(address, format, pool):
     for dtype in DTYPES:
-        for x in (
-            integers(2, 9, 11, 13, dtype=dtype).contiguous(memory_format=format),
-            special(2, 9, 11, 13, dtype=dtype, format=format),
-        ):
-            y, argmax = address.forward("max_pool2d", x, pool=pool)
-            assert_bitwise(address.forward("max_pool2d", x, pool=pool, with_argmax=False)[0], y)
-            expected, indices = F.max_pool2d(x, *pool.op_args(), return_indices=True)
-            assert_bitwise(y, expected)
-            assert_bitwise(reference.flat_indices(argmax, x.shape[-1], pool), indices)
-            dy = randn(*y.shape, dtype=dtype, seed=1)
-            dx, _ = address.backward("max_pool2d_backward", dy, x, None, argmax, pool=pool)
-            wide = reference.max_pool2d_backward(dy.to(opmath(dtype)), argmax, x.shape[2:], pool)
-            assert_bitwise(dx, wide.to(dtype))
+        assert_pool_is_torchs(address, integers(2, 9, 11, 13, dtype=dtype).contiguous(memory_format=format), pool)
+        assert_pool_is_torchs(address, special(2, 9, 11, 13, dtype=dtype, format=format), pool)
 
 
 def test_stride_and_dilation_far_beyond_the_map(address, format):

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../dispatch.cuh"
-#include "span.cuh"
+#include "place.cuh"
 
 namespace fastcnn::cuda::fast {
 
@@ -11,15 +11,19 @@ inline int channels_of_thread(const TailTask& task) {
   return task.dtype == DType::float32 ? kVector<float> : kVector<Half>;
 }
 
+// Channels of a group, so that there is shared memory for the sums of all of them.
+inline constexpr int64_t kMostChannels = 4096;
+
 // Whether there are kernels for the task's dtype, LRN and pool, its shape, and where its tensors are.
 inline bool takes(const TailTask& task) {
   if (task.dtype == DType::float64) return false;
   const Shape& shape = task.shape;
   constexpr int64_t most = std::numeric_limits<int>::max() / 2;
   const bool small = shape.image_stride() < most && shape.N * shape.pixels() < most && shape.N * shape.C < most;
-  return (task.lrn || task.pool) && usual_beta(task.lrn) && (!task.pool || usual_window(task.pool)) && small &&
-         shape.C / task.lrn.groups % channels_of_thread(task) == 0 && aligned(task.x) && aligned(task.dy) &&
-         aligned(task.out) && aligned(task.argmax);
+  const int64_t group = shape.C / task.lrn.groups;
+  const bool whole = group % channels_of_thread(task) == 0 && (!task.lrn || group <= kMostChannels);
+  return (task.lrn || task.pool) && usual_beta(task.lrn) && (!task.pool || usual_window(task.pool)) && small && whole &&
+         aligned(task.x) && aligned(task.dy) && aligned(task.out) && aligned(task.argmax);
 }
 
 inline Arguments arguments(const TailTask& task) {
@@ -69,9 +73,6 @@ inline void keep_resident(Launch& shape, int threads) {
   const int64_t high = int64_t{shape.grid.y} * shape.grid.z;
   shape.grid.x = static_cast<unsigned>(std::clamp<int64_t>(blocks / high, 1, shape.grid.x));
 }
-
-// Of a multiprocessor, for which kernels have registers: of whole blocks, and of those of kNarrow threads.
-inline constexpr int kResident = 2 * kThreads, kResidentNarrow = 3 * kNarrow;
 
 // Where the map keeps its size. Each block that leaves a row of sums for the bias gradient goes round.
 inline Launch share_out_pixels(Arguments& a, const TailTask& task) {

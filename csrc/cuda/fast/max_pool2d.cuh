@@ -130,7 +130,7 @@ FASTCNN_DEVICE void store_largest(const Arguments& a, int64_t at, int stride, co
 template <typename T, int K, bool rectified>
 __global__ void __launch_bounds__(kThreads, 1) pool_vectors(const Arguments a) {
   constexpr int length = kVector<T>;
-  const Place<T, true, length> place(a);
+  const Place<true> place(a);
   if (!place.exists) return;
   const int row = a.by_columns.divide(place.unit), ow = place.unit - row * a.OW;
   const int n = a.by_rows.divide(row), oh = row - n * a.OH;
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kBackward<channels_last, beta>, kResidentNarro
 pool_backward(const Arguments a) {
   constexpr int around = beta == Beta::none ? 0 : 2, count = length + 2 * around;
   using X = Span<T, channels_last, length, 2 * around>;
-  const Place<T, channels_last, length> place(a);
+  const Place<channels_last> place(a);
   const bool reads_x = rectified && a.x;  // without ReLU and LRN there may be none
   float sums[length] = {};
   if (place.run < a.runs) {

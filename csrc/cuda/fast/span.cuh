@@ -8,7 +8,6 @@
 namespace fastcnn::cuda::fast {
 
 inline constexpr int kPlanes = 8;
-inline constexpr int kNarrow = kThreads / 2;  // threads of a block, three of which leave each 168 registers
 
 // Consecutive bytes, 2 to 16 of them, in one access.
 template <int bytes>
