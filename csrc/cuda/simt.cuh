@@ -193,15 +193,15 @@ FASTCNN_DEVICE float inverse_sqrt_of_normal(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
 }
-// p, into global memory, but the compiler does not know how it was computed: it adds an offset to it in one instruction
-// and does not compute each address from the beginning.
+// p, a pointer to global memory, with its computation hidden from the compiler: adding an offset then takes one
+// instruction, where it would compute each address from scratch.
 template <typename T>
 FASTCNN_DEVICE T* opaque(T* p) {
   size_t address = __cvta_generic_to_global(p);
   asm("mov.b64 %0, %0;" : "+l"(address));
   return static_cast<T*>(__cvta_global_to_generic(address));
 }
-// What follows from x is computed anew each time, and does not occupy a register in between.
+// x, hidden so that what depends on it is recomputed here instead of being kept in a register.
 FASTCNN_DEVICE unsigned computed_here(unsigned x) {
   asm volatile("mov.b32 %0, %0;" : "+r"(x));
   return x;
@@ -210,13 +210,13 @@ FASTCNN_DEVICE unsigned opaque(unsigned x) {
   asm("mov.b32 %0, %0;" : "+r"(x));
   return x;
 }
-// What will not be used.
+// A value that is never used.
 FASTCNN_DEVICE uint32_t anything() {
   uint32_t x;
   asm("" : "=r"(x));
   return x;
 }
-// Of 2 to 16 bytes, into words that stay as they are if it does not exist; without a branch.
+// Load 2 to 16 bytes if they exist, without a branch; otherwise the words keep their values.
 template <int bytes>
 FASTCNN_DEVICE void load_if(bool exists, const void* p, uint32_t* words) {
   const size_t address = __cvta_generic_to_global(p);
@@ -235,7 +235,7 @@ FASTCNN_DEVICE void load_if(bool exists, const void* p, uint32_t* words) {
         : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]) : "l"(address), "r"(e));
   }
 }
-// Any value if it does not exist; without a branch.
+// The element at p if it exists, otherwise any value; without a branch.
 template <typename T>
 FASTCNN_DEVICE T load_if(bool exists, const T* p) {
   const size_t address = __cvta_generic_to_global(p);

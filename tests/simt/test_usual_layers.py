@@ -57,7 +57,7 @@ def test_every_size(address, format, size, pool):
 
 
 @pytest.mark.parametrize("dtype", USUAL, ids=ident)
-@pytest.mark.parametrize("channels", [128, 600, 4104], ids=ident)  # of the last there are too many for shared memory
+@pytest.mark.parametrize("channels", [128, 600, 4104], ids=ident)  # the last has too many for shared memory
 def test_channels_of_several_blocks(address, format, dtype, channels):
     x = randn(1, channels, 5, 5, dtype=dtype, format=format)
     for lrn, pool in ((LRN, POOL), (LRN, None), (None, POOL)):

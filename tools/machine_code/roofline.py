@@ -460,10 +460,10 @@ def _details(found: Sequence[Row]) -> str:
 
 
 _DETAILS = """Per element of the input: instructions, including those of lanes without an element; under l1
-wavefronts of 32 words, of the L1 cache and of shared memory; those of them that bank conflicts cost; and bytes between
-L2 cache and multiprocessors. In flight are the bytes that a multiprocessor's warps have loads under way for when they
-wait. Needed are, by Little's law, those that arrive during the latency of a load at the rate of a copy, of whose bytes
-as large a share is loaded as of the kernel's L2 bytes.
+wavefronts of 32 words, of the L1 cache and of shared memory; those lost to bank conflicts; and bytes between L2 cache
+and multiprocessors. In flight are the bytes that a multiprocessor's warps have loads under way for when they wait.
+Needed, by Little's law, is what arrives during one load's latency at the rate of a copy, counting only the share of the
+kernel's L2 bytes that it loads.
 
 """
 

@@ -11,7 +11,7 @@ inline int channels_of_thread(const TailTask& task) {
   return task.dtype == DType::float32 ? kVector<float> : kVector<Half>;
 }
 
-// Channels of a group, so that there is shared memory for the sums of all of them.
+// The most channels of a group whose sums fit in shared memory, with room for other blocks.
 inline constexpr int64_t kMostChannels = 4096;
 
 // Whether there are kernels for the task's dtype, LRN and pool, its shape, and where its tensors are.
@@ -49,7 +49,7 @@ inline Arguments arguments(const TailTask& task) {
   return a;
 }
 
-// Blocks of at most that many threads for so many units, each of all channels.
+// Blocks of at most `threads` threads, for all channels of `units` units.
 inline Launch share_out_units(Arguments& a, bool channels_last, int64_t units, int threads = kThreads) {
   a.units = static_cast<int>(units);
   a.runs_per_block = channels_last ? std::min(a.runs, threads) : 1;
@@ -67,7 +67,7 @@ inline Launch share_out_units(Arguments& a, bool channels_last, int64_t units, i
   return {folded_grid(across, run_blocks), dim3(channels_last ? r : p, channels_last ? p : r)};
 }
 
-// Only as many blocks as the device holds at once, if a multiprocessor holds so many threads.
+// No more blocks than the device holds at once, with `threads` threads on a multiprocessor.
 inline void keep_resident(Launch& shape, int threads) {
   const int64_t blocks = int64_t{device().multiprocessors} * (threads / (shape.block.x * shape.block.y));
   const int64_t high = int64_t{shape.grid.y} * shape.grid.z;

@@ -10,7 +10,7 @@
 
 namespace fastcnn::cuda::fast {
 
-// Of one channel: the first of the largest of the elements that were taken.
+// One channel's running maximum, and the place where it was first.
 struct Largest {
   float value;
   int place;

@@ -19,8 +19,8 @@ FASTCNN_DEVICE void narrow_two(float a, float b, T (&to)[2]) {
 
 // -- forward ----------------------------------------------------------------------------------------------------------
 
-// The rows of outputs of a block: all chunks of units go down the map one after the other, and each block takes as many
-// of these rows. f(chunk, first row, end of the rows)
+// Deal out rows of outputs evenly: those of all chunks of units form one sequence, of which each block takes an equal
+// part. f(chunk, first row, end of the rows)
 template <typename F>
 FASTCNN_DEVICE void for_each_strip(const Arguments& a, int units_per_block, F f) {
   const int64_t rows = static_cast<int64_t>((a.units + units_per_block - 1) / units_per_block) * a.OH;
@@ -34,8 +34,8 @@ FASTCNN_DEVICE void for_each_strip(const Arguments& a, int units_per_block, F f)
   }
 }
 
-// A thread has a vector of channels of two neighbouring outputs and goes down the map; what is largest in the row that
-// windows share stays in registers.
+// A thread has a vector of channels of two neighbouring outputs. It walks down the map and keeps the maxima of the row
+// that two windows share in registers.
 template <typename T, int K, Beta beta>
 __global__ void __launch_bounds__(kNarrow, 3) tail_vectors(const Arguments a) {
   constexpr int length = kVector<T>, columns = K + 2;
