@@ -4,16 +4,17 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from fastcnn.bench.cases import Case, select
-from fastcnn.bench.inputs import make_inputs
-from fastcnn.bench.providers import Call, Provider, all_providers, build
-from fastcnn.bench.verify import check, expected_outputs, tolerances
+from fastcnn.bench.cases import Case
+from fastcnn.bench.operator_workload import OperatorWorkload
+from fastcnn.bench.operators import select
+from fastcnn.bench.providers import OperatorProvider, operator_providers
+from fastcnn.bench.workload import Call
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "call" not in metafunc.fixturenames:
         return
-    pairs = [(c, p) for c in select() for p in all_providers().values() if p.takes_part(c)]
+    pairs = [(c, p) for c in select() for p in operator_providers().values() if p.takes_part(c)]
     metafunc.parametrize("call", pairs, indirect=True, ids=[f"{c} by {p.name}" for c, p in pairs])
 
 
@@ -21,16 +22,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def call(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Call:
     """A case run once by a provider; its outputs were compared with the reference."""
     case: Case
-    provider: Provider
+    provider: OperatorProvider
     case, provider = request.param
     benchmark.group = str(case)
     torch.compiler.reset()
-    x, dy = make_inputs(case, "random")
-    call = build(provider, case, x, dy)
+    workload = OperatorWorkload(case)
     try:
-        outputs = call()
+        entry = workload.prepare(provider, case.dtype)
+        outputs = entry.check()
     except NotImplementedError as error:
         pytest.skip(f"{provider.name}: {error}")
-    expected = expected_outputs(case, x, dy)
-    check(outputs, expected, tolerances(case, x, dy, expected))
-    return call
+    workload.check(outputs, case.dtype)
+    return entry.call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from dataclasses import replace
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 
 import fastcnn
 import fastcnn.functional as FF
-from fastcnn.bench import network_measure, peers, report
+from fastcnn.bench import network_workload, peers, report
 from fastcnn.bench.cases import ANY_FORMAT, Case
-from fastcnn.bench.inputs import images
-from fastcnn.bench.measure import Budget, held_bytes
-from fastcnn.bench.network_measure import measure_network, peak_bytes, resident_bytes
-from fastcnn.bench.network_providers import NetworkProvider, network_providers, prepare
-from fastcnn.bench.networks import NETWORKS, Features, count_flop, make_network, select_networks
+from fastcnn.bench.measure import Budget, measure
+from fastcnn.bench.memory import peak_bytes, resident_bytes
+from fastcnn.bench.network_workload import NetworkWorkload
+from fastcnn.bench.networks import NETWORKS, count_flop, select_networks
+from fastcnn.bench.providers import NetworkProvider, network_providers
 from fastcnn.bench.rows import Row, add_ratios
 
 pytest.importorskip("PIL")
@@ -39,7 +38,15 @@ GRADIENT = Case("vgg16-features", (2, 3, 32, 32), "fp32", ANY_FORMAT, "input gra
 
 @pytest.fixture(autouse=True)
 def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network_measure, "MATMUL", 64)
+    monkeypatch.setattr(network_workload, "MATMUL", 64)
+
+
+def run(case: Case, *providers: NetworkProvider) -> list[Row]:
+    return measure([case], NetworkWorkload, providers, ONCE)
+
+
+def plain(case: Case) -> Any:
+    return NETWORKS[case.op].make(case.shape[-1], True)
 
 
 def text_of(rows: list[Row]) -> str:
@@ -73,25 +80,29 @@ def test_usual_cases() -> None:
 
 
 def test_flop_are_those_of_the_layers() -> None:
-    features = make_network(GRADIENT, plain=True)
-    maps = {1: 32, 2: 16, 3: 8, 4: 4, 5: 2}
-    forward = sum(
-        2 * layer.weight.numel() * maps[int(name[4])] ** 2
-        for name, layer in features.named_children()
-        if isinstance(layer, nn.Conv2d)
-    )
+    features = plain(GRADIENT)
+    forward, size = 0, 32
+    for layer in features.layers:
+        size //= 2 if isinstance(layer, nn.MaxPool2d) else 1
+        forward += 2 * layer.weight.numel() * size**2 if isinstance(layer, nn.Conv2d) else 0
     assert count_flop(GRADIENT, features) == 2 * 2 * forward
-    network = make_network(INFERENCE, plain=True)
+    network = plain(INFERENCE)
     inference, training = count_flop(INFERENCE, network), count_flop(TRAINING, network)
     conv1 = 2 * 2 * 96 * 15**2 * 3 * 11**2
     assert training == 3 * inference - conv1
 
 
-def test_features_are_vgg16s() -> None:
-    fused, plain = Features(plain=False), Features(plain=True)
-    assert list(fused.state_dict()) == list(plain.state_dict())
-    assert sum(p.numel() for p in fused.parameters()) == 14_714_688
-    assert not any(p.requires_grad for p in fused.parameters())
+def test_features_are_those_of_vgg16() -> None:
+    features, vgg = plain(GRADIENT), fastcnn.models.create_model("vgg16", plain=True, input_size=32)
+    vgg.features[:30].load_state_dict(features.layers.state_dict())
+    assert not any(p.requires_grad for p in features.parameters())
+    x, losses = torch.randn(2, 3, 32, 32), []
+    expected = x
+    for layer in vgg.features:
+        if isinstance(layer, nn.MaxPool2d):  # after the last ReLU of each stage
+            losses.append(expected.square().sum((1, 2, 3)))
+        expected = layer(expected)
+    torch.testing.assert_close(features(x), torch.stack(losses).sum(0))
 
 
 # Checks and figures
@@ -99,7 +110,7 @@ def test_features_are_vgg16s() -> None:
 
 @pytest.mark.parametrize("case", [INFERENCE, TRAINING, GRADIENT], ids=lambda case: case.mode)
 def test_right_networks_get_a_time(case: Case) -> None:
-    rows = measure_network(case, EAGER, ONCE)
+    rows = run(case, *EAGER)
     assert [r.failure for r in rows] == [None] * 4
     for r in rows:
         assert r.error is not None
@@ -109,13 +120,16 @@ def test_right_networks_get_a_time(case: Case) -> None:
         assert r.images_per_s == pytest.approx(2e3 / r.median_ms)
         assert r.flop is not None
         assert r.gflop_per_s == pytest.approx(r.flop / r.median_ms / 1e6)
-    ours, eager = rows[0], rows[2]
-    assert ours.vs_eager == pytest.approx((eager.median_ms or 0) / (ours.median_ms or 1))
+    ours = rows[0]
+    faster = min(r.median_ms or 0 for r in rows[2:])
+    assert ours.vs_eager == pytest.approx(faster / (ours.median_ms or 1))
     assert (ours.forward_ms is not None) == (case.mode == "training step")
     if case.mode != "inference":
         assert ours.saved_bytes is not None
         assert eager.saved_bytes is not None
-        assert ours.saved_vs_eager == ours.saved_bytes / eager.saved_bytes < 0.5
+        # of maps as small as here, optimize() leaves pools to PyTorch, which keeps their inputs
+        most = {"training step": 0.5, "input gradient": 0.9}[case.mode]
+        assert ours.saved_vs_eager == ours.saved_bytes / min(r.saved_bytes or 0 for r in rows[2:]) < most
     shown = text_of(rows)
     assert "fastcnn NCHW" in shown
     assert ("forward " in shown) == (case.mode == "training step")
@@ -129,7 +143,7 @@ def test_wrong_logits_are_shown_failed_without_a_time() -> None:
         return lambda x: network(x.flip(0)).detach()
 
     for wrong in (scaled, swapped):
-        failed, good = measure_network(INFERENCE, [exporting(wrong), HERE["fastcnn"]], ONCE)
+        failed, good = run(INFERENCE, exporting(wrong), HERE["fastcnn"])
         assert "logits: error" in (failed.failure or "")
         assert (failed.median_ms, failed.images_per_s, good.failure) == (None, None, None)
         assert "another, fp32: failed: logits" in text_of([failed, good])
@@ -140,20 +154,20 @@ def test_wrong_gradients_are_found(case: Case, monkeypatch: pytest.MonkeyPatch) 
     """Of features that pass their gradient on with another factor."""
     relu = F.relu
     monkeypatch.setattr(F, "relu", lambda x, *_, **__: relu(x).detach() + 1.1 * (relu(x) - relu(x).detach()))
-    right = network_measure.expected_of_network
 
-    def expected(*args: Any) -> tuple[Tensor, ...]:
+    def make(case: Case) -> NetworkWorkload:
+        workload = NetworkWorkload(case)
         with monkeypatch.context() as undone:
             undone.setattr(F, "relu", relu)
-            return right(*args)
+            assert workload.expected
+        return workload
 
-    monkeypatch.setattr(network_measure, "expected_of_network", expected)
-    (failed,) = measure_network(case, [HERE["torch.eager"]], ONCE)
+    (failed,) = measure([case], make, [HERE["torch.eager"]], ONCE)
     assert "gradient: error" in (failed.failure or "")
 
 
 def test_16_bits_and_torch_without_them() -> None:
-    ours, *torchs = measure_network(replace(INFERENCE, dtype="bf16"), [HERE["fastcnn"], HERE["torch.eager"]], ONCE)
+    ours, *torchs = run(replace(INFERENCE, dtype="bf16"), HERE["fastcnn"], HERE["torch.eager"])
     assert ours.failure is None
     assert ours.vs_eager
     if torchs[0].failure is not None:
@@ -164,32 +178,25 @@ def test_16_bits_and_torch_without_them() -> None:
 def test_what_is_not_installed_is_shown_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
-    rows = measure_network(INFERENCE, [HERE["onnxruntime"], HERE["openvino"]], ONCE)
+    rows = run(INFERENCE, HERE["onnxruntime"], HERE["openvino"])
     assert all((r.failure or "").startswith("not installed: pip install fastcnn[peers]") for r in rows)
     shown = text_of(rows)
     assert "failed" not in shown
     assert shown.count("not installed") == 4
-    assert measure_network(TRAINING, [HERE["openvino"]], ONCE) == []
+    assert run(TRAINING, HERE["openvino"]) == []
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_other_runtimes_agree(runtime: str) -> None:
     pytest.importorskip(runtime)
     pytest.importorskip("onnxscript")
-    (r,) = measure_network(INFERENCE, [HERE[runtime]], ONCE)
+    (r,) = run(INFERENCE, HERE[runtime])
     assert r.failure is None
 
 
 def test_onnxruntime_has_no_16_bits() -> None:
     with pytest.raises(NotImplementedError, match="fp32 only"):
         peers.onnxruntime(nn.ReLU(), torch.ones(1), torch.bfloat16)
-
-
-def test_held_bytes_leave_parameters_out_and_count_tapped_features() -> None:
-    layer = nn.Linear(10, 10)
-    x = torch.randn(5, 10, requires_grad=True)
-    assert held_bytes(lambda: layer(x), layer.parameters()) == 200
-    assert held_bytes(lambda: layer(x).square().sum(), layer.parameters()) == 400
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
@@ -203,7 +210,7 @@ def test_plots_show_what_has_a_time(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from fastcnn.bench.plots import write_plots
 
-    options = {"median_ms": 3.0, "flop": 10**9, "gflop_per_s": 300.0, "matmul_gflop_per_s": 100.0}
+    options = {"median_ms": 3.0, "images_per_s": 99.0, "flop": 10**9, "gflop_per_s": 300.0, "matmul_gflop_per_s": 100.0}
     case = ("alexnet", (2, 3, 67, 67), "fp32", ANY_FORMAT, "inference", "fresh")
     rows = [Row(*case, name, **options) for name in ("fastcnn", "torch.eager")]  # type: ignore[arg-type]
     add_ratios(rows)
@@ -221,9 +228,9 @@ def test_resident_bytes_are_those_of_the_weights_and_what_is_prepared_from_them(
         return lambda x: network(x).detach()
 
     small = NetworkProvider("another", export=lambda network, x, dtype: lambda x: network(x).detach())
-    weights = 4 * sum(p.numel() for p in make_network(INFERENCE, plain=True).parameters())
+    weights = 4 * sum(p.numel() for p in plain(INFERENCE).parameters())
     for provider, least in ((small, weights), (exporting(hoarding), weights + 4 * 2**25)):
-        (r,) = measure_network(INFERENCE, [provider], ONCE)
+        (r,) = run(INFERENCE, provider)
         assert r.failure is None
         assert r.resident_bytes is not None
         assert 0.9 * least < r.resident_bytes < least + 60e6
@@ -240,19 +247,22 @@ def test_memory_that_is_only_kept_for_the_next_outputs_is_not_resident() -> None
     assert (resident_bytes() or 0) - (before or 0) < 30e6
 
 
-def test_rows_of_older_results_have_no_resident_bytes() -> None:
+def test_results_that_have_fewer_columns_are_shown() -> None:
     results = Path(__file__).parent.parent / "benchmarks/results/amd-epyc-2-threads/models.json"
-    rows = [Row(**fields) for fields in json.loads(results.read_text())["rows"]]
-    assert {r.resident_bytes for r in rows} >= {None}
-    assert "resident MB" in text_of(rows)
+    document = json.loads(results.read_text())
+    for fields in document["rows"]:
+        fields.pop("resident_bytes", None)
+    shown = text_of(report.read_rows(document))
+    assert "peak MB" in shown
+    assert "resident MB" not in shown
 
 
 @pytest.mark.parametrize("network", ["alexnet", "vgg16", "inception_v1"])
 def test_bf16_inference_is_that_of_optimize(network: str) -> None:
     case = Case(network, (1, 3, 64, 64), "bf16", ANY_FORMAT, "inference")
-    fused = make_network(case, plain=False)
-    x = images(1, 64)
-    ours = prepare(HERE["fastcnn"], case, copy.deepcopy(fused), x, torch.zeros(1, dtype=torch.long))
-    expected = fastcnn.optimize(fused.to(memory_format=torch.channels_last), inference=True, dtype=torch.bfloat16)
+    workload = NetworkWorkload(case)
+    ours = workload.prepare(HERE["fastcnn"], "bf16")
+    fused = workload.fused.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    expected = fastcnn.optimize(fused, inference=True, dtype=torch.bfloat16)
     (logits,) = ours.call()
-    assert torch.equal(logits, expected(x.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(logits, expected(workload.x.contiguous(memory_format=torch.channels_last)))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from fastcnn.bench import peers
 from fastcnn.bench.cases import ANY_FORMAT, Case
-from fastcnn.bench.network_providers import NetworkProvider, network_providers
+from fastcnn.bench.providers import NetworkProvider, network_providers
 from fastcnn.bench.serve import Burst, ServeRow, add_figures, burst, measure_serving, percentile, serve_tables
 from fastcnn.cli import app
 

@@ -19,10 +19,9 @@ from typer.testing import CliRunner, Result
 from fastcnn.bench import report, zoo, zoo_cli
 from fastcnn.bench.cases import ANY_FORMAT, Case
 from fastcnn.bench.measure import Budget
-from fastcnn.bench.network_providers import NetworkProvider
-from fastcnn.bench.rows import Row
+from fastcnn.bench.providers import NetworkProvider
+from fastcnn.bench.rows import EAGER, Row
 from fastcnn.bench.zoo import (
-    EAGER,
     TORCHVISION,
     ZooCase,
     ZooNetwork,

@@ -188,7 +188,7 @@ def assert_refused(result: Result, said: list[str]) -> None:
 @pytest.mark.usefixtures("best_backend")
 def test_bench_models_prints_tables_and_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("PIL")
-    monkeypatch.setattr("fastcnn.bench.network_measure.MATMUL", 64)
+    monkeypatch.setattr("fastcnn.bench.network_workload.MATMUL", 64)
     who = ("--providers", "fastcnn", "--providers", "torch.eager", "--model", "alexnet", "--model", "vgg16-features")
     options = ("--size", 67, "--batch", 2, "--dtype", "fp32", "--repeats", 1, "--out", tmp_path)
     result = fastcnn_command("bench", "models", *who, *options)

@@ -1,6 +1,7 @@
-"""Benchmarks: the cases, who runs them, the clock, the report.
+"""Benchmarks: what is measured, who runs it, the clock, the report.
 
-``cases`` says what is measured, ``inputs`` on which numbers, ``providers`` by whom; ``measure`` checks the outputs and
-then takes the times; ``report`` and ``plots`` show the rows it returns. Of networks it is ``networks`` and the modules
-``network_*``. ``zoo`` asks whether ``optimize()`` makes any network slower, ``serve`` how it does with several clients.
+``operators`` and ``networks`` have a record for each; ``operator_workload`` and ``network_workload`` make of a case its
+inputs, its calls and their check; ``providers`` says who runs it. ``measure`` checks the outputs and then takes the
+times, where wanted with each provider in a process of its own (``isolate``); ``report`` and ``plots`` show its rows.
+``zoo`` asks whether ``optimize()`` makes any network slower, ``serve`` how it does with several clients.
 """

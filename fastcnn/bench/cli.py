@@ -3,6 +3,8 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,17 +12,26 @@ import torch
 import typer
 
 from . import report
-from .cases import DTYPES, FORMATS, MODES, OPS, SHAPES, Case, Shape, select
+from .cases import ANY_FORMAT, DTYPES, FORMATS, Case, Shape
 from .console import among, print_tables, tracked
 from .inputs import SOURCES, check_source
 from .measure import Budget, measure
-from .network_measure import measure_network
-from .network_providers import network_providers
+from .network_workload import NetworkWorkload
 from .networks import NETWORK_DTYPES, NETWORK_MODES, NETWORKS, check_size, select_networks
-from .providers import all_providers
+from .operator_workload import OperatorWorkload
+from .operators import MODES, OPERATORS, SHAPES, select
+from .providers import NetworkProvider, OperatorProvider, network_providers, operator_providers
 from .rows import Row
 from .serve_cli import serve
+from .workload import Workload
 from .zoo_cli import zoo
+
+Isolate = Annotated[
+    bool,
+    typer.Option("--isolate", help="Give each provider a process of its own, stopped while it is another's turn."),
+]
+
+_NOT_QUICK = ("fastcnn NCHW", "torch.compile NCHW")
 
 bench = typer.Typer(no_args_is_help=True)
 bench.command()(zoo)
@@ -34,7 +45,7 @@ def main() -> None:
 
 @bench.command()
 def kernels(
-    op: Annotated[list[str] | None, typer.Option(help=f"Operator: {', '.join(OPS)}. Repeat for more.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help=f"Operator: {', '.join(OPERATORS)}. Repeat for more.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help=f"N,C,H,W or {', '.join(SHAPES)} (of AlexNet).")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=", ".join(DTYPES))] = None,
     format: Annotated[list[str] | None, typer.Option(help=", ".join(FORMATS))] = None,
@@ -48,6 +59,7 @@ def kernels(
     time: Annotated[float | None, typer.Option(min=0, help="Seconds for each case, at least 11 rounds.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch and fastcnn.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the plots.")] = Path("results"),
+    isolate: Isolate = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer rounds, and fastcnn.reference only where it is the fallback in use.")
     ] = False,
@@ -57,10 +69,10 @@ def kernels(
     """Measure the operators as AlexNet uses them, side by side with PyTorch eager and torch.compile.
 
     Without filters: every operator at the shape of AlexNet's first stage (the convolution: of conv2), batch 32, in the
-    modes that matter.
+    modes that matter. Both memory formats are timed in the same rounds, and the ratios are to PyTorch's faster one.
     """
     cases = select(
-        ops=among("--op", op, OPS),
+        ops=among("--op", op, OPERATORS),
         shapes=[_shape(text) for text in shape or ()],
         dtypes=among("--dtype", dtype, DTYPES),
         formats=among("--format", format, FORMATS),
@@ -68,7 +80,7 @@ def kernels(
         batch=batch,
         full=full,
     )
-    here = all_providers()
+    here = operator_providers()
     names = among("--providers", providers, here) or list(here)
     if quick and not providers and "fastcnn.cpu" in here:
         names.remove("fastcnn.reference")
@@ -85,7 +97,7 @@ def kernels(
         budget = Budget(time, budget.at_least, repeats)
 
     chosen = [here[name] for name in names]
-    rows = _measure_all(cases, lambda case: measure(case, chosen, input, budget))
+    rows = _measure_all(cases, partial(OperatorWorkload, source=input), chosen, budget, isolate)
     _report("kernels", rows, input, out, as_json, with_summaries=True)
 
 
@@ -104,6 +116,7 @@ def networks(
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds of each case.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch and fastcnn.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the JSON file and the plots.")] = Path("results"),
+    isolate: Isolate = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer rounds, fp32, and only fastcnn (channels_last) and PyTorch.")
     ] = False,
@@ -137,11 +150,11 @@ def networks(
     here = network_providers()
     names = among("--providers", providers, here)
     if not names:
-        names = [name for name, one in here.items() if not quick or not (one.export or name == "fastcnn NCHW")]
+        names = [name for name, one in here.items() if not quick or not (one.export or name in _NOT_QUICK)]
     if threads is not None:
         torch.set_num_threads(threads)
     chosen, budget = [here[name] for name in names], Budget(1.0, 3, repeats) if quick else Budget(4.0, 7, repeats)
-    rows = _measure_all(cases, lambda case: measure_network(case, chosen, budget))
+    rows = _measure_all(cases, NetworkWorkload, chosen, budget, isolate)
     _report("models", rows, "photographs", out, as_json)
 
 
@@ -158,8 +171,19 @@ def _report(
     _plot(name, out, document, rows)
 
 
-def _measure_all(cases: Sequence[Case], measure: Callable[[Case], list[Row]]) -> list[Row]:
-    return [row for case in tracked(cases) for row in measure(case)]
+def _measure_all(
+    cases: Sequence[Case],
+    make: Callable[[Case], Workload],
+    providers: Sequence[OperatorProvider] | Sequence[NetworkProvider],
+    budget: Budget,
+    isolate: bool,
+) -> list[Row]:
+    groups: dict[Case, list[Case]] = {}
+    for case in cases:
+        groups.setdefault(replace(case, format=ANY_FORMAT), []).append(case)
+    return [
+        row for one in tracked(list(groups)) for row in measure(groups[one], make, providers, budget, isolate=isolate)
+    ]
 
 
 def _plot(name: str, out: Path, document: dict[str, Any], rows: Sequence[Row]) -> None:

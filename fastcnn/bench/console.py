@@ -4,9 +4,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from .report import setting
 
@@ -34,7 +33,7 @@ def tracked(cases: Sequence[_Case]) -> Iterator[_Case]:
             progress.advance(task)
 
 
-def print_tables(header: dict[str, Any], tables: Sequence[Table]) -> None:
+def print_tables(header: dict[str, Any], tables: Sequence[RenderableType]) -> None:
     """Under a line that says what the figures were taken on."""
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -1,26 +1,26 @@
-"""Check the outputs, then take the times: every provider of a case in turn, one call each a round."""
+"""The engine: check the outputs, then take the times, every provider of a case in turn, one call each per round."""
 
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from .. import backends
 from .cases import Case
-from .inputs import make_inputs, make_parameters
-from .peers import NotInstalled
-from .providers import Call, Op, Provider, build
-from .rows import Row, add_ratios
-from .verify import Mismatch, check, expected_outputs, tolerances
+from .memory import peak_bytes, resident_bytes, saved_bytes
+from .rows import FP32, Row, add_ratios
+from .workload import Call, Entry, Mismatch, NotInstalled, Workload, Yardstick
+
+Clock = Callable[[Call], float]  # calls once, and returns the seconds
+Timer = Callable[[], float]  # the same, of a call that it knows
+_Name = TypeVar("_Name", bound=Hashable)
 
 _OVERWRITTEN = 2**28  # bytes, more than any L2 cache has
-_MATMUL = 8192  # height and width of the matrices whose product stands for a GPU's rate
 
 
 @dataclass(frozen=True)
@@ -37,54 +37,200 @@ class Budget:
         return rounds >= self.at_least and elapsed >= self.seconds
 
 
-def saved_bytes(op: Op, x: Tensor, *parameters: Tensor) -> int:
-    """Memory that autograd holds between forward and backward of ``op``, its input included, each storage once."""
-    leaf = x.detach().requires_grad_()
-    return held_bytes(lambda: op(leaf, *parameters), parameters)
+class CallError(Exception):
+    """A call that worked before failed when its time was taken; after it the device may be lost to all of them."""
+
+    def __init__(self, name: Hashable, error: Exception) -> None:
+        super().__init__(f"{name}: {reason(error)}")
+        self.name, self.error = name, error
 
 
-def held_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Memory that autograd holds for the backward of what ``run`` returns, each storage once, without the parameters'.
+def reason(error: Exception) -> str:
+    """In a line."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return text if isinstance(error, Mismatch | NotInstalled) else f"{type(error).__name__}: {text[:120]}"
 
-    A feature that the caller's loss saves counts, whoever computed it.
+
+class Participant(Protocol):
+    """A provider in a case: a row, which has a failure or wants times."""
+
+    row: Row
+
+    def seconds(self) -> float:
+        """Of one call."""
+
+    def finish(self) -> None:
+        """Fill in what only the calls have told."""
+
+
+def measure(
+    cases: Sequence[Case],
+    make: Callable[[Case], Workload],
+    providers: Iterable[Any],
+    budget: Budget,
+    device: str = "cpu",
+    *,
+    isolate: bool = False,
+    why: Callable[[Exception], str] = reason,
+) -> list[Row]:
+    """A row for each provider that takes part in a case: checked, and if right then timed.
+
+    A torch provider that fails in 16 bits also runs in fp32, as fastcnn's C++ kernels do, in rows named "... (fp32)".
+
+    Args:
+        cases: cases that differ in nothing but the memory format, which are timed in the same rounds.
+        make: builds a case's workload.
+        providers: who, if their ``takes_part`` says so.
+        budget: how long.
+        device: where.
+        isolate: each provider has a process of its own, which is stopped while it is another's turn.
+        why: the text of a failure.
     """
-    storages = {}
-    never = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    taking_part = [(case, provider) for provider in providers for case in cases if provider.takes_part(case)]
+    if not taking_part:
+        return []
+    torch.compiler.reset()  # a new shape is a new compilation, and there is a limit to those of one function
+    with torch.random.fork_rng(), ExitStack() as stack:
+        workloads = {case: make(case) for case, _ in taking_part}
+        yardsticks = next(iter(workloads.values())).yardsticks()
+        clock_here = clock(device)
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in never:
-            storages[storage.data_ptr()] = storage  # kept, or the allocator could give its address to the next
-        return tensor
+        def start(case: Case, provider: Any, dtype: str) -> Participant:
+            if not isolate:
+                return Here(workloads[case], provider, dtype, clock_here, why, device)
+            from .isolate import Isolated
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run()
-    del output
-    return sum(storage.nbytes() for storage in storages.values())
+            return stack.enter_context(Isolated(make, case, provider, dtype, device, why))
+
+        if isolate:
+            workloads.clear()  # each process makes its own
+        participants = sorted(_participants(taking_part, start), key=lambda one: cases.index(one.row.case))
+        _add_times(participants, yardsticks, budget, clock_here, why)
+    rows = [participant.row for participant in participants]
+    add_ratios(rows)
+    return rows
 
 
-def time_rounds(calls: dict[str, Call], budget: Budget, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of every call, in rounds: each round calls each once, in a new order, so that all see the same noise."""
-    order, shuffle = list(calls), random.Random(0).shuffle
-    times: dict[str, list[float]] = {name: [] for name in order}
-    clock = cpu_seconds if device == "cpu" else gpu_clock(device)
+def _participants(
+    taking_part: Iterable[tuple[Case, Any]], start: Callable[[Case, Any, str], Participant]
+) -> Iterator[Participant]:
+    for case, provider in taking_part:
+        participant = start(case, provider, case.dtype)
+        yield participant
+        failed_torch = provider.name.startswith("torch.") and participant.row.failure is not None
+        if case.dtype != "fp32" and (failed_torch or provider.name == "fastcnn.cpu"):
+            yield start(case, provider, "fp32")
+
+
+class Here:
+    """A provider in a case, in this process."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        provider: Any,
+        dtype: str,
+        clock: Clock,
+        why: Callable[[Exception], str] = reason,
+        device: str = "cpu",
+    ) -> None:
+        case = workload.case
+        name = provider.name + ("" if dtype == case.dtype else FP32)
+        self.row = Row(**asdict(case), provider=name, bytes_moved=workload.bytes_moved(dtype), flop=workload.flop)
+        self.clock = clock
+        try:
+            self.entry = self._checked(workload, provider, dtype, device)
+        except Exception as error:
+            self.row.failure = why(error)
+
+    def _checked(self, workload: Workload, provider: Any, dtype: str, device: str) -> Entry:
+        before = resident_bytes(device) if workload.measures_memory else None
+        entry = workload.prepare(provider, dtype)
+        self.row.error, self.row.tolerance = workload.check(entry.check(), dtype)
+        entry.call()  # the warm-up
+        if entry.forward is not None:
+            self.row.saved_bytes = saved_bytes(entry.forward, entry.parameters)
+        if workload.measures_memory:
+            after = resident_bytes(device)
+            self.row.resident_bytes = None if before is None or after is None else after - before
+            self.row.peak_bytes = peak_bytes(entry.call, device)
+        if entry.phases is not None:
+            entry.phases.clear()
+        return entry
+
+    def seconds(self) -> float:
+        return self.clock(self.entry.call)
+
+    def finish(self) -> None:
+        phases = self.entry.phases
+        if phases is not None:
+            self.row.forward_ms, self.row.backward_ms, self.row.update_ms = (
+                1e3 * statistics.median(phase) for phase in (phases.forward, phases.backward, phases.update)
+            )
+
+
+def _add_times(
+    participants: Sequence[Participant],
+    yardsticks: Mapping[str, Yardstick],
+    budget: Budget,
+    clock: Clock,
+    why: Callable[[Exception], str],
+) -> None:
+    right = {id(one): one for one in participants if one.row.failure is None}
+    if not right:
+        return
+    timers: dict[Hashable, Timer] = {key: one.seconds for key, one in right.items()}
+    timers.update({name: partial(clock, yardstick.call) for name, yardstick in yardsticks.items()})
+    try:
+        times = time_rounds(timers, budget)
+    except CallError as failed:
+        for key, one in right.items():
+            culprit = right[failed.name].row.provider if failed.name in right else failed.name
+            one.row.failure = why(failed.error) if key == failed.name else f"not timed: {culprit} failed meanwhile"
+        return
+    rates = {name: yardstick.amount / statistics.median(times[name]) / 1e9 for name, yardstick in yardsticks.items()}
+    for key, one in right.items():
+        one.finish()
+        add_figures(one.row, times[key])
+    for one in participants:
+        one.row.copy_gb_per_s, one.row.matmul_gflop_per_s = rates.get("copy"), rates.get("matmul")
+
+
+def add_figures(row: Row, seconds: Iterable[float]) -> None:
+    """Fill in the median of the times, their quartiles, and the rates that follow from it."""
+    ms = [1e3 * s for s in seconds]
+    row.n, row.median_ms = len(ms), statistics.median(ms)
+    row.q1_ms, _, row.q3_ms = statistics.quantiles(ms, method="inclusive") if len(ms) > 1 else ms * 3
+    if row.bytes_moved is None:
+        row.images_per_s = 1e3 * row.shape[0] / row.median_ms
+    else:
+        row.gb_per_s = row.bytes_moved / row.median_ms / 1e6
+    if row.flop is not None:
+        row.gflop_per_s = row.flop / row.median_ms / 1e6
+
+
+def time_rounds(timers: Mapping[_Name, Timer], budget: Budget) -> dict[_Name, list[float]]:
+    """Seconds by each timer, in rounds: each round takes each once, in a new order, so that all see the same noise.
+
+    Raises:
+        CallError: one of them failed.
+    """
+    order, shuffle = list(timers), random.Random(0).shuffle
+    times: dict[_Name, list[float]] = {name: [] for name in order}
     start = time.perf_counter()
     while not budget.enough(len(times[order[0]]), time.perf_counter() - start):
         shuffle(order)
         for name in order:
             try:
-                times[name].append(clock(calls[name]))
+                times[name].append(timers[name]())
             except Exception as error:
                 raise CallError(name, error) from error
     return times
 
 
-class CallError(Exception):
-    """A call that worked before failed when its time was taken; after it the device may be lost to all of them."""
-
-    def __init__(self, name: str, error: Exception) -> None:
-        super().__init__(f"{name}: {reason(error)}")
-        self.name, self.error = name, error
+def clock(device: str) -> Clock:
+    """Of a device."""
+    return cpu_seconds if device == "cpu" else gpu_clock(device)
 
 
 def cpu_seconds(call: Call) -> float:
@@ -93,7 +239,7 @@ def cpu_seconds(call: Call) -> float:
     return time.perf_counter() - before
 
 
-def gpu_clock(device: str) -> Callable[[Call], float]:
+def gpu_clock(device: str) -> Clock:
     """A clock for calls on a GPU, whose L2 cache it overwrites first.
 
     While the GPU is busy with that, the host gets ahead of it, so that what is measured is the GPU's time and not the
@@ -111,92 +257,3 @@ def gpu_clock(device: str) -> Callable[[Call], float]:
         return before.elapsed_time(after) / 1e3
 
     return seconds
-
-
-def measure(case: Case, providers: Iterable[Provider], source: str, budget: Budget, device: str = "cpu") -> list[Row]:
-    """A row for each provider that takes part in the case: checked, and if right then timed.
-
-    In a 16-bit case fastcnn's C++ kernels also run in fp32, and so does a torch provider that has no 16-bit kernels:
-    the rows named "... (fp32)".
-    """
-    providers = [provider for provider in providers if provider.takes_part(case)]
-    if not providers:
-        return []
-    torch.compiler.reset()  # a new shape is a new compilation, and there is a limit to those of one function
-    x, dy = make_inputs(case, source, device)
-    expected = expected_outputs(case, x, dy)
-    rows: list[Row] = []
-    calls: dict[str, Call] = {}
-
-    @cache
-    def allowed(dtype: torch.dtype) -> list[float]:
-        return tolerances(case, x.to(dtype), dy.to(dtype), expected)
-
-    def take_part(provider: Provider, name: str, x: Tensor, dy: Tensor) -> None:
-        row = Row(**asdict(case), provider=name, bytes_moved=case.bytes_moved(x.element_size()), flop=case.flop)
-        rows.append(row)
-        try:
-            call = build(provider, case, x, dy)
-            row.error, row.tolerance = check(call(), expected, allowed(x.dtype))  # and the warm-up
-            if case.mode != "forward":
-                with backends.use(provider.backend):
-                    parameters = [parameter.requires_grad_() for parameter in make_parameters(case, x)]
-                    row.saved_bytes = saved_bytes(provider.op(case), x, *parameters)
-        except Exception as error:
-            row.failure = reason(error)
-        else:
-            calls[name] = call
-
-    for provider in providers:
-        take_part(provider, provider.name, x, dy)
-        failed_torch = provider.name.startswith("torch.") and rows[-1].failure is not None
-        if case.dtype != "fp32" and (provider.name == "fastcnn.cpu" or failed_torch):
-            take_part(provider, f"{provider.name} (fp32)", x.float(), dy.float())
-    if calls:
-        try:
-            add_times(rows, calls, x, budget, device)
-        except CallError as failed:
-            for row in rows:
-                if row.provider == failed.name:
-                    row.failure = reason(failed.error)
-    return rows
-
-
-def reason(error: Exception) -> str:
-    text = (str(error).strip() or "no message").splitlines()[0]
-    return text if isinstance(error, Mismatch | NotInstalled) else f"{type(error).__name__}: {text[:120]}"
-
-
-def add_times(rows: list[Row], calls: dict[str, Call], x: Tensor, budget: Budget, device: str) -> None:
-    copy = torch.zeros_like(x)
-    others: dict[str, Call] = {"copy": lambda: (copy.copy_(x),)}
-    if rows[0].flop and device != "cpu":
-        others["matmul"], flop = matmul(_MATMUL, x.dtype, device)
-    times = time_rounds({**calls, **others}, budget, device)
-    copy_gb_per_s = 2 * x.nbytes / statistics.median(times["copy"]) / 1e9
-    for row in rows:
-        row.copy_gb_per_s = copy_gb_per_s
-        if "matmul" in times:
-            row.matmul_gflop_per_s = flop / statistics.median(times["matmul"]) / 1e9
-        if row.provider in calls:
-            median_ms = add_median(row, times[row.provider])
-            assert row.bytes_moved is not None
-            row.gb_per_s = row.bytes_moved / median_ms / 1e6
-            row.gflop_per_s = row.flop / median_ms / 1e6 if row.flop else None
-    add_ratios(rows)
-
-
-def matmul(size: int, dtype: torch.dtype, device: str) -> tuple[Call, int]:
-    """A product of square matrices, whose rate stands for the machine's, and its operations."""
-    a, b = torch.randn(2, size, size).to(device, dtype)
-    product = torch.mm(a, b)
-    return lambda: (torch.mm(a, b, out=product),), 2 * size**3
-
-
-def add_median(row: Row, seconds: Iterable[float]) -> float:
-    """Fill in the median of the times, in milliseconds, and their quartiles; return the median."""
-    ms = [1e3 * s for s in seconds]
-    median = statistics.median(ms)
-    row.n, row.median_ms = len(ms), median
-    row.q1_ms, _, row.q3_ms = statistics.quantiles(ms, method="inclusive") if len(ms) > 1 else ms * 3
-    return median

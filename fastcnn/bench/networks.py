@@ -1,96 +1,90 @@
-"""The networks that are measured: what they are built from, what is asked of them, how much they compute.
+"""The networks that are measured: a record for each, and the usual cases.
 
 Their modes: "inference" is a forward without gradients; "training step" forward, loss, backward and an update by SGD;
 "input gradient" a loss on the features of a network whose weights are frozen, and its gradient for the images.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import models
-from .. import nn as layers
+from ..optimize import optimize
 from .cases import ANY_FORMAT, Case
 
 NETWORK_MODES = ("inference", "training step", "input gradient")
 NETWORK_DTYPES = ("fp32", "bf16")
+_QUICK = (("alexnet", "inference", 32), ("alexnet", "training step", 32), ("vgg16-features", "input gradient", 4))
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is usual for a network; ``model`` is its name in the registry, None for one of this file."""
+    """What the benchmark knows of a network.
 
-    model: str | None
+    Args:
+        name: of the network.
+        make: (height and width of the images, plain) -> the network, of torch's layers if ``plain``, else fastcnn's.
+        size: the usual height and width.
+        smallest: of smaller images nothing would be left.
+        batches: the usual ones, of inference.
+        batch: of the other modes.
+        modes: those of ``NETWORK_MODES`` that make sense for it.
+    """
+
+    name: str
+    make: Callable[[int, bool], nn.Module]
     size: int
     smallest: int
-    batches: tuple[int, ...]  # of inference
-    batch: int  # of the other modes
+    batches: tuple[int, ...]
+    batch: int
     modes: tuple[str, ...] = NETWORK_MODES[:2]
 
 
-NETWORKS = {
-    "alexnet": Network("alexnet", 227, 64, (1, 8, 32, 128), 32),
-    "vgg16": Network("vgg16", 224, 32, (1, 8), 4),
-    "inception_v1": Network("inception_v1", 224, 32, (1, 8, 32), 8),
-    "vgg16-features": Network(None, 224, 16, (4,), 4, NETWORK_MODES[2:]),
-}
-_QUICK = (("alexnet", "inference", 32), ("alexnet", "training step", 32), ("vgg16-features", "input gradient", 4))
-_VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and convolutions of each stage
-_TAPPED = ("conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3")
-
-
-@dataclass
-class Laps:
-    """Seconds of the parts of a training step, a list of each, filled in as it runs."""
-
-    forward: list[float] = field(default_factory=list)
-    backward: list[float] = field(default_factory=list)
-    update: list[float] = field(default_factory=list)
-
-    def clear(self) -> None:
-        for part in (self.forward, self.backward, self.update):
-            part.clear()
-
-
-class ConvThenReLU2d(nn.Conv2d):
-    """The two of torch."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu(super().forward(input))
-
-
-class Features(nn.Sequential):
+class Features(nn.Module):
     """VGG-16 up to conv5_3, its weights frozen: images -> the loss of each, as perceptual losses such as LPIPS have it.
 
-    First all features are computed, those behind the ReLUs 1_2, 2_2, 3_3, 4_3 and 5_3, then the sum of their squares.
+    First all features are computed, those after the ReLUs 1_2, 2_2, 3_3, 4_3 and 5_3, then the sum of their squares.
     """
 
-    def __init__(self, *, plain: bool) -> None:
+    TAPPED = ("3", "8", "15", "22", "29")
+
+    def __init__(self) -> None:
         super().__init__()
-        convolution, pool = (ConvThenReLU2d, nn.MaxPool2d) if plain else (layers.ConvReLU2d, layers.MaxPool2d)
-        before = 3
-        for stage, (channels, depth) in enumerate(_VGG16, 1):
-            if stage > 1:
-                self.add_module(f"pool{stage - 1}", pool(2, 2))
-            for i in range(1, depth + 1):
-                self.add_module(f"conv{stage}_{i}", convolution(before, channels, 3, padding=1))
-                before = channels
-        for name, parameter in self.named_parameters():
-            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.kaiming_normal_(parameter)
-            parameter.requires_grad_(False)
+        vgg: Any = models.create_model("vgg16", init="kaiming", input_size=32, plain=True)  # its smallest classifier
+        self.layers: nn.Sequential = vgg.features[:30].requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
         features = []
-        for name, layer in self.named_children():
+        for name, layer in self.layers.named_children():
             input = layer(input)
-            if name in _TAPPED:
+            if name in self.TAPPED:
                 features.append(input)
         return torch.stack([feature.square().sum((1, 2, 3)) for feature in features]).sum(0)
+
+
+def _features(size: int, plain: bool) -> nn.Module:
+    return Features() if plain else optimize(Features(), inplace=True)
+
+
+def _registered(name: str, size: int, plain: bool) -> nn.Module:
+    return models.create_model(name, init="kaiming", input_size=size, plain=plain)
+
+
+NETWORKS = {
+    network.name: network
+    for network in (
+        Network("alexnet", partial(_registered, "alexnet"), 227, 64, (1, 8, 32, 128), 32),
+        Network("vgg16", partial(_registered, "vgg16"), 224, 32, (1, 8), 4),
+        Network("inception_v1", partial(_registered, "inception_v1"), 224, 32, (1, 8, 32), 8),
+        Network("vgg16-features", _features, 224, 16, (4,), 4, NETWORK_MODES[2:]),
+    )
+}
 
 
 def select_networks(
@@ -126,14 +120,6 @@ def check_size(network: str, size: int) -> None:
     """Raise ValueError where nothing would be left of an image of this size."""
     if size < NETWORKS[network].smallest:
         raise ValueError(f"{size}: {network} needs at least {NETWORKS[network].smallest}")
-
-
-def make_network(case: Case, *, plain: bool) -> nn.Module:
-    """Built in evaluation mode, with He's initialization."""
-    model = NETWORKS[case.op].model
-    if model is None:
-        return Features(plain=plain).eval()
-    return models.create_model(model, init="kaiming", input_size=case.shape[-1], plain=plain).eval()
 
 
 def count_flop(case: Case, network: nn.Module) -> int:

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-class NotInstalled(Exception):
-    """A runtime that is not here."""
+from .workload import NotInstalled
 
 
 def onnxruntime(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cases import ANY_FORMAT, Case
-from .report import SECONDARY, setting
-from .rows import Row
+from .report import setting
+from .rows import EAGER, FP32, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def write_plots(folder: Path, document: dict[str, Any], rows: Sequence[Row], nam
     """
     header = document["header"]
     machine = setting(header)
-    rows = [row for row in rows if not row.provider.endswith(SECONDARY)]
+    rows = [row for row in rows if not row.provider.endswith(FP32)]
     shapes = {row.shape for row in rows}
     if len(shapes) == 1:
         machine += f", shape: {shapes.pop()}"
@@ -52,14 +52,13 @@ def write_plots(folder: Path, document: dict[str, Any], rows: Sequence[Row], nam
         figure.savefig(folder / file, dpi=130)
         paths.append(folder / file)
 
-    faster = [row for row in rows if row.vs_eager and row.provider != "torch.eager"]
+    faster = [row for row in rows if row.vs_eager and row.provider not in EAGER]
     if faster:
         figure, axes = _bars(faster, lambda row: row.vs_eager or 1, "{:.1f}x", start=1)
         axes.axvline(1, color="black", linewidth=1.2, label="torch.eager")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}x")
-        same = "in the same run" if name == "models" else "in the same memory format and the same run"
-        axes.set_xlabel(f"{same}, log scale")
+        axes.set_xlabel("than the faster of its two memory formats, in the same run, log scale")
         finish(figure, axes, "Times faster than torch eager", f"{name}_speedup.png")
 
     timed = [row for row in rows if row.gb_per_s]
@@ -69,7 +68,7 @@ def write_plots(folder: Path, document: dict[str, Any], rows: Sequence[Row], nam
         axes.set_xlabel("GB/s: bytes that the operator must read and write / time")
         finish(figure, axes, "Bandwidth reached", f"{name}_roofline.png")
 
-    computed = [row for row in rows if row.gflop_per_s and row.is_network]
+    computed = [row for row in rows if row.gflop_per_s and row.images_per_s]
     if computed:
         figure, axes = _bars(computed, lambda row: row.gflop_per_s or 0, "{:.0f}", start=0)
         if header["matmul_gflop_per_s"]:

@@ -1,33 +1,51 @@
-"""Who runs a case: fastcnn by each of its backends, PyTorch as it is, PyTorch compiled."""
+"""Who takes part: fastcnn, PyTorch as it is and compiled, and for networks other runtimes where they are installed."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import backends
-from .. import functional as FF
-from .cases import LRN, POOL, Case
-from .inputs import convolution_args, make_parameters
+from ..optimize import optimize
+from . import peers
+from .cases import Case
+from .network_workload import Forward
+from .operator_workload import Function, OperatorWorkload
 
-Op = Callable[..., Tensor]  # of the input and, where there are any, the parameters
-Call = Callable[[], tuple[Tensor, ...]]
+
+def _torch(workload: OperatorWorkload) -> Function:
+    return workload.function(workload.operator.torch)
+
+
+def _ours(workload: OperatorWorkload) -> Function:
+    return workload.function(workload.operator.ours)
+
+
+def _compiled(workload: OperatorWorkload) -> Function:
+    return torch.compile(_torch(workload), dynamic=False, fullgraph=True)
+
+
+def _compiled_for_gpu(workload: OperatorWorkload) -> Function:
+    """The tail with all of inductor's tuning. A convolution's is left to cuDNN: it would take half a minute each."""
+    mode = "max-autotune-no-cudagraphs" if workload.case.op == "relu_lrn_max_pool2d" else None
+    return torch.compile(_torch(workload), dynamic=False, fullgraph=True, mode=mode)
 
 
 @dataclass(frozen=True)
-class Provider:
+class OperatorProvider:
     """Someone who has the operators.
 
     Args:
         name: as shown and as given to ``--providers``.
-        op: case -> the operator as a function.
+        function: of a workload, the function of the input and the parameters.
         backend: the backend to force, for fastcnn.
     """
 
     name: str
-    op: Callable[[Case], Op]
+    function: Callable[[OperatorWorkload], Function]
     backend: str | None = None
 
     def takes_part(self, case: Case) -> bool:
@@ -35,118 +53,75 @@ class Provider:
         return case.memory == "fresh" or self.backend == "cpu"
 
 
-def _torch_lrn(x: Tensor) -> Tensor:
-    return F.local_response_norm(x, LRN.size, LRN.alpha, LRN.beta, LRN.k)
-
-
-def _torch_tail(x: Tensor) -> Tensor:
-    return F.max_pool2d(_torch_lrn(F.relu(x)), *POOL.op_args())
-
-
-def torch_op(case: Case) -> Op:
-    """The operator in torch's own functions."""
-    conv = convolution_args(case)
-    ops: dict[str, Op] = {
-        "lrn": _torch_lrn,
-        "max_pool2d": lambda x: F.max_pool2d(x, *POOL.op_args()),
-        "conv2d_relu": lambda x, weight, bias: F.relu(F.conv2d(x, weight, bias, *conv)),
-        "relu_lrn_max_pool2d": _torch_tail,
-    }
-    return ops[case.op]
-
-
-def _fastcnn_op(case: Case) -> Op:
-    conv = convolution_args(case)
-    ops: dict[str, Op] = {
-        "lrn": lambda x: FF.local_response_norm(x, LRN.size, LRN.alpha, LRN.beta, LRN.k),
-        "max_pool2d": lambda x: FF.max_pool2d(x, *POOL.op_args()),
-        "conv2d_relu": lambda x, weight, bias: FF.conv2d_relu(x, weight, bias, *conv),
-        "relu_lrn_max_pool2d": lambda x: FF.relu_lrn_max_pool2d(x, lrn=LRN, pool=POOL),
-    }
-    return ops[case.op]
-
-
-def _compiled(case: Case) -> Op:
-    return torch.compile(torch_op(case), dynamic=False, fullgraph=True)
-
-
-def _compiled_for_gpu(case: Case) -> Op:
-    """The tail with all of inductor's tuning. A convolution's is left to cuDNN: it would take half a minute each."""
-    mode = "max-autotune-no-cudagraphs" if case.op == "relu_lrn_max_pool2d" else None
-    return torch.compile(torch_op(case), dynamic=False, fullgraph=True, mode=mode)
-
-
-def all_providers(device: str = "cpu") -> dict[str, Provider]:
+def operator_providers(device: str = "cpu") -> dict[str, OperatorProvider]:
     """Those that can run on this device, by name: fastcnn's backends, the fastest first, then PyTorch.
 
     On a GPU there also is "fastcnn", which leaves the choice of the backend to each operator.
     """
     here = [name for name in reversed(backends.NAMES) if not backends.why_not(name, torch.device(device))]
-    ours = [Provider(f"fastcnn.{backend}", _fastcnn_op, backend) for backend in here]
+    ours = [OperatorProvider(f"fastcnn.{backend}", _ours, backend) for backend in here]
     if device != "cpu":
-        ours.insert(0, Provider("fastcnn", _fastcnn_op))
+        ours.insert(0, OperatorProvider("fastcnn", _ours))
     compiled = _compiled if device == "cpu" else _compiled_for_gpu
-    torchs = [Provider("torch.eager", torch_op), Provider("torch.compile", compiled)]
+    torchs = [OperatorProvider("torch.eager", _torch), OperatorProvider("torch.compile", compiled)]
     return {provider.name: provider for provider in (*ours, *torchs)}
 
 
-def build(provider: Provider, case: Case, x: Tensor, dy: Tensor) -> Call:
-    """A function without arguments that runs the case once and returns what is checked: output, gradients or both."""
-    with backends.use(provider.backend):
-        run = _build_mapped(case, x, dy) if case.memory == "mapped" else build_call(provider.op(case), case, x, dy)
+@dataclass(frozen=True)
+class NetworkProvider:
+    """Someone who runs networks.
 
-    def call() -> tuple[Tensor, ...]:
-        with backends.use(provider.backend):
-            return run()
+    Args:
+        name: as shown and as given to ``--providers``.
+        fused: from the layers of fastcnn, not torch's.
+        optimize: what makes another network of it first, for "inference" and "training", see :mod:`fastcnn.bench.zoo`.
+        channels_last: weights and images in this format, otherwise NCHW.
+        compile: through torch.compile, for inference with freezing.
+        graphs: torch.compile captures CUDA graphs; on GPUs only.
+        export: another runtime: (network, images, dtype) -> its forward.
+    """
 
-    return call
+    name: str
+    fused: bool = False
+    optimize: Callable[[nn.Module], nn.Module] | None = None
+    channels_last: bool = False
+    compile: bool = False
+    graphs: bool = False
+    export: Callable[[nn.Module, Tensor, torch.dtype], Forward] | None = None
 
+    def takes_part(self, case: Case) -> bool:
+        """The other runtimes only infer."""
+        return self.export is None or case.mode == "inference"
 
-def build_call(op: Op, case: Case, x: Tensor, dy: Tensor) -> Call:
-    """As :func:`build`, of an operator."""
-    parameters = make_parameters(case, x)
-    if case.mode == "forward":
+    def optimized(self, network: nn.Module) -> nn.Module:
+        return network if self.optimize is None else self.optimize(network)
 
-        def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (op(x, *parameters),)
-
-        return forward
-
-    leaves = [x.detach().requires_grad_(), *(p.requires_grad_() for p in parameters)]
-    if case.mode == "backward":
-        # inductor would otherwise reuse saved tensors as scratch memory, and refuse to run the same graph twice
-        with torch._functorch.config.patch(donated_buffer=False):
-            output = op(*leaves)
-        return lambda: torch.autograd.grad(output, leaves, dy, retain_graph=True)
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        y = op(*leaves)
-        return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
-    return forward_backward
+    def compiled(self, network: nn.Module) -> Forward:
+        if not self.compile:
+            return network
+        return torch.compile(network, dynamic=False, mode="reduce-overhead" if self.graphs else None)
 
 
-def _build_mapped(case: Case, x: Tensor, dy: Tensor) -> Call:
-    library = torch.ops.fastcnn_cpu
-    channels_last = case.format == "channels_last"
-    lrn = (LRN.size, LRN.alpha, LRN.beta, LRN.k, LRN.groups)
-    if case.mode == "backward":
-        dx = torch.zeros_like(x)
+def optimized_for_inference(network: nn.Module) -> nn.Module:
+    """By fastcnn, the network itself."""
+    return optimize(network, inference=True, inplace=True)
 
-        def backward() -> tuple[Tensor, ...]:
-            library.lrn_backward(dy, x, dx, channels_last, *lrn)
-            return (dx,)
 
-        return backward
-
-    y = torch.zeros_like(dy)
-
-    def forward() -> tuple[Tensor, ...]:
-        if case.op == "lrn":
-            library.lrn(x, y, channels_last, *lrn)
-        else:
-            library.relu_lrn_max_pool2d(x, None, y, None, channels_last, True, *lrn, *POOL.op_args())
-        return (y,)
-
-    return forward
+def network_providers(device: str = "cpu") -> dict[str, NetworkProvider]:
+    """By name: fastcnn, then PyTorch, then, on CPU, the others, installed or not."""
+    every = [
+        NetworkProvider("fastcnn", fused=True, optimize=optimized_for_inference, channels_last=True),
+        NetworkProvider("fastcnn NCHW", fused=True),
+        NetworkProvider("torch.eager"),
+        NetworkProvider("torch.eager channels_last", channels_last=True),
+        NetworkProvider("torch.compile", channels_last=True, compile=True),
+        # in training it fails the check: with torch 2.13 AlexNet's convolutions get zero gradients at batch 32
+        NetworkProvider("torch.compile NCHW", compile=True),
+    ]
+    if device == "cpu":
+        every.append(NetworkProvider("onnxruntime", export=peers.onnxruntime))
+        every.append(NetworkProvider("openvino", export=peers.openvino))
+    else:
+        torchs = NetworkProvider("torch.compile, CUDA graphs", channels_last=True, compile=True, graphs=True)
+        every = [replace(torchs, name="fastcnn, CUDA graphs", fused=True), *every, torchs]
+    return {provider.name: provider for provider in every}

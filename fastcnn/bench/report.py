@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from .cases import ANY_FORMAT
 from .environment import environment
-from .rows import Row
-
-SECONDARY = " (fp32)"  # ends the name of a provider that stands beside a 16-bit case
+from .rows import FP32, Row
 
 
 def report(rows: Sequence[Row], *, command: str, source: str, device: str = "cpu") -> dict[str, Any]:
@@ -39,6 +38,11 @@ def report(rows: Sequence[Row], *, command: str, source: str, device: str = "cpu
     return {"header": header, "rows": [asdict(row) for row in rows]}
 
 
+def read_rows(document: dict[str, Any]) -> list[Row]:
+    """The rows of a file's :func:`report`, also of one that has fewer columns."""
+    return [Row(**{**fields, "shape": tuple(fields["shape"])}) for fields in document["rows"]]
+
+
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """The old file is there until the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +59,11 @@ def setting(header: dict[str, Any]) -> str:
     return f"{header.get('gpu') or cpu}, torch {header['torch']}, input: {header['input']}{rates}"
 
 
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """One table for each operator or network, mode and shape; in it the providers of each case under a heading."""
+def tables(rows: Sequence[Row]) -> list[RenderableType]:
+    """One table for each operator or network, mode and shape; in it the providers of each case under a heading.
+
+    Below it is what failed, and why.
+    """
     titles = _grouped(rows, lambda row: f"{row.layer or row.op} {row.mode}, input {row.shape}")
     return [_table(title, members) for title, members in titles.items()]
 
@@ -77,32 +84,30 @@ def new_table(title: str, *columns: str) -> Table:
     return table
 
 
-def _table(title: str, rows: list[Row]) -> Table:
-    columns = _NETWORK_COLUMNS if rows[0].is_network else _KERNEL_COLUMNS
+def _table(title: str, rows: list[Row]) -> RenderableType:
+    cells = [{name: figure(row) for name, figure in _COLUMNS.items()} for row in rows]
+    columns = [name for name in _COLUMNS if any(row[name] for row in cells)]
     table = new_table(title, *columns)
-    notes, laps = [], []
-    for case, members in groupby(rows, key=lambda row: row.case):
+    notes, phases = [], []
+    for case, members in groupby(zip(rows, cells, strict=True), key=lambda pair: pair[0].case):
         mapped = ", mapped" if case.memory == "mapped" else ""
         format = "" if case.format == ANY_FORMAT else f" {case.format}"
         table.add_row(f"{case.dtype}{format}{mapped}", style="cyan")
-        for row in members:
-            figures = [figure(row) for figure in columns.values()] if row.median_ms else [_missing(row)]
-            table.add_row(f"  {row.provider}", *figures, style="bold" if is_ours(row) else "")
+        for row, figures in members:
+            shown = [figures[name] for name in columns] if row.median_ms else [_missing(row)]
+            table.add_row(f"  {row.provider}", *shown, style="bold" if is_ours(row) else "")
             if row.failure is not None:
                 failed = "" if row.failure.startswith("not installed") else "failed: "
                 notes.append(f"{row.provider}, {case.dtype}{format}: {failed}{row.failure}")
             if row.forward_ms is not None:
                 parts = f"forward {row.forward_ms:.0f}, backward {row.backward_ms:.0f}, update {row.update_ms:.0f} ms"
-                laps.append(f"  {row.provider}: {parts}")
-    if notes or laps:
-        lines = [Text(line, style="dim") for line in laps] + [Text(note, style="red") for note in notes]
-        table.caption, table.caption_justify = Text("\n").join(lines), "left"
-    return table
+                phases.append(f"  {row.provider}: {parts}")
+    return Group(table, *(Text(line, style="dim") for line in phases), *(Text(note, style="red") for note in notes))
 
 
 def is_ours(row: Row) -> bool:
     """Whether fastcnn ran the case in its own dtype."""
-    return row.provider.startswith("fastcnn") and not row.provider.endswith(SECONDARY)
+    return row.provider.startswith("fastcnn") and not row.provider.endswith(FP32)
 
 
 def _missing(row: Row) -> str:
@@ -114,59 +119,47 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}x" if value >= 2 else f"{value:.2f}x"
 
 
+def number(value: float | None, digits: int = 1) -> str:
+    """Shown with this many digits after the point."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _quotient(part: float | None, whole: float | None) -> str:
+    return f"{part / whole:.0%}" if part and whole else ""
+
+
 def _of_copy(row: Row) -> str:
-    return f"{row.gb_per_s / row.copy_gb_per_s:.0%}" if row.gb_per_s and row.copy_gb_per_s else ""
+    return _quotient(row.gb_per_s, row.copy_gb_per_s)
 
 
 def _spread(row: Row) -> str:
-    if row.q1_ms is None or row.q3_ms is None or row.median_ms is None:
-        return ""
-    return f"{(row.q3_ms - row.q1_ms) / row.median_ms:.0%}"
-
-
-def number(value: float | None, digits: int = 1) -> str:
-    """Shown with so many digits after the point."""
-    return "" if value is None else f"{value:.{digits}f}"
+    return "" if row.q1_ms is None or row.q3_ms is None else f"{(row.q3_ms - row.q1_ms) / (row.median_ms or 1):.0%}"
 
 
 def _megabytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e6:.1f}"
 
 
-def _percentage(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
-
-
-_Columns = dict[str, Callable[[Row], str]]
-_COMMON: _Columns = {
+# Those of which no row of a table has a figure are left out.
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "images/s": lambda row: number(row.images_per_s),
     "median ms": lambda row: number(row.median_ms, 2),
     "spread": _spread,
     "vs eager": lambda row: ratio(row.vs_eager),
     "vs compile": lambda row: ratio(row.vs_compile),
-}
-_KERNEL_COLUMNS: _Columns = {
-    **_COMMON,
     "GB/s": lambda row: number(row.gb_per_s),
     "of copy": _of_copy,
     "GFLOP/s": lambda row: number(row.gflop_per_s, 0),
+    "of mm": lambda row: _quotient(row.gflop_per_s, row.matmul_gflop_per_s),
     "saved MB": lambda row: _megabytes(row.saved_bytes),
-}
-_NETWORK_COLUMNS: _Columns = {
-    "images/s": lambda row: number(row.images_per_s),
-    **_COMMON,
-    "GFLOP/s": lambda row: number(row.gflop_per_s, 0),
-    "of mm": lambda row: (
-        _percentage(row.gflop_per_s / row.matmul_gflop_per_s) if row.gflop_per_s and row.matmul_gflop_per_s else ""
-    ),
-    "saved MB": lambda row: _megabytes(row.saved_bytes),
-    "of eager's": lambda row: _percentage(row.saved_vs_eager),
-    "peak MB": lambda row: "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
-    "resident MB": lambda row: "-" if row.resident_bytes is None else f"{row.resident_bytes / 1e6:.0f}",
+    "of eager's": lambda row: _quotient(row.saved_vs_eager, 1),
+    "peak MB": lambda row: number(row.peak_bytes and row.peak_bytes / 1e6, 0),
+    "resident MB": lambda row: number(row.resident_bytes and row.resident_bytes / 1e6, 0),
 }
 
 
 def summaries(rows: Sequence[Row]) -> list[Table]:
-    """For each shape, fastcnn by its fastest backend against PyTorch in the same memory format, a line for each case.
+    """For each shape, fastcnn by its fastest backend against PyTorch in its faster format, a line for each case.
 
     The last column is of the same case with its output memory already mapped.
     """
@@ -193,8 +186,8 @@ def _summary(shape: str, rows: list[Row]) -> Table:
 
 def _comparisons(best: Row, others: dict[str, Row]) -> list[str]:
     """``best`` against eager, torch.compile and its own fp32, saying so where torch ran in fp32 too."""
-    eager, compiled = (" fp32" if name + SECONDARY in others else "" for name in ("torch.eager", "torch.compile"))
-    wide = others.get(best.provider + SECONDARY)
+    eager, compiled = (" fp32" if name + FP32 in others else "" for name in ("torch.eager", "torch.compile"))
+    wide = others.get(best.provider + FP32)
     than_wide = wide.median_ms / best.median_ms if wide and wide.median_ms and best.median_ms else None
     return [
         ratio(best.vs_eager) + eager if best.vs_eager else "",

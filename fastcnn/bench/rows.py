@@ -1,9 +1,12 @@
 """What one measurement tells, and how rows compare."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from .cases import ANY_FORMAT, Case, Shape
+
+EAGER = ("torch.eager", "torch.eager channels_last")
+FP32 = " (fp32)"  # ends the name of a provider that runs a 16-bit case in fp32
 
 
 @dataclass
@@ -50,21 +53,31 @@ class Row:
     def case(self) -> Case:
         return Case(self.op, self.shape, self.dtype, self.format, self.mode, self.memory, self.layer)
 
-    @property
-    def is_network(self) -> bool:
-        return self.format == ANY_FORMAT
-
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """Fill in how many times faster than torch each row is, in its own case; torch's fp32 stands in for its 16 bits."""
-    saved = {row.case: row.saved_bytes for row in rows if row.provider == "torch.eager"}
-    medians = {(row.case, row.provider): row.median_ms for row in rows if row.failure is None}
+    """Fill in how many times faster each row is than torch in the memory format in which torch is the fastest.
+
+    Rows compare within the same operator, shape, dtype, mode and memory. What failed its check is no rival; torch's
+    fp32 is one only where its 16 bits failed in every format.
+    """
+    groups: dict[Case, list[Row]] = {}
     for row in rows:
-        if row.median_ms is None:
-            continue
-        eagers = saved.get(row.case)
-        if eagers and row.saved_bytes is not None:
-            row.saved_vs_eager = row.saved_bytes / eagers
-        for field, torchs in (("vs_eager", "torch.eager"), ("vs_compile", "torch.compile")):
-            baseline = medians.get((row.case, torchs)) or medians.get((row.case, f"{torchs} (fp32)"))
-            setattr(row, field, baseline / row.median_ms if baseline else None)
+        groups.setdefault(replace(row.case, format=ANY_FORMAT), []).append(row)
+    for members in groups.values():
+        eager, compiled = (fastest(members, name) for name in ("torch.eager", "torch.compile"))
+        saved = [row.saved_bytes for row in members if row.provider in EAGER and row.saved_bytes]
+        for row in members:
+            if row.median_ms is not None:
+                row.vs_eager, row.vs_compile = (_ratio(rival, row) for rival in (eager, compiled))
+                row.saved_vs_eager = row.saved_bytes / min(saved) if saved and row.saved_bytes is not None else None
+
+
+def fastest(rows: Iterable[Row], name: str) -> Row | None:
+    """The fastest with a time of the providers whose names begin with ``name``; one in fp32 if there is no other."""
+    timed = [row for row in rows if row.provider.startswith(name) and row.median_ms is not None]
+    own = [row for row in timed if not row.provider.endswith(FP32)]
+    return min(own or timed, key=lambda row: row.median_ms or 0.0, default=None)
+
+
+def _ratio(rival: Row | None, row: Row) -> float | None:
+    return rival.median_ms / row.median_ms if rival and rival.median_ms and row.median_ms else None

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -19,13 +18,11 @@ from rich.text import Text
 from torch import Tensor
 
 from .cases import Case
-from .inputs import images
 from .measure import reason
-from .network_providers import NetworkProvider, prepare
-from .network_verify import check_network, expected_of_network
-from .networks import make_network
-from .providers import Call
+from .network_workload import NetworkWorkload
+from .providers import NetworkProvider
 from .report import new_table, number
+from .workload import Call
 
 SERVING = ("fastcnn", "torch.eager channels_last", "torch.compile", "onnxruntime", "openvino")
 
@@ -67,18 +64,13 @@ def measure_serving(
     batch, _, size, _ = case.shape
     rows: list[ServeRow] = []
     calls: dict[str, Call] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        plain, fused = make_network(case, plain=True), make_network(case, plain=False)
-    fused.load_state_dict(plain.state_dict())
-    x, labels = images(batch, size), torch.zeros(batch, dtype=torch.long)
-    expected = expected_of_network(case, plain, x, labels)
+    workload = NetworkWorkload(case)
     for provider in providers:
         mine = [ServeRow(case.op, batch, size, case.dtype, count, provider.name) for count in clients]
         rows += mine
         try:
-            entry = prepare(provider, case, deepcopy(fused if provider.fused else plain), x, labels)
-            error, tolerance = check_network(case, entry.check(), expected)
+            entry = workload.prepare(provider, case.dtype)
+            error, tolerance = workload.check(entry.check(), case.dtype)
         except Exception as failed:
             for row in mine:
                 row.failure = reason(failed)
@@ -86,12 +78,12 @@ def measure_serving(
             calls[provider.name] = entry.call
             for row in mine:
                 row.error, row.tolerance = error, tolerance
-    _add_bursts(case, rows, calls, expected, seconds, rounds)
+    _add_bursts(workload, rows, calls, seconds, rounds)
     return rows
 
 
 def _add_bursts(
-    case: Case, rows: list[ServeRow], calls: dict[str, Call], expected: Sequence[Tensor], seconds: float, rounds: int
+    workload: NetworkWorkload, rows: list[ServeRow], calls: dict[str, Call], seconds: float, rounds: int
 ) -> None:
     order, shuffle = [row for row in rows if row.failure is None], random.Random(0).shuffle
     seen = {id(row): Burst() for row in order}
@@ -103,7 +95,7 @@ def _add_bursts(
             try:
                 got = burst(calls[row.provider], row.clients, seconds)
                 for answer in got.answers:
-                    check_network(case, answer, expected)
+                    workload.check(answer, workload.case.dtype)
             except Exception as error:
                 row.failure = reason(error)
             else:

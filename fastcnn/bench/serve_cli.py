@@ -10,8 +10,8 @@ import typer
 
 from .cases import ANY_FORMAT, Case
 from .console import among, print_tables, tracked
-from .network_providers import network_providers
 from .networks import NETWORK_DTYPES, NETWORKS, check_size
+from .providers import network_providers
 from .report import report, write_json
 from .serve import SERVING, measure_serving, serve_tables
 

@@ -9,7 +9,6 @@ import importlib.util
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -21,18 +20,16 @@ from torch import Tensor, nn
 from .. import __version__, backends, models
 from ..optimize import optimize
 from .cases import ANY_FORMAT, Case
-from .inputs import images
-from .measure import Budget, CallError, add_median, reason, time_rounds
-from .network_providers import Entry, NetworkProvider, optimized_for_inference, prepare
-from .network_verify import check_network, expected_of_network
-from .rows import Row
-from .verify import Mismatch
+from .measure import Budget, measure, reason
+from .network_workload import NetworkWorkload
+from .providers import NetworkProvider, optimized_for_inference
+from .rows import EAGER, Row
+from .workload import Mismatch, Yardstick
 
 ZOO_MODES = ("inference", "training")
 BATCHES, SIZES = (1, 4, 16), (224, 64, 32)
 OWN_SIZE = 224  # stands for that of a network which has another
 TORCHVISION = ("alexnet", "vgg16", "vgg16_bn", "squeezenet1_0", "googlenet", "resnet18")
-EAGER = ("torch.eager", "torch.eager channels_last")
 _SAMPLED = 8  # of so many cases ``quick`` takes one
 
 
@@ -154,68 +151,51 @@ def zoo_providers(mode: str, compile: bool) -> list[NetworkProvider]:
     return every
 
 
+class ZooWorkload(NetworkWorkload):
+    """A network without dropout, and with batch norms that have statistics and parameters.
+
+    As batch norms are made they do nothing, and could be left out unseen.
+    """
+
+    measures_memory = False
+
+    def __init__(self, case: Case, network: ZooNetwork) -> None:
+        self.network = network
+        super().__init__(case)
+        self.expected  # noqa: B018 (what the network itself cannot do fails here, and for everybody)
+
+    def make(self) -> tuple[nn.Module, nn.Module]:
+        made = self.network.make(self.case.shape[-1]).eval()
+        for layer in made.modules():
+            if isinstance(layer, nn.Dropout | nn.Dropout2d):
+                layer.p = 0.0
+            if isinstance(layer, nn.BatchNorm2d):
+                for tensor in _present(layer.running_mean, layer.bias):
+                    nn.init.normal_(tensor)
+                for tensor in _present(layer.running_var, layer.weight):
+                    nn.init.uniform_(tensor, 0.5, 1.5)
+        return made, made
+
+    def classes(self) -> int:
+        with torch.no_grad():
+            return self.plain(self.x[:1]).shape[1]
+
+    def count_flop(self) -> int | None:
+        return None
+
+    def yardsticks(self) -> dict[str, Yardstick]:
+        return {}
+
+
 def measure_zoo(case: ZooCase, network: ZooNetwork, providers: Iterable[NetworkProvider], budget: Budget) -> ZooResult:
     """A row for each provider: checked, and if right then timed. Where the network itself fails, so do they all."""
+    providers = list(providers)
     with _alone(case.threads):
-        return ZooResult(case, _measured(case.case, network, list(providers), budget))
-
-
-def _measured(case: Case, network: ZooNetwork, providers: list[NetworkProvider], budget: Budget) -> list[Row]:
-    rows = [Row(**asdict(case), provider=provider.name) for provider in providers]
-    try:
-        plain, x, labels = _subject(case, network)
-        expected = expected_of_network(case, plain, x, labels)
-    except Exception as error:
-        for row in rows:
-            row.failure = _why(error)
-        return rows
-    entries: dict[str, Entry] = {}
-    for provider, row in zip(providers, rows, strict=True):
         try:
-            entry = prepare(provider, case, deepcopy(plain), x, labels)
-            row.error, row.tolerance = check_network(case, entry.check(), expected)
-            entry.call()  # the warm-up
+            rows = measure([case.case], partial(ZooWorkload, network=network), providers, budget, why=_why)
         except Exception as error:
-            row.failure = _why(error)
-        else:
-            entries[provider.name] = entry
-    _add_times(rows, entries, budget)
-    return rows
-
-
-def _add_times(rows: list[Row], entries: dict[str, Entry], budget: Budget) -> None:
-    if not entries:
-        return
-    try:
-        times = time_rounds({name: entry.call for name, entry in entries.items()}, budget)
-    except CallError as failed:
-        for row in rows:
-            row.failure = row.failure or _why(failed.error if row.provider == failed.name else failed)
-        return
-    for row in rows:
-        if row.provider in times:
-            add_median(row, times[row.provider])
-
-
-def _subject(case: Case, network: ZooNetwork) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network in evaluation mode, its images and labels.
-
-    Its batch norms get statistics and parameters: as they are made they do nothing, and could be left out unseen.
-    """
-    batch, _, size, _ = case.shape
-    made = network.make(size).eval()
-    for layer in made.modules():
-        if isinstance(layer, nn.Dropout | nn.Dropout2d):
-            layer.p = 0.0
-        if isinstance(layer, nn.BatchNorm2d):
-            for tensor in _present(layer.running_mean, layer.bias):
-                nn.init.normal_(tensor)
-            for tensor in _present(layer.running_var, layer.weight):
-                nn.init.uniform_(tensor, 0.5, 1.5)
-    x = images(batch, size)
-    with torch.no_grad():
-        classes = made(x[:1]).shape[1]
-    return made, x, torch.randint(classes, (batch,))
+            rows = [Row(**asdict(case.case), provider=one.name, failure=_why(error)) for one in providers]
+        return ZooResult(case, rows)
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
@@ -224,14 +204,11 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 
 @contextmanager
 def _alone(threads: int) -> Iterator[None]:
-    """Run a case on so many threads, after which nothing of it is left in memory."""
+    """Run a case on this many threads, after which nothing of it is left in memory."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.compiler.reset()
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            yield
+        yield
     finally:
         torch.set_num_threads(before)
         torch.compiler.reset()

@@ -3,7 +3,7 @@
 import pytest
 from promises import FORMATS, ident, randn
 
-from fastcnn.bench.cases import CONVOLUTIONS
+from fastcnn.bench.operators import CONVOLUTIONS
 from fastcnn.ops.autotune import agree
 from fastcnn.ops.cudnn import conv2d_relu as cudnn
 from fastcnn.ops.select_conv2d_relu import tolerance

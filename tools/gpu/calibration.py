@@ -5,6 +5,7 @@ on a busy device; the rates of a copy and of matrix products. The kernels are in
 """
 
 import ctypes
+import functools
 import json
 import shutil
 import statistics
@@ -112,23 +113,22 @@ def _gpu_ms(run: Any) -> float:
 
 def rates(device: str) -> dict[str, float]:
     """Of a copy, in bytes read and written, and of matrix products: as torch has them, also on a CPU."""
-    from fastcnn.bench.measure import Budget, matmul, time_rounds
+    from fastcnn.bench.measure import Budget, clock, time_rounds
+    from fastcnn.bench.workload import copy_of, matmul
 
     on_gpu = device != "cpu"
-    source = torch.ones(2**30 if on_gpu else 2**26, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    products = {dtype: matmul(8192 if on_gpu else 1024, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
-    calls: dict[str, Any] = {"copy": lambda: (target.copy_(source),)}
-    calls |= {str(dtype): product for dtype, (product, _) in products.items()}
-    for call in calls.values():
-        call()
-    seconds = {name: statistics.median(times) for name, times in time_rounds(calls, Budget(repeats=7), device).items()}
+    yardsticks = {"copy": copy_of(torch.ones(2**30 if on_gpu else 2**26, dtype=torch.uint8, device=device))}
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        yardsticks[name] = matmul(8192 if on_gpu else 1024, dtype, device)
+    seconds_of = clock(device)
+    timers = {name: functools.partial(seconds_of, yardstick.call) for name, yardstick in yardsticks.items()}
+    for timer in timers.values():
+        timer()
+    times = time_rounds(timers, Budget(repeats=7))
+    rates = {name: yardstick.amount / statistics.median(times[name]) for name, yardstick in yardsticks.items()}
     return {
-        "copy_gb_per_s": 2 * source.nbytes / seconds["copy"] / 1e9,
-        **{
-            f"matmul_{str(dtype).removeprefix('torch.')}_tflop_per_s": flop / seconds[str(dtype)] / 1e12
-            for dtype, (_, flop) in products.items()
-        },
+        "copy_gb_per_s": rates["copy"] / 1e9,
+        **{f"matmul_{name}_tflop_per_s": rates[name] / 1e12 for name in ("bfloat16", "float32")},
     }
 
 

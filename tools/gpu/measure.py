@@ -5,13 +5,13 @@
 A kernel that loses the CUDA context ends the process: it starts anew, and leaves that one out of the case.
 """
 
-import functools
 import importlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from fastcnn import backends
-from fastcnn.bench.cases import ANY_FORMAT, CONVOLUTIONS, LRN, POOL, POOLING, STAGES, Case
-from fastcnn.bench.inputs import make_inputs, make_parameters
-from fastcnn.bench.measure import Budget, add_times, measure, reason
-from fastcnn.bench.network_measure import measure_network
-from fastcnn.bench.network_providers import network_providers
-from fastcnn.bench.providers import Call, Provider, all_providers
+from fastcnn.bench.cases import ANY_FORMAT, Case
+from fastcnn.bench.measure import Budget, measure, reason
+from fastcnn.bench.network_workload import NetworkWorkload
+from fastcnn.bench.operator_workload import OperatorWorkload
+from fastcnn.bench.operators import CONVOLUTIONS, LRN, POOL, STAGES, convolution
+from fastcnn.bench.providers import OperatorProvider, network_providers, operator_providers
 from fastcnn.bench.rows import Row
-from fastcnn.bench.verify import check, expected_outputs, tolerances
+from fastcnn.bench.workload import Entry
 from fastcnn.ops import select_conv2d_relu
 from fastcnn.ops.register import IMPLEMENTATIONS
 from fastcnn.params import TailParams
@@ -62,33 +62,75 @@ def network_cases(batch: int) -> Iterator[Case]:
             yield Case(network, (images, 3, size, size), "bf16", ANY_FORMAT, mode)
 
 
-def _providers(case: Case, device: str) -> list[Provider]:
+def _providers(case: Case, device: str) -> list[OperatorProvider]:
     """torch.compile where its compilation is worth the time: the tail, and in bf16 what it consists of."""
-    everyone = all_providers(device).values()
+    everyone = operator_providers(device).values()
     compiled = case.op == "relu_lrn_max_pool2d" or (case.op in ("lrn", "max_pool2d") and case.dtype == "bf16")
     return [p for p in everyone if p.name != "fastcnn.reference" and (compiled or p.name != "torch.compile")]
 
 
 def _measure_kernel(case: Case, device: str, without: Sequence[str] = ()) -> list[Row]:
     providers = [provider for provider in _providers(case, device) if provider.name not in without]
-    return measure(case, providers, "random", _BUDGET, device)
+    return measure([case], partial(OperatorWorkload, device=device), providers, _BUDGET, device)
 
 
 def _measure_network(case: Case, device: str) -> list[Row]:
-    torchs = [p for p in network_providers(device).values() if p.export is None]
-    return measure_network(case, torchs, _BUDGET, device)
+    torchs = [p for p in network_providers(device).values() if p.export is None and p.name != "torch.compile NCHW"]
+    return measure([case], partial(NetworkWorkload, device=device), torchs, _BUDGET, device)
 
 
 def _compile(case: Case, device: str) -> list[Row]:
     """By one call each, in the order in which the rows are needed; they are of no interest."""
     once = Budget(repeats=1)
     if case.format == ANY_FORMAT:
-        compiled = [p for p in network_providers(device).values() if p.compile]
-        return measure_network(case, compiled, once, device)
-    return measure(case, [p for p in _providers(case, device) if p.name == "torch.compile"], "random", once, device)
+        networks = [p for p in network_providers(device).values() if p.compile and p.name != "torch.compile NCHW"]
+        return measure([case], partial(NetworkWorkload, device=device), networks, once, device)
+    operators = [p for p in _providers(case, device) if p.name == "torch.compile"]
+    return measure([case], partial(OperatorWorkload, device=device), operators, once, device)
 
 
 # -- tuning -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a case that could become the default: a backend, or a configuration of Triton's."""
+
+    name: str
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def takes_part(self, case: Case) -> bool:
+        return True
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        result = self.run(*self.arguments)
+        return (result if isinstance(result, Tensor) else result[0],)
+
+
+class Tuning(OperatorWorkload):
+    """An operator's case, whose providers are ways to run it, below autograd."""
+
+    def prepare(self, provider: Any, dtype: str) -> Entry:
+        return Entry(provider, provider)
+
+    def ways(self) -> list[Way]:
+        case, x, dy = self.case, self.x, self.dy
+        here = [name for name in ("triton", "cuda", "cpu") if not backends.why_not(name, x.device)]
+        forward, backward = (IMPLEMENTATIONS[case.op + suffix] for suffix in ("", "_backward"))
+        implementations = forward if case.mode == "forward" else backward
+        runs: dict[str, Callable[..., Any]] = {name: implementations[name] for name in here}
+        if self.operator.weight_shape is not None:
+            parameters, conv = self.operator.parameters(case, x), convolution(case).params
+            runs = select_conv2d_relu.candidates(x, parameters[0], conv) if x.is_cuda else runs
+            return [Way(name, run, (x, *parameters, conv, False)) for name, run in runs.items()]
+        argmax = None
+        if case.mode == "backward" and self.operator.argmax:
+            argmax = forward[here[0]](*arguments(case.op, "forward", TAIL, x, dy))[1]
+        args = arguments(case.op, case.mode, TAIL, x, dy, argmax, with_argmax=False)
+        if runs.pop("triton", None):
+            runs = {**configurations(case), **runs}
+        return [Way(name, run, args) for name, run in runs.items()]
 
 
 def configurations(case: Case) -> dict[str, Callable[..., Any]]:
@@ -99,51 +141,13 @@ def configurations(case: Case) -> dict[str, Callable[..., Any]]:
         if case.mode == "forward"
         else (module.backward, module.BACKWARD_CONFIGS)
     )
-    return {f"triton {config}": functools.partial(launcher, config=config) for config in configs}
-
-
-def candidates(case: Case, x: Tensor, dy: Tensor) -> dict[str, Call]:
-    """Every way to run the case that could become the default, by name: backends, and configurations of Triton's."""
-    here = [name for name in ("triton", "cuda", "cpu") if not backends.why_not(name, x.device)]
-    forward, backward = (IMPLEMENTATIONS[case.op + suffix] for suffix in ("", "_backward"))
-    runs = forward if case.mode == "forward" else backward
-    ways: dict[str, Callable[..., Any]] = {name: runs[name] for name in here}
-    if case.op == "conv2d_relu":
-        weight, bias = make_parameters(case, x)
-        conv = case.convolution.params
-        ways = select_conv2d_relu.candidates(x, weight, conv) if x.is_cuda else ways
-        return {name: functools.partial(_first, run, x, weight, bias, conv, False) for name, run in ways.items()}
-    argmax = None
-    if case.mode == "backward" and case.op in POOLING:
-        argmax = forward[here[0]](*arguments(case.op, "forward", TAIL, x, dy))[1]
-    args = arguments(case.op, case.mode, TAIL, x, dy, argmax, with_argmax=False)
-    if ways.pop("triton", None):
-        ways = {**configurations(case), **ways}
-    return {name: functools.partial(_first, run, *args) for name, run in ways.items()}
-
-
-def _first(run: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    result = run(*args)
-    return (result if isinstance(result, Tensor) else result[0],)
+    return {f"triton {config}": partial(launcher, config=config) for config in configs}
 
 
 def tune(case: Case, device: str) -> list[Row]:
-    """A row for each candidate: checked, and if right then timed."""
-    x, dy = make_inputs(case, "random", device)
-    expected = expected_outputs(case, x, dy)
-    allowed = tolerances(case, x, dy, expected)
-    rows: list[Row] = []
-    calls: dict[str, Call] = {}
-    for name, call in candidates(case, x, dy).items():
-        rows.append(Row(**asdict(case), provider=name, bytes_moved=case.bytes_moved(x.element_size()), flop=case.flop))
-        try:
-            rows[-1].error, rows[-1].tolerance = check(call(), expected, allowed)
-            calls[name] = call
-        except Exception as error:
-            rows[-1].failure = reason(error)
-    if calls:
-        add_times(rows, calls, x, _BUDGET, device)
-    return rows
+    """A row for each way: checked, and if right then timed."""
+    workload = Tuning(case, device=device)
+    return measure([case], lambda _: workload, workload.ways(), _BUDGET, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.bench.cases import CONVOLUTIONS, DTYPES
+from fastcnn.bench.cases import DTYPES
 from fastcnn.bench.environment import convolution_precision
+from fastcnn.bench.operators import CONVOLUTIONS, OPERATORS
 from fastcnn.models import create_model
 from fastcnn.ops.cudnn import conv2d_relu as cudnn
 from fastcnn.ops.register import IMPLEMENTATIONS
@@ -58,7 +59,7 @@ def _memory_bound() -> Iterator[tuple[tuple[Any, ...], list[Callable[..., Any]]]
         if case.op == "conv2d_relu":
             continue
         x = meta(case.dtype, case.format, *case.shape)
-        dy = meta(case.dtype, case.format, *case.output_shape)
+        dy = meta(case.dtype, case.format, *OPERATORS[case.op].output_shape(case))
         name = case.op + ("" if case.mode == "forward" else "_backward")
         argmax = torch.empty_like(dy, dtype=torch.uint8)
         args = arguments(case.op, case.mode, TAIL, x, dy, argmax, with_argmax=False)
@@ -69,7 +70,7 @@ def _convolutions() -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], ConvParams]
     """Input, weight and bias of every layer, in channels_last, and its parameters."""
     for dtype, conv in product(_DTYPES, CONVOLUTIONS.values()):
         x = meta(dtype, "channels_last", BATCH, conv.channels, conv.size, conv.size)
-        weight = meta(dtype, "channels_last", conv.outputs, conv.channels // conv.groups, conv.window, conv.window)
+        weight = meta(dtype, "channels_last", *conv.weight_shape)
         yield (x, weight, x.new_empty(conv.outputs)), conv.params
 
 

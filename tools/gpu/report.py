@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcnn.bench import report as bench_report
-from fastcnn.bench.rows import Row
+from fastcnn.bench.rows import FP32, Row, add_ratios, fastest
 
 MEASURED = ("kernels", "networks", "tuning")
 _MOST_NAMED = 40  # failures
@@ -34,6 +34,8 @@ class Report:
         out.mkdir(parents=True, exist_ok=True)
 
     def document(self) -> dict[str, Any]:
+        for measured in self.rows.values():
+            add_ratios(measured)
         rows = [row for part in ("kernels", "networks") for row in self.rows[part]]
         document = bench_report.report(rows, command=self.command, source="random", device=self.device)
         return {
@@ -129,7 +131,10 @@ def _calibration(figures: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def _against_the_best(rows: Sequence[Row]) -> list[str]:
-    """Of each operator, shape, dtype and direction: fastcnn by its best backend, and torch in its better format."""
+    """Of each operator, shape, dtype and direction: fastcnn by its best backend, and torch in its better format.
+
+    Where torch has no 16-bit kernel, it is compared in fp32.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row.median_ms:
@@ -137,20 +142,14 @@ def _against_the_best(rows: Sequence[Row]) -> list[str]:
     head = ("what", "shape", "dtype", "fastcnn", "ms", "of copy", "best eager", "times faster", "than torch.compile")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
 
-    def best(members: list[Row], provider: str) -> Row | None:
-        """Where torch has no 16-bit kernel, in fp32."""
-        own = [row for row in members if row.provider.startswith(provider)]
-        narrow = [row for row in own if not row.provider.endswith(bench_report.SECONDARY)]
-        return min(narrow or own, key=lambda row: row.median_ms or 0.0, default=None)
-
     for (what, mode, shape, dtype), members in groups.items():
-        ours, eager, compiled = (best(members, name) for name in ("fastcnn", "torch.eager", "torch.compile"))
+        ours, eager, compiled = (fastest(members, name) for name in ("fastcnn", "torch.eager", "torch.compile"))
         if ours is None:
             continue
         assert ours.median_ms
         cells = [f"{what} {mode}", "x".join(map(str, shape)), dtype, f"{ours.provider} {ours.format}"]
         cells += [f"{ours.median_ms:.3f}", _share(ours.gb_per_s, ours.copy_gb_per_s)]
-        note = bench_report.SECONDARY if eager and eager.provider.endswith(bench_report.SECONDARY) else ""
+        note = FP32 if eager and eager.provider.endswith(FP32) else ""
         cells.append(f"{eager.median_ms:.3f} {eager.format}{note}" if eager else "")
         cells += [f"{(rival.median_ms or 0) / ours.median_ms:.2f}x" if rival else "" for rival in (eager, compiled)]
         lines.append("| " + " | ".join(cells) + " |")

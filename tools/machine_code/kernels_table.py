@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.bench.cases import CONVOLUTIONS, FORMATS, Convolution
+from fastcnn.bench.cases import FORMATS
 from fastcnn.bench.environment import convolution_precision
+from fastcnn.bench.operators import CONVOLUTIONS, Convolution
 from fastcnn.ops.cudnn import conv2d_relu as cudnn
 from fastcnn.ops.triton import conv2d_relu
 from fastcnn.params import ConvBackwardParams, ConvParams

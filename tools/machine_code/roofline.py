@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from fastcnn.bench.cases import DTYPES, Case
+from fastcnn.bench.operators import OPERATORS
 
 from .execute import Counts, execute
 from .launches import ROOT, Cuda, Launched, build, triton
@@ -382,7 +383,7 @@ def _measured(document: dict[str, Any]) -> dict[tuple[str, str, bool, int], dict
             continue
         case = Case(fields["op"], tuple(fields["shape"]), fields["dtype"], fields["format"], fields["mode"])
         forward = case.mode == "forward"
-        elements = math.prod(case.shape if forward else case.output_shape)
+        elements = math.prod(case.shape if forward else OPERATORS[case.op].output_shape(case))
         name = case.op if forward else f"{case.op}_backward"
         key = name, _name(case.dtype), case.format == "channels_last", elements
         times.setdefault(key, {})[language] = fields["median_ms"]

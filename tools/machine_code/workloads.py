@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcnn.bench.cases import DTYPES, FORMATS, LRN, POOL
+from fastcnn.bench.cases import DTYPES, FORMATS
+from fastcnn.bench.operators import LRN, POOL
 from fastcnn.memory_format import is_channels_last
 from fastcnn.ops.register import IMPLEMENTATIONS
 from fastcnn.ops.triton import conv2d_relu

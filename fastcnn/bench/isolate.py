@@ -1,0 +1,111 @@
+"""A provider in a process of its own, which is stopped while it is not its turn.
+
+Runtimes disturb each other: the threads of one that has just answered go on spinning in wait for the next call, on the
+cores that another is timed on. A stopped process has no threads that spin.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from .cases import Case
+from .measure import Here, clock, reason
+from .workload import Workload
+
+
+class Isolated:
+    """A :class:`fastcnn.bench.measure.Participant` for a ``with`` block, at whose end the process is gone.
+
+    Args:
+        make: builds a case's workload, in that process; it is pickled, as the provider is.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Case], Workload],
+        case: Case,
+        provider: Any,
+        dtype: str,
+        device: str,
+        why: Callable[[Exception], str],
+    ) -> None:
+        if not hasattr(signal, "SIGSTOP"):
+            raise NotImplementedError("this system cannot stop a process")
+        context = multiprocessing.get_context("spawn")
+        self.pipe, self.theirs = context.Pipe()
+        arguments = (self.theirs, make, case, provider, dtype, device, why, torch.get_num_threads())
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+
+    def __enter__(self) -> Isolated:
+        self.process.start()
+        self.theirs.close()  # or the end of the process would not be the end of the pipe
+        self.row = self._answer()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()  # a stopped process does not see SIGTERM
+        self.process.join()
+
+    def seconds(self) -> float:
+        return float(self._ask("seconds"))
+
+    def finish(self) -> None:
+        self.row = self._ask("finish")
+
+    def _ask(self, wanted: str) -> Any:
+        self._signal(signal.SIGCONT)
+        self.pipe.send(wanted)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        """Of the process, which is stopped after it."""
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"its process ended with exit code {self.process.exitcode}") from None
+        self._signal(signal.SIGSTOP)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+
+def _serve(
+    pipe: Connection,
+    make: Callable[[Case], Workload],
+    case: Case,
+    provider: Any,
+    dtype: str,
+    device: str,
+    why: Callable[[Exception], str],
+    threads: int,
+) -> None:
+    torch.set_num_threads(threads)
+    with torch.random.fork_rng():
+        participant = Here(make(case), provider, dtype, clock(device), why, device)
+    pipe.send(participant.row)
+    while True:
+        try:
+            wanted = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if wanted == "seconds":
+                participant.seconds()  # wakes its threads, and brings back what others have driven from the caches
+                pipe.send(participant.seconds())
+            else:
+                participant.finish()
+                pipe.send(participant.row)
+        except Exception as error:
+            pipe.send(RuntimeError(reason(error)))
