@@ -126,7 +126,6 @@ def test_right_networks_get_a_time(case: Case) -> None:
     assert (ours.forward_ms is not None) == (case.mode == "training step")
     if case.mode != "inference":
         assert ours.saved_bytes is not None
-        assert eager.saved_bytes is not None
         # of maps as small as here, optimize() leaves pools to PyTorch, which keeps their inputs
         most = {"training step": 0.5, "input gradient": 0.9}[case.mode]
         assert ours.saved_vs_eager == ours.saved_bytes / min(r.saved_bytes or 0 for r in rows[2:]) < most
