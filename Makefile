@@ -19,7 +19,7 @@ GPU_OUT = $(if $(filter file,$(origin OUT)),,--out $(OUT))
 CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test bench gpu gpu-carry kernels roofline lint wheel clean
+.PHONY: help setup test bench gpu gpu-carry kernels roofline readme lint wheel clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -62,6 +62,9 @@ kernels: setup  ## compile every kernel for A100, H100 and B200, and write docs/
 
 roofline: setup  ## predict how fast the memory-bound kernels are on H100 and H200, and write docs/roofline.md
 	$(BIN)/python -m tools.machine_code.roofline
+
+readme: setup  ## write the README's tables of figures, from benchmarks/results
+	$(BIN)/python -m tools.readme
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

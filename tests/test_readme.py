@@ -1,11 +1,15 @@
-"""The examples of the README that run as they stand."""
+"""The README: examples that run as they stand, and figures that are those of the result files."""
 
+import json
 import re
-from pathlib import Path
 
+import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+from fastcnn.bench.environment import sources_digest
+from fastcnn.bench.rows import Row
+from tools import readme
+from tools.readme import README
 
 
 def test_frozen_features(best_backend):
@@ -19,3 +23,39 @@ def test_frozen_features(best_backend):
     expected = torch.nn.functional.mse_loss(vgg(image), names["target"])
     torch.testing.assert_close(names["loss"], expected)
     torch.testing.assert_close(image.grad, torch.autograd.grad(expected, image)[0], rtol=1e-3, atol=1e-8)
+
+
+def test_figures_are_those_of_the_results():
+    """``make readme`` writes them; where sources have changed since the figures were taken, it also says so."""
+    text = README.read_text()
+    assert re.findall(r"<!-- figures: (\w+) -->", text) == list(readme.TABLES)
+    assert text == readme.rewritten(text, sources_digest())
+
+
+@pytest.mark.parametrize("name", readme.TABLES)
+def test_figures_of_other_sources_say_so(name):
+    document = json.loads((readme.RESULTS / f"{name}.json").read_text())
+    document["header"]["sources"] = "0123"
+    said = "The sources have changed since these figures were measured."
+    assert said not in readme.figures(name, document, "0123")
+    assert said in readme.figures(name, document, "4567")
+    del document["header"]["sources"]
+    assert said in readme.figures(name, document, None)
+
+
+def test_tables_quote_the_best_rival_and_say_where_it_is_faster():
+    def row(provider, ms, **options):
+        return Row(
+            *("alexnet", (8, 3, 227, 227), "fp32", "any format", "inference", "fresh"),
+            provider,
+            median_ms=ms,
+            **options,
+        )
+
+    rows = [row("fastcnn", 4.0), row("torch.eager", 9.0), row("torch.eager channels_last", 5.0), row("openvino", 2.0)]
+    rows.append(row("torch.compile", None, failure="logits: error 1.0e+00, allowed is 1.0e-05"))
+    for r in rows:
+        r.images_per_s = r.median_ms and 8e3 / r.median_ms
+    *_, line, _, told, _ = readme.networks(rows)
+    assert line == "| AlexNet, inference of 8 | 2000 | 1600 |  |  | **4000** |"
+    assert told == "fastcnn is not the fastest at: AlexNet, inference of 8 (0.50 of OpenVINO)."

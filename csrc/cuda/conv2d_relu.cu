@@ -4,11 +4,10 @@
 //
 // A block computes kPixels pixels of kOutputs outputs. Elements of its windows and rows of its weights come to shared
 // memory kStages - 1 steps of 64 bytes of k before they are multiplied.
-#include "conv2d_relu.h"
-
 #include <limits>
 
 #include "divisor.cuh"
+#include "operators.h"
 #include "pack.cuh"
 
 namespace fastcnn::cuda {

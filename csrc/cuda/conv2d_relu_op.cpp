@@ -1,4 +1,3 @@
-#include "conv2d_relu.h"
 #include "run.h"
 
 namespace fastcnn::cuda {

@@ -1,11 +1,10 @@
 // Local response normalization: s = k + alpha/size * sum(x^2), y = x * s^-beta, and its gradient; both also take the
 // tail's bias and ReLU. Memory: forward reads x and writes y once; backward reads x and dy and writes dx.
-#include "lrn.h"
-
 #include "dispatch.cuh"
 #include "fast/launch.cuh"
 #include "fast/lrn.cuh"
 #include "general/elementwise.cuh"
+#include "operators.h"
 
 namespace fastcnn::cuda {
 namespace fast {

@@ -1,11 +1,10 @@
 // Max pooling and its gradient; both also take the tail's bias and ReLU. Memory: forward reads x once and writes the
 // pooled map and, if asked, its argmax; backward reads dy and argmax (and x, where there is a ReLU) and writes dx.
-#include "max_pool2d.h"
-
 #include "dispatch.cuh"
 #include "fast/launch.cuh"
 #include "fast/max_pool2d.cuh"
 #include "general/pool.cuh"
+#include "operators.h"
 
 namespace fastcnn::cuda {
 namespace fast {

@@ -1,6 +1,5 @@
 #include "../max_pool2d_op.h"
 
-#include "max_pool2d.h"
 #include "run.h"
 
 namespace fastcnn::cuda {

@@ -1,13 +1,10 @@
 // The tail of an AlexNet stage, max_pool2d(lrn(relu(x + bias))), any part of which may be absent, and its gradient.
 // Memory: forward reads x once and writes the pooled map and its argmax; backward reads x, dy and argmax and writes dx.
-#include "relu_lrn_max_pool2d.h"
-
 #include "dispatch.cuh"
 #include "fast/launch.cuh"
 #include "fast/relu_lrn_max_pool2d.cuh"
 #include "general/relu_lrn_max_pool2d.cuh"
-#include "lrn.h"
-#include "max_pool2d.h"
+#include "operators.h"
 
 namespace fastcnn::cuda {
 namespace fast {

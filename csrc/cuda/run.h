@@ -5,9 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../arguments.h"
-#include "device.h"
-#include "lrn.h"
-#include "relu_lrn_max_pool2d.h"
+#include "operators.h"
 
 namespace fastcnn::cuda {
 

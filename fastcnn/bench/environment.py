@@ -1,5 +1,6 @@
 """What the figures were taken on: versions, processor, threads."""
 
+import hashlib
 import os
 import platform
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ def environment(device: str = "cpu") -> dict[str, str | int | None]:
     return {
         **(_gpu(device) if device != "cpu" else {}),
         "fastcnn": __version__,
+        "sources": sources_digest(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -28,6 +30,28 @@ def environment(device: str = "cpu") -> dict[str, str | int | None]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def sources_digest() -> str | None:
+    """A hash of the sources that a CPU runs, without the benchmark itself; None where there is no checkout.
+
+    It tells whether figures are those of the sources that stand beside them.
+    """
+    package = Path(__file__).parents[1]
+    root = package.parent
+    if not (root / "csrc").is_dir():
+        return None
+    files = [*(root / "csrc").rglob("*"), *package.rglob("*.py"), root / "setup.py"]
+    elsewhere = [
+        root / "csrc/cuda",
+        package / "bench",
+        *(package / "ops" / name for name in ("cuda", "cudnn", "triton")),
+    ]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in [*elsewhere, package / "kernels"]):
+            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -7,7 +7,6 @@
 #include <optional>
 #include <string>
 
-#include "../../csrc/cuda/conv2d_relu.h"
 #include "../../tools/machine_code/cuda_task.h"
 #include "planted.h"
 
@@ -88,12 +87,10 @@ PYBIND11_MODULE(FASTCNN_MODULE, m) {
   py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
   py::class_<ConvTask>(m, "ConvTask").def(py::init(&conv_task));
   m.def("conv2d_relu", &conv2d_relu);
-  m.def("lrn", &forward<fastcnn::cuda::lrn>);
-  m.def("lrn_backward", &backward<fastcnn::cuda::lrn_backward>);
-  m.def("max_pool2d", &forward<fastcnn::cuda::max_pool2d>);
-  m.def("max_pool2d_backward", &backward<fastcnn::cuda::max_pool2d_backward>);
-  m.def("relu_lrn_max_pool2d", &forward<fastcnn::cuda::relu_lrn_max_pool2d>);
-  m.def("relu_lrn_max_pool2d_backward", &backward<fastcnn::cuda::relu_lrn_max_pool2d_backward>);
+#define FASTCNN_DEFINE(op)                  \
+  m.def(#op, &forward<fastcnn::cuda::op>); \
+  m.def(#op "_backward", &backward<fastcnn::cuda::op##_backward>);
+  FASTCNN_TAIL_OPERATORS(FASTCNN_DEFINE)
   m.def("planted", [](const std::string& name, const Buffer& x, const Buffer& y) {
     planted(name, reinterpret_cast<float*>(x.data()), reinterpret_cast<float*>(y.data()),
             static_cast<int>(x.size / sizeof(float)));

@@ -7,9 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../../csrc/cuda/lrn.h"
-#include "../../csrc/cuda/max_pool2d.h"
-#include "../../csrc/cuda/relu_lrn_max_pool2d.h"
+#include "../../csrc/cuda/operators.h"
 
 namespace fastcnn::cuda {
 

@@ -33,14 +33,8 @@ auto three(dim3 d) { return py::make_tuple(d.x, d.y, d.z); }
 using Operator = void (*)(const TailTask&, fastcnn::cuda::Stream);
 
 Operator find(const std::string& op) {
-  static const std::map<std::string, Operator> operators = {
-      {"lrn", fastcnn::cuda::lrn},
-      {"lrn_backward", fastcnn::cuda::lrn_backward},
-      {"max_pool2d", fastcnn::cuda::max_pool2d},
-      {"max_pool2d_backward", fastcnn::cuda::max_pool2d_backward},
-      {"relu_lrn_max_pool2d", fastcnn::cuda::relu_lrn_max_pool2d},
-      {"relu_lrn_max_pool2d_backward", fastcnn::cuda::relu_lrn_max_pool2d_backward},
-  };
+#define FASTCNN_NAMED(op) {#op, fastcnn::cuda::op}, {#op "_backward", fastcnn::cuda::op##_backward},
+  static const std::map<std::string, Operator> operators = {FASTCNN_TAIL_OPERATORS(FASTCNN_NAMED)};
   return operators.at(op);
 }
 

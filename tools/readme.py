@@ -1,0 +1,122 @@
+"""``make readme``: the README's tables of figures, from the files in ``benchmarks/results``.
+
+The figures stand between ``<!-- figures: NAME -->`` and ``<!-- end of figures -->``; what is there is replaced.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcnn.bench.environment import sources_digest
+from fastcnn.bench.report import ratio, read_rows
+from fastcnn.bench.rows import Row, fastest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks/results/amd-epyc-2-threads"
+OPERATORS = {
+    "relu_lrn_max_pool2d": "ReLU + LRN + pool",
+    "lrn": "LRN",
+    "max_pool2d": "max-pool 3x3/2",
+    "conv2d_relu": "AlexNet's conv2 + ReLU",
+}
+NETWORKS = {
+    "alexnet": "AlexNet",
+    "vgg16": "VGG-16",
+    "inception_v1": "InceptionV1",
+    "vgg16-features": "VGG-16's features, frozen",
+}
+RUNTIMES = {
+    "fastcnn": "fastcnn",
+    "torch.eager": "eager",
+    "torch.compile": "torch.compile",
+    "onnxruntime": "onnxruntime",
+    "openvino": "OpenVINO",
+}
+
+
+def kernels(rows: Sequence[Row]) -> list[str]:
+    """How many times faster than PyTorch each operator is, all in their faster memory format."""
+    lines = ["| | fastcnn | times faster than eager | than torch.compile |", "|---|---|---|---|"]
+    for name, title in OPERATORS.items():
+        fresh = [row for row in rows if (row.op, row.memory) == (name, "fresh")]
+        for (mode, dtype), members in _grouped(fresh, lambda row: (row.mode, row.dtype)):
+            ours = fastest(members, "fastcnn")
+            assert ours is not None
+            cells = [f"{title}, {mode.replace('+', ' + ')}, {dtype}", f"{ours.median_ms:.2f} ms"]
+            for rival in (fastest(members, "torch.eager"), fastest(members, "torch.compile")):
+                note = " in fp32" if rival and rival.provider.endswith("(fp32)") else ""
+                cells.append(f"{ratio((rival.median_ms or 0) / (ours.median_ms or 1))}{note}" if rival else "")
+            lines.append(_line(cells))
+    return lines
+
+
+def networks(rows: Sequence[Row]) -> list[str]:
+    """Images per second of everybody in his faster memory format, the fastest in bold; then where it is not fastcnn."""
+    lines = [_line(["images per second", *RUNTIMES.values()]), "|---" * (len(RUNTIMES) + 1) + "|"]
+    slower = []
+    for (op, mode, batch, dtype), members in _grouped(rows, lambda row: (row.op, row.mode, row.shape[0], row.dtype)):
+        found = {name: fastest(members, name) for name in RUNTIMES}
+        rates = {name: row.images_per_s or 0.0 for name, row in found.items() if row is not None}
+        best = max(rates, key=lambda name: rates[name])
+        shown = [f"**{_rate(rates[name])}**" if name == best else _rate(rates.get(name)) for name in RUNTIMES]
+        what = f"{NETWORKS[op]}, {mode} of {batch}{'' if dtype == 'fp32' else f', {dtype}'}"
+        lines.append(_line([what, *shown]))
+        if best != "fastcnn":
+            slower.append(f"{what} ({rates['fastcnn'] / rates[best]:.2f} of {RUNTIMES[best]})")
+    saved = (
+        f"{NETWORKS[row.op]} {row.saved_vs_eager:.0%}"
+        for row in rows
+        if row.provider == "fastcnn" and row.saved_vs_eager
+    )
+    kept = f"Bytes kept for backward, of eager's: {', '.join(saved)}."
+    told = f"fastcnn is not the fastest at: {'; '.join(slower)}." if slower else "fastcnn is the fastest everywhere."
+    return [*lines, "", told, kept]
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _grouped(rows: Iterable[Row], key: Callable[[Row], tuple[Any, ...]]) -> list[tuple[tuple[Any, ...], list[Row]]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.items())
+
+
+TABLES = {"kernels": kernels, "models": networks}
+
+
+def figures(name: str, document: dict[str, Any], digest: str | None) -> str:
+    """A table, under a line that says how it was measured, and of which sources."""
+    header = document["header"]
+    capability = {"avx512": "AVX-512", "avx2": "AVX2"}.get(header["cpu_capability"], header["cpu_capability"])
+    where = (
+        f"{header['threads']} threads of an {header['cpu']} ({capability}), torch {header['torch'].partition('+')[0]}"
+    )
+    intro = f"`{header['command']}`, {where}, {header['date'][:10]}:"
+    changed = header.get("sources") is None or header["sources"] != digest
+    stale = ["", "The sources have changed since these figures were measured."] if changed else []
+    return "\n".join([intro, "", *TABLES[name](read_rows(document)), *stale])
+
+
+def rewritten(readme: str, digest: str | None) -> str:
+    """The README with the figures that the results have."""
+
+    def replaced(found: re.Match[str]) -> str:
+        document = json.loads((RESULTS / f"{found[2]}.json").read_text())
+        return f"{found[1]}\n{figures(found[2], document, digest)}\n{found[3]}"
+
+    marks = r"(<!-- figures: (\w+) -->)\n.*?(<!-- end of figures -->)"
+    return re.sub(marks, replaced, readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(rewritten(README.read_text(), sources_digest()))
