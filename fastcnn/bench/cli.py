@@ -124,7 +124,8 @@ def networks(
 ) -> None:
     """Measure whole networks on photographs: AlexNet, VGG-16 and InceptionV1, VGG-16's features with frozen weights.
 
-    "fastcnn" and torch.compile run in channels_last, and infer with frozen weights (optimize(inference=True)).
+    "fastcnn" runs in channels_last and infers with optimize(inference=True), torch.compile with freezing. Ratios are to
+    the fastest of PyTorch's memory formats that passed the check.
     onnxruntime and OpenVINO only infer, and are optional: `pip install 'fastcnn\\[peers]'`.
     Training has dropout; for its check it is off. GFLOP/s are those of convolutions as they are defined, whoever needs
     fewer. The saved MB are what autograd keeps for backward without the parameters, the peak is the growth of the
