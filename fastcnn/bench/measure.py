@@ -86,12 +86,13 @@ def measure(
         isolate: each provider has a process of its own, which is stopped while it is another's turn.
         why: the text of a failure.
     """
-    taking_part = [(case, provider) for provider in providers for case in cases if provider.takes_part(case)]
+    providers = list(providers)
+    taking_part = [(case, provider) for case in cases for provider in providers if provider.takes_part(case)]
     if not taking_part:
         return []
     torch.compiler.reset()  # a new shape is a new compilation, and there is a limit to those of one function
     with torch.random.fork_rng(), ExitStack() as stack:
-        workloads = {case: make(case) for case, _ in taking_part}
+        workloads = {case: make(case) for case in dict(taking_part)}
         yardsticks = next(iter(workloads.values())).yardsticks()
         clock_here = clock(device)
 
@@ -104,7 +105,7 @@ def measure(
 
         if isolate:
             workloads.clear()  # each process makes its own
-        participants = sorted(_participants(taking_part, start), key=lambda one: cases.index(one.row.case))
+        participants = list(_participants(taking_part, start))
         _add_times(participants, yardsticks, budget, clock_here, why)
     rows = [participant.row for participant in participants]
     add_ratios(rows)

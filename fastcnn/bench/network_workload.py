@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +46,7 @@ class NetworkWorkload:
             self.x = images(case.shape[0], case.shape[2]).to(device)
             self.labels = torch.randint(self.classes(), case.shape[:1]).to(device)
         self.flop = self.count_flop()
+        self.expected = self._expected()  # here, or the first provider's memory would have it
 
     def make(self) -> tuple[nn.Module, nn.Module]:
         """Both networks, in evaluation mode and with the same weights."""
@@ -90,8 +90,7 @@ class NetworkWorkload:
 
     # -- check --------------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def expected(self) -> tuple[Tensor, ...]:
+    def _expected(self) -> tuple[Tensor, ...]:
         """In float64, of the first images: logits; loss and gradients of parameters; or losses and their gradient."""
         network, x = deepcopy(self.plain).double(), self.x[:CHECKED_IMAGES].double()
         if self.case.mode == "inference":

@@ -162,7 +162,6 @@ class ZooWorkload(NetworkWorkload):
     def __init__(self, case: Case, network: ZooNetwork) -> None:
         self.network = network
         super().__init__(case)
-        self.expected  # noqa: B018 (what the network itself cannot do fails here, and for everybody)
 
     def make(self) -> tuple[nn.Module, nn.Module]:
         made = self.network.make(self.case.shape[-1]).eval()
