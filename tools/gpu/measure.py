@@ -75,7 +75,7 @@ def _measure_kernel(case: Case, device: str, without: Sequence[str] = ()) -> lis
 
 
 def _measure_network(case: Case, device: str) -> list[Row]:
-    torchs = [p for p in network_providers(device).values() if p.export is None and p.name != "torch.compile NCHW"]
+    torchs = [p for p in network_providers(device).values() if p.export is None]
     return measure([case], partial(NetworkWorkload, device=device), torchs, _BUDGET, device)
 
 
@@ -83,7 +83,7 @@ def _compile(case: Case, device: str) -> list[Row]:
     """By one call each, in the order in which the rows are needed; they are of no interest."""
     once = Budget(repeats=1)
     if case.format == ANY_FORMAT:
-        networks = [p for p in network_providers(device).values() if p.compile and p.name != "torch.compile NCHW"]
+        networks = [p for p in network_providers(device).values() if p.compile]
         return measure([case], partial(NetworkWorkload, device=device), networks, once, device)
     operators = [p for p in _providers(case, device) if p.name == "torch.compile"]
     return measure([case], partial(OperatorWorkload, device=device), operators, once, device)
