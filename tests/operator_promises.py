@@ -234,8 +234,17 @@ def test_a_call_is_one_op(place, case):
 # -- composes ---------------------------------------------------------------------------------------------------------
 
 
-@over("opcheck", "each", dtypes=DTYPES, formats=FORMATS)
-def test_opcheck(place, case, dtype, format):
+@over("opcheck", "each", formats=FORMATS)
+def test_opcheck(place, case, format):
+    assert_passes_opcheck(case, torch.float32, format)
+
+
+@over("usual", "each", dtypes=[torch.float64, *NARROW], formats=FORMATS)
+def test_opcheck_of_other_dtypes(place, case, dtype, format):
+    assert_passes_opcheck(case, dtype, format)
+
+
+def assert_passes_opcheck(case, dtype, format):
     op, tensors = case.op, case.tensors(dtype, format)
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype in NARROW else {}
     torch.library.opcheck(op.op, op.forward_args(case, case.leaves(tensors)), **tolerance)
@@ -369,11 +378,6 @@ def batched(case, in_dims):
     return args, single
 
 
-def vmaps(op, kind):
-    """Without a bias there is one tensor less."""
-    return op.of("vmap", kind)
-
-
 @over("vmap", "each")
 @pytest.mark.parametrize("out_dim", [0, 2])
 def test_vmap(place, case, out_dim):
@@ -500,12 +504,13 @@ def test_layer_survives_pickling_and_deepcopy(place, case):
 
 
 def refused(case, error, match, *tensors):
+    """By exactly this type of exception."""
     with pytest.raises(error, match=match) as ours:
         case(*tensors)
     assert ours.type is error
 
 
-@over("bad", "each")
+@over("one", "each")
 def test_wrong_rank_raises_as_torch(place, case):
     _, *others = case.tensors()
     error, match = case.op.rank_error
@@ -515,31 +520,32 @@ def test_wrong_rank_raises_as_torch(place, case):
         refused(case, error, match.format(len(shape)), torch.zeros(shape), *others)
 
 
-@over("bad", "each")
+@over("one", "each")
 @pytest.mark.parametrize(
     "dtype", [torch.bool, torch.complex64, torch.float8_e4m3fn, torch.int64, torch.uint8], ids=ident
 )
 def test_other_dtypes_raise(place, case, dtype):
     """As torch's counterpart does, if it lacks them too."""
     tensors = [t if t is None else torch.ones(t.shape).to(dtype) for t in case.tensors()]
-    if case.op.takes_integers and not dtype.is_floating_point and dtype not in (torch.bool, torch.complex64):
+    if dtype in case.op.torch_runs:
+        assert_bitwise(case(*tensors), case.counterpart(*tensors))
         return
     if dtype not in case.op.only_torch_has:
         with pytest.raises(NotImplementedError):
             case.counterpart(*tensors)
-    refused(case, NotImplementedError, rf"input of dtype {dtype}; allowed are float16", *tensors)
+    refused(case, NotImplementedError, f"input of dtype {dtype}; allowed are float16|not implemented for", *tensors)
 
 
-@over("bad", "each")
+@over("one", "each")
 def test_sparse_input_raises(place, case):
     x, *others = case.tensors()
     refused(case, NotImplementedError, r"layout torch\.strided, got torch\.sparse_coo", x.to_sparse(), *others)
 
 
-@over("bad", "each")
+@over("one", "each")
 @pytest.mark.parametrize("value", [[1.0], None, 3.0], ids=ident)
 def test_input_that_is_no_tensor_raises_as_torch(place, case, value):
     _, *others = case.tensors()
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, AttributeError)):  # torch's LRN does not look what it gets
         case.counterpart(value, *others)
     refused(case, TypeError, rf"argument 'input' must be Tensor, not {type(value).__name__}", value, *others)

@@ -13,16 +13,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import assume
+from hypothesis import strategies as st
 from places import Place, Results
 from promises import (
     FORMATS,
     NARROW,
+    Input,
     assert_bitwise,
     assert_tail_answer,
     expected_strides,
     gradients,
     ident,
     in_format,
+    inputs,
     integers,
     leaf,
     randn,
@@ -78,7 +82,7 @@ class Case:
 
     def counterpart(self, *tensors: Tensor | None) -> Any:
         """Torch's counterpart, which knows no groups of LRN."""
-        return self.op.counterpart(*tensors, **self.kwargs)
+        return self.op.counterpart(*tensors, **{k: v for k, v in self.kwargs.items() if k != "groups" or v != 1})
 
     def tensors(
         self, dtype: torch.dtype = torch.float32, format: torch.memory_format | None = None, seed: int = 0
@@ -123,11 +127,13 @@ class Operator:
     exact = True
     # Whether its bits are the same for every number of threads.
     ignores_threads: Callable[[Place], bool] = lambda self, place: True
+    # How many inputs hypothesis draws.
+    examples = 60
     # Of the tensors that the layer is called with; the others are its parameters.
     layer_inputs = 1
-    takes_integers = False
-    # Dtypes that only torch's counterpart has.
+    # Dtypes that only torch's counterpart has, and those that are handed on to it.
     only_torch_has: tuple[torch.dtype, ...] = ()
+    torch_runs: tuple[torch.dtype, ...] = ()
     wrong_ranks: tuple[tuple[int, ...], ...] = ()
     rank_error: tuple[type[Exception], str]
     # Dimensions that vmap takes of its tensors.
@@ -142,6 +148,14 @@ class Operator:
     def case(self, name: str, *shapes: Any, **options: Any) -> Case:
         of_case = {k: options.pop(k) for k in ("frozen", "float32_bias", "format") if k in options}
         return Case(self, name, shapes, options, **of_case)
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        """A case with sizes and arguments that suit each other, and its input."""
+        raise NotImplementedError
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        """With such an input, whatever its values."""
+        self.check(place, case, [x, *case.tensors(x.dtype)[1:]])
 
     def of(self, name: str, kind: str) -> list[Case]:
         return self.cases.get(f"{name}@{kind}", self.cases.get(name, self.cases["usual"]))
@@ -272,6 +286,13 @@ class MemoryBound(Operator):
         """Torch's own power and sum, in the reference, differ by where each thread's part ends."""
         return place.name != "reference"
 
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        super().check_any(place, case, x)
+        tensors = [x, *case.tensors(x.dtype)[1:]]
+        if case.lrn is None or case.lrn.groups == 1:
+            expected = case.counterpart(*(t if t is None else t.double() for t in tensors)).to(x.dtype)
+            torch.testing.assert_close(case(*tensors), expected)
+
     def keeps(self, case: Case, tensors: Tensors, y: Tensor) -> tuple[list[Tensor], int]:
         """What it is called with, and the offsets of the maxima: a byte each, if there are but 256."""
         kh, kw = case.pool.op_args()[0] if case.pool else (0, 0)
@@ -279,6 +300,8 @@ class MemoryBound(Operator):
         return [t for t in tensors if t is not None], size * y.numel()
 
     def check(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
+        if case.pool and tensors[0].dim() == 3:
+            return self.check_bits_of_torch(place, case, tensors, dy)
         results, (x, bias) = place.run(case, tensors, dy), (*tensors, None)[:2]
         dx, dbias = (*results.gradients, None)[:2]
         assert_tail_answer(x, bias, results.y, results.argmax, results.dy, dx, dbias, **self.tail(case.kwargs))
@@ -290,7 +313,9 @@ class MemoryBound(Operator):
         """Without LRN there is nothing to round: values and offsets equal torch's, and so do gradients of integers."""
         theirs = case.leaves(tensors)
         expected = case.counterpart(*theirs)
-        dy = integers(*expected.shape, dtype=expected.dtype, low=1, high=62, seed=1) if dy is None else dy
+        if dy is None:  # in 16 bits small, so that sums are exact
+            low, high = (-2, 3) if expected.dtype in NARROW else (1, 62)
+            dy = integers(*expected.shape, dtype=expected.dtype, low=low, high=high, seed=1)
         results = place.run(case, tensors, dy)
         assert_bitwise(results.y, expected.detach())
         assert results.y.stride() == expected_strides(tensors[0], expected.shape)
@@ -301,9 +326,22 @@ class MemoryBound(Operator):
         for ours, gradient in zip(results.gradients, gradients(expected, theirs, dy), strict=True):
             if gradient is not None:
                 assert_bitwise(ours, gradient)
-        if results.gradients:
+        if results.gradients and (tensors[0].dim() == 4 or self is max_pool2d):  # the tail of an image is a composition
             assert results.gradients[0].stride() == expected_strides(tensors[0], tensors[0].shape)
         return results
+
+
+@st.composite
+def pools(draw: st.DrawFn, height: int, width: int) -> PoolParams:
+    kernel = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    stride = draw(st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+    pool = PoolParams(kernel, stride, padding, draw(st.sampled_from([1, 1, 2, 3])), draw(st.booleans()))
+    try:
+        pool.output_size(height, width)
+    except RuntimeError:  # an empty output
+        assume(False)
+    return pool
 
 
 def has_empty_windows(pool: PoolParams, height: int, width: int) -> bool:
@@ -335,11 +373,23 @@ class LRN(MemoryBound):
         return (dy, *tensors, *case.lrn.op_args())
 
     def lrn_case(self, shape: Sequence[int], lrn: LRNParams = STRONG, **options: Any) -> Case:
-        kwargs = {name: value for name, value in asdict(lrn).items() if name != "groups" or value != 1}
-        return self.case(f"{ident(tuple(shape))}-{ident(lrn)}", tuple(shape), **kwargs, **options)
+        return self.case(f"{ident(tuple(shape))}-{ident(lrn)}", tuple(shape), **asdict(lrn), **options)
 
     def normalizing(self, shape: Sequence[int], lrn: LRNParams, every_part: bool = False) -> list[Case]:
         return [self.lrn_case(shape, lrn)]
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            groups, rank = draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([4, 4, 4, 3, 5]))
+            channels = groups * draw(st.integers(1, 20))
+            spatial = [draw(st.integers(1, 20)), *(draw(st.integers(1, 4)) for _ in range(rank - 3))]
+            shape = [draw(st.integers(0, 3)), channels, *draw(st.permutations(spatial))]
+            beta, k = draw(st.sampled_from([0.75, 0.5, 1.0, 0.6, 2.0])), draw(st.sampled_from([1.0, 2.0]))
+            lrn = LRNParams(draw(st.integers(1, channels + 3)), draw(st.floats(0, 0.5)), beta, k, groups)
+            return self.lrn_case(shape, lrn), draw(inputs(shape))
+
+        return cases()
 
     def make_cases(self) -> dict[str, list[Case]]:
         of, groups = self.lrn_case, LRNParams(5, 0.5, 0.75, 1.0, 2)
@@ -387,7 +437,7 @@ class MaxPool2d(MemoryBound):
 
     name = "max_pool2d"
     function, counterpart = staticmethod(FF.max_pool2d), staticmethod(F.max_pool2d)
-    takes_integers = True
+    torch_runs = (torch.int64, torch.uint8)
     wrong_ranks, rank_error = ((), (4,), (4, 4), (2, 3, 4, 4, 4)), (RuntimeError, "3D .*4D")
     except_for = {  # noqa: RUF012
         "test_no_kernel_reads_or_writes_out_of_bounds": "its C++ kernel is that of the tail",
@@ -438,6 +488,23 @@ class MaxPool2d(MemoryBound):
     def pooling(self, shape: Sequence[int], pool: PoolParams) -> list[Case]:
         return [self.pool_case(shape, pool)]
 
+    examples = 30
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            shape = [draw(st.integers(1, 3)), *(draw(st.integers(1, top)) for top in (20, 10, 20))]
+            pool = draw(pools(*shape[2:]))
+            shape = shape[draw(st.integers(0, 1)) :]
+            return self.pool_case(shape, pool), draw(inputs(shape))
+
+        return cases()
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        """Rounded in several ways, so that there are ties."""
+        for levels in (1, 2, 3):
+            self.check(place, case, [x.mul(levels).round()])
+
     def make_cases(self) -> dict[str, list[Case]]:
         of, ceil = self.pool_case, PoolParams(2, 2, 1, 2, True)
         narrow = (1, 1, 3, 3), (3, 1, 5, 4), (1, 7, 3, 70), (2, 33, 70, 3)
@@ -447,7 +514,7 @@ class MaxPool2d(MemoryBound):
             "usual": [usual],
             "parts": [usual, wide],
             "single": single,
-            "answers": single + [of(shape, pool) for shape in narrow for pool in (POOL, PoolParams(2, 1, 1))],
+            "answers": [of(shape, pool) for shape in narrow for pool in (POOL, PoolParams(2, 1, 1))],
             "answers@interpreter": [of((1, 2, 4, 3), pool) for pool in (WIDE, PoolParams((16, 16), 3, 8))],
             "answers@gpu": [of((2, 24, 27, 21), pool) for pool in POOLS],
             "answers@emulator": [],  # in "every pool"
@@ -504,6 +571,32 @@ class ReLULRNMaxPool2d(MemoryBound):
 
     def pooling(self, shape: Sequence[int], pool: PoolParams) -> list[Case]:
         return [self.stage(shape, {"relu": relu, "pool": pool}, bias=relu) for relu in (True, False)]
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            groups = draw(st.sampled_from([1, 1, 2, 3]))
+            channels = groups * draw(st.integers(1, 12))
+            shape = [draw(st.integers(1, 3)), channels, draw(st.integers(1, 12)), draw(st.integers(1, 20))]
+            lrn = pool = None
+            if draw(st.booleans()):
+                beta = draw(st.sampled_from([0.75, 0.5, 1.0, 0.6]))
+                lrn = LRNParams(draw(st.integers(1, channels + 3)), draw(st.floats(0, 0.5)), beta, 2.0, groups)
+            if draw(st.sampled_from([True, True, False])):
+                pool = draw(pools(*shape[2:]))
+                assume(not has_empty_windows(pool, *shape[2:]))
+            tail = {"relu": draw(st.booleans()), "lrn": lrn, "pool": pool}
+            bias, float32_bias = draw(st.sampled_from([(False, False), (True, False), (True, True)]))
+            return self.stage(shape, tail, bias, float32_bias=float32_bias), draw(inputs(shape))
+
+        return cases()
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        super().check_any(place, case, x)
+        without = replace(case, kwargs={**case.kwargs, "lrn": None})
+        for levels in (1, 4):
+            tensors = [t if t is None else t.float().mul(levels).round() for t in (x, *case.tensors()[1:])]
+            self.check_bits_of_torch(place, without, tensors)
 
     def make_cases(self) -> dict[str, list[Case]]:
         of, relu_pool, relu_lrn = self.stage, {"relu": True, "pool": POOL}, {"relu": True, "lrn": STRONG}
@@ -566,6 +659,7 @@ class ReLULRNMaxPool2d(MemoryBound):
             "export": [of((2, 6, 9, 8), tail) for tail in (STAGE, relu_pool, relu_lrn)],
             "vmap": [of((2, 6, 9, 8), tail) for tail in (STAGE, relu_pool, {"relu": True}, {"relu": False})],
             "transforms": [of((2, 4, 5, 5), tail) for tail in (STAGE, relu_pool)],
+            "one": [of((2, 3, 4, 4), {"relu": False, "lrn": STRONG}, bias=False)],
         }
 
 
@@ -667,6 +761,36 @@ class Conv2dReLU(Operator):
                 torch.testing.assert_close(ours, gradient, equal_nan=True, **tolerance)
         assert results.gradients[0].stride() == expected_strides(tensors[0], tensors[0].shape)
 
+    examples = 30
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            groups = draw(st.integers(1, 3))
+            channels, outputs = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+            kernel, dilation = ([draw(st.integers(1, most)) for _ in "hw"] for most in (3, 2))
+            size = [d * (k - 1) + draw(st.integers(1, 6)) for k, d in zip(kernel, dilation, strict=True)]
+            stride, padding = (tuple(draw(st.integers(least, most)) for _ in "hw") for least, most in ((1, 3), (0, 2)))
+            kwargs = {"stride": stride, "padding": padding, "dilation": tuple(dilation), "groups": groups}
+            shape = [draw(st.integers(1, 3)), channels, *size][draw(st.integers(0, 1)) :]
+            bias = (outputs,) if draw(st.booleans()) else None
+            return self.case("any", tuple(shape), (outputs, channels // groups, *kernel), bias, **kwargs), draw(inputs(shape))
+
+        return cases()
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        """Of small integers: both are exact."""
+        tensors = [x.mul(2).round(), *(t if t is None else integers(*t.shape, dtype=x.dtype, seed=1) for t in case.tensors()[1:])]
+        results, theirs = place.run(case, tensors), case.leaves(tensors)
+        expected = case.counterpart(*theirs)
+        assert_bitwise(results.y, expected.detach())
+        assert results.y.stride() == expected_strides(x, expected.shape)
+        dy = integers(*expected.shape, dtype=x.dtype, seed=3)
+        for ours, gradient in zip(place.run(case, tensors, dy).gradients, gradients(expected, theirs, dy), strict=True):
+            assert (ours is None) == (gradient is None)
+            if gradient is not None:
+                torch.testing.assert_close(ours, gradient)
+
     def convolution(self, name: str, bias: bool = True, **options: Any) -> Case:
         shape, weight, kwargs = CONVOLUTIONS[name]
         frozen = "-frozen" * options.get("frozen", False)
@@ -684,21 +808,24 @@ class Conv2dReLU(Operator):
         shape, weight, kwargs = CONVOLUTIONS["pairs"]
         pairs = both(shape, weight, weight[:1], **kwargs)
         padded = {"padding": 1, "groups": 2}
-        single = [replace(c, name=f"single-{c.name}", shapes=(c.shapes[0][1:], *c.shapes[1:])) for c in pairs]
+
+        def alone(case: Case) -> Case:
+            return replace(case, name=f"{case.name}-alone", shapes=(case.shapes[0][1:], *case.shapes[1:]))
+
         answers = [of(name, bias) for name in CONVOLUTIONS for bias in (False, True)]
-        answers += [of(name, frozen=True) for name in CONVOLUTIONS]
-        images = [of(name) for name in CONVOLUTIONS]
-        images = [replace(c, name=f"single-{c.name}", shapes=(c.shapes[0][1:], *c.shapes[1:])) for c in images]
         kept = [of(name, frozen=True) for name in ("alexnet_conv1", "alexnet_conv2", "one_channel")]
-        kept += [replace(c, name=f"single-{c.name}", shapes=(c.shapes[0][1:], *c.shapes[1:])) for c in kept]
+        kept += [alone(case) for case in kept]
         opcheck = (2, 4, 5, 6), (6, 2, 3, 3)
         opchecked = {"stride": (1, 2), "padding": (1, 0), "groups": 2}
         return {
             "usual": pairs,
-            "single": single,
-            "answers": answers + images,
+            "single": [*map(alone, pairs)],
+            "answers": [*answers, *(of(name, frozen=True) for name in CONVOLUTIONS)],
+            "answers@interpreter": answers,
+            "images": [alone(of(name)) for name in CONVOLUTIONS],
+            "answers@emulator": [],  # tests/simt/test_conv2d_relu.py, without backward
             "answers@gpu": [],  # tests/gpu/test_conv2d_relu.py, in TF32 and in float32
-            "kept": [*kept, of("alexnet_conv1"), of("alexnet_conv1", frozen=True)],
+            "kept": [*kept, of("alexnet_conv1")],
             "empty": [
                 case
                 for height, width in ((7, 7), (3, 5))
@@ -721,6 +848,7 @@ class Conv2dReLU(Operator):
             "export": both((2, 4, 5, 6), (6, 2, 3, 3), (6,), **padded),
             "vmap": both((2, 4, 4, 5), (6, 2, 3, 3), (6,), **padded),
             "transforms": both((1, 4, 3, 3), (4, 2, 2, 2), (4,), groups=2)[:1],
+            "one": pairs[:1],
         }
 
 

@@ -67,7 +67,10 @@ class Place:
         y = case(*ours)
         dy = case.op.draw_gradient(y) if dy is None else dy
         found = gradients(y, [t if t is not None and t.requires_grad else None for t in ours], *self.put([dy]))
-        kept = case.op.forward(case, self.put(tensors))[1] if case.pool else None
+        x, *others = self.put(tensors)
+        image = case.pool and x.dim() == 3
+        kept = case.op.forward(case, [x.unsqueeze(0) if image else x, *others])[1] if case.pool else None
+        kept = kept.squeeze(0) if image else kept
         y, kept, *found = (None if t is None else t.detach().cpu() for t in (y, kept, *found))
         return Results(y, kept, dy.cpu(), found)
 
