@@ -5,15 +5,13 @@ shorter where kernels are slow.
 """
 
 import itertools
-import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from operators import ALEXNET_LRN, INF, NAN, POOL, POOLS, STRONG, WIDE, relu_lrn_max_pool2d
 from places import over
-from promises import DTYPES, FORMATS, NARROW, assert_bitwise, assert_same_answer, in_format, integers, randn
+from promises import DTYPES, FORMATS, assert_bitwise, assert_same_answer, in_format, integers, randn
 
 from fastcnn import LRNParams, PoolParams
 
@@ -70,7 +68,9 @@ FAR = [PoolParams(2, 10**9), PoolParams((2, 1), (1, 10**9)), PoolParams(1, 1, 0,
 
 def every_lrn(op, kind):
     if kind == "emulator":
-        lrns = [LRNParams(n.size, n.alpha, n.beta, n.k, g) for n in (*EMULATED_LRNS, LRNParams(99, 9.0)) for g in (1, 2, 4)]
+        lrns = [
+            LRNParams(n.size, n.alpha, n.beta, n.k, g) for n in (*EMULATED_LRNS, LRNParams(99, 9.0)) for g in (1, 2, 4)
+        ]
         return [case for lrn in lrns for case in op.normalizing((2, 36, 5, 7), lrn)]
     lrns = [LRNParams(n.size, n.alpha, n.beta, n.k, g) for n in LRNS for g in (1, 2, 4)]
     if kind == "interpreter":
@@ -191,9 +191,11 @@ def test_groups_do_not_see_each_other(place, case, format):
 
 
 @over(
-    lambda op, kind: [relu_lrn_max_pool2d.stage((4, 5, 61, 67), {"relu": True}, float32_bias=True)]
-    if op is relu_lrn_max_pool2d
-    else [],
+    lambda op, kind: (
+        [relu_lrn_max_pool2d.stage((4, 5, 61, 67), {"relu": True}, float32_bias=True)]
+        if op is relu_lrn_max_pool2d
+        else []
+    ),
     dtypes=DTYPES,
     formats=FORMATS,
 )

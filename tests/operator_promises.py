@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-
 import pytest
 import torch
 from operators import asked
@@ -70,7 +69,9 @@ def test_any_strides_of_a_single_image(place, case, order):
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=ident)
 def test_misaligned_memory(place, case, dtype, order, offset):
-    tensors = [t if t is None else embedded(t, order if t.dim() == 4 else None, offset=offset) for t in case.tensors(dtype)]
+    tensors = [
+        t if t is None else embedded(t, order if t.dim() == 4 else None, offset=offset) for t in case.tensors(dtype)
+    ]
     case.op.agree(place, case, tensors)
 
 
@@ -106,7 +107,9 @@ def test_output_strides_are_channels_last_only_for_channels_last(place, case):
     """Of everything that the ops give out, also where they are only traced."""
     plain, *others = case.tensors()
     inputs = plain, in_format(plain, torch.channels_last), embedded(plain, [*range(plain.dim())][::-1]), plain[:, ::2]
-    for x, format in itertools.product(inputs[: 3 if others and plain.dim() == 4 and others[0] is not None else 4], FORMATS):
+    for x, format in itertools.product(
+        inputs[: 3 if others and plain.dim() == 4 and others[0] is not None else 4], FORMATS
+    ):
         tensors = [x, *(t if t is None else in_format(t, format) for t in others)]
         kept = case.op.forward(case, tensors)
         found = [*kept, *case.op.backward(case, tensors, kept, kept[0])]
@@ -145,7 +148,11 @@ def test_no_kernel_reads_or_writes_out_of_bounds(place, case):
 def test_empty_batch_and_empty_maps(place, case, format):
     tensors = case.tensors(format=format)
     results = place.run(case, tensors)
-    expected = case.counterpart(*(t if t is None else t.to("meta") for t in tensors)) if 0 not in tensors[0].shape[1:] else None
+    expected = (
+        case.counterpart(*(t if t is None else t.to("meta") for t in tensors))
+        if 0 not in tensors[0].shape[1:]
+        else None
+    )
     assert results.y.shape == (tensors[0] if expected is None else expected).shape
     assert results.y.stride() == expected_strides(tensors[0], results.y.shape)
     assert results.gradients[0].shape == tensors[0].shape
@@ -370,7 +377,9 @@ def test_autocast_keeps_the_dtype_of_the_input(place, case, dtype):
 def batched(case, in_dims):
     """Arguments of a vmapped call, and those of the three calls that it stands for."""
     single = [case.tensors(seed=10 * i) for i in range(3)]
-    single = [[single[0][k] if d is None else t for k, (t, d) in enumerate(zip(s, in_dims, strict=True))] for s in single]
+    single = [
+        [single[0][k] if d is None else t for k, (t, d) in enumerate(zip(s, in_dims, strict=True))] for s in single
+    ]
     args = [
         column[0] if d is None else torch.stack(column, d)
         for column, d in zip(zip(*single, strict=True), in_dims, strict=True)

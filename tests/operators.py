@@ -637,9 +637,7 @@ class ReLULRNMaxPool2d(MemoryBound):
                 for shape in ((2, 5, 0, 3), (2, 5, 3, 0), (2, 0, 3, 3), (0, 0, 0, 0))
                 for case in parts(*shape, tails=[tail for tail in PARTS if not tail["pool"]])
             ],
-            "strides": [
-                case for s in ((2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 3, 3), (0, 3, 4, 5)) for case in parts(*s)
-            ],
+            "strides": [case for s in ((2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 3, 3), (0, 3, 4, 5)) for case in parts(*s)],
             "bits": [
                 of(shape, {**tail, "lrn": tail["lrn"] and ALEXNET_LRN})
                 for shape in ((1, 96, 27, 27), (7, 17, 31, 31))
@@ -774,13 +772,18 @@ class Conv2dReLU(Operator):
             kwargs = {"stride": stride, "padding": padding, "dilation": tuple(dilation), "groups": groups}
             shape = [draw(st.integers(1, 3)), channels, *size][draw(st.integers(0, 1)) :]
             bias = (outputs,) if draw(st.booleans()) else None
-            return self.case("any", tuple(shape), (outputs, channels // groups, *kernel), bias, **kwargs), draw(inputs(shape))
+            return self.case("any", tuple(shape), (outputs, channels // groups, *kernel), bias, **kwargs), draw(
+                inputs(shape)
+            )
 
         return cases()
 
     def check_any(self, place: Place, case: Case, x: Tensor) -> None:
         """Of small integers: both are exact."""
-        tensors = [x.mul(2).round(), *(t if t is None else integers(*t.shape, dtype=x.dtype, seed=1) for t in case.tensors()[1:])]
+        tensors = [
+            x.mul(2).round(),
+            *(t if t is None else integers(*t.shape, dtype=x.dtype, seed=1) for t in case.tensors()[1:]),
+        ]
         results, theirs = place.run(case, tensors), case.leaves(tensors)
         expected = case.counterpart(*theirs)
         assert_bitwise(results.y, expected.detach())
@@ -794,8 +797,14 @@ class Conv2dReLU(Operator):
     def convolution(self, name: str, bias: bool = True, **options: Any) -> Case:
         shape, weight, kwargs = CONVOLUTIONS[name]
         frozen = "-frozen" * options.get("frozen", False)
-        return self.case(f"{name}{'' if bias else '-no_bias'}{frozen}", shape, weight, weight[:1] if bias else None,
-                         **kwargs, **options)
+        return self.case(
+            f"{name}{'' if bias else '-no_bias'}{frozen}",
+            shape,
+            weight,
+            weight[:1] if bias else None,
+            **kwargs,
+            **options,
+        )
 
     def make_cases(self) -> dict[str, list[Case]]:
         of = self.convolution
@@ -838,12 +847,16 @@ class Conv2dReLU(Operator):
                 for case in both(shape, (outputs, shape[1], 3, 3), None)
             ],
             "bits": [of("alexnet_conv2"), of("alexnet_conv2", frozen=True)],
-            "opcheck": [case for bias in ((6,), None) for case in both(*opcheck, bias, name="bias-" * bool(bias), **opchecked)],
+            "opcheck": [
+                case for bias in ((6,), None) for case in both(*opcheck, bias, name="bias-" * bool(bias), **opchecked)
+            ],
             "gradcheck": both((1, 4, 3, 3), (4, 2, 2, 3), (4,), padding=(0, 1), groups=2),
             "compile": [
                 case
                 for padding in (1, "same")
-                for case in both((2, 4, 8, 5), (6, 2, 3, 2), (6,), name=f"{padding}-", padding=padding, groups=2, format=FORMATS[1])
+                for case in both(
+                    (2, 4, 8, 5), (6, 2, 3, 2), (6,), name=f"{padding}-", padding=padding, groups=2, format=FORMATS[1]
+                )
             ],
             "export": both((2, 4, 5, 6), (6, 2, 3, 3), (6,), **padded),
             "vmap": both((2, 4, 4, 5), (6, 2, 3, 3), (6,), **padded),
