@@ -5,11 +5,26 @@ shorter where kernels are slow.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
-from operators import ALEXNET_LRN, INF, NAN, POOL, POOLS, STRONG, WIDE, relu_lrn_max_pool2d
+from operators import (
+    ALEXNET_LRN,
+    AWKWARD,
+    INF,
+    NAN,
+    NONE,
+    POOL,
+    POOLS,
+    STRONG,
+    WIDE,
+    conv2d_relu,
+    lrn,
+    relu_lrn_max_pool2d,
+)
 from places import over
 from promises import DTYPES, FORMATS, assert_bitwise, assert_same_answer, in_format, integers, randn
 
@@ -27,7 +42,15 @@ FEW_CONSTANTS = [
     for alpha, k in ((1e-4, 2.0), (1e3, 2.0), (1.0, 0.0))
 ]
 LRNS = [ALEXNET_LRN, LRNParams(5, 1e3, 0.5), LRNParams(4, 3.0, 1.0), LRNParams(2, 1.0, 0.6)]
-EMULATED_LRNS = [STRONG, LRNParams(5, 0.5, 0.5), LRNParams(4, 0.5, 0.6), LRNParams(2, 1.0, 1.0), LRNParams(3, 0.5)]
+FEW_LRNS = [LRNParams(2, 1.0, 0.6), LRNParams(9, 0.5, groups=2), LRNParams(40, 9.0)]
+EMULATED_LRNS = [
+    STRONG,
+    LRNParams(5, 0.5, 0.5),
+    LRNParams(4, 0.5, 0.6),
+    LRNParams(2, 1.0, 1.0),
+    LRNParams(3, 0.5),
+    LRNParams(99, 9.0),
+]
 WINDOWS = {  # channels, and windows also even and wider than they are many
     "cpu": [(c, size) for c in (1, 2, 3, 5, 16, 17) for size in (*range(1, c + 4), 1001, 2**40)],
     "interpreter": [(c, size) for c in (5, 24) for size in (1, 2, 3, 4, 6, 11, 16, 17, 40, 2**40)],
@@ -67,22 +90,20 @@ FAR = [PoolParams(2, 10**9), PoolParams((2, 1), (1, 10**9)), PoolParams(1, 1, 0,
 
 
 def every_lrn(op, kind):
-    if kind == "emulator":
-        lrns = [
-            LRNParams(n.size, n.alpha, n.beta, n.k, g) for n in (*EMULATED_LRNS, LRNParams(99, 9.0)) for g in (1, 2, 4)
-        ]
-        return [case for lrn in lrns for case in op.normalizing((2, 36, 5, 7), lrn)]
-    lrns = [LRNParams(n.size, n.alpha, n.beta, n.k, g) for n in LRNS for g in (1, 2, 4)]
-    if kind == "interpreter":
-        lrns = [LRNParams(2, 1.0, 0.6), LRNParams(9, 0.5, groups=2), LRNParams(40, 9.0)]
-    channels, constants = (38, FEW_CONSTANTS) if kind == "interpreter" else (36, CONSTANTS)
-    if op is relu_lrn_max_pool2d:  # k = 0 makes NaN of windows that ReLU makes zero
-        constants = [(alpha, beta, k) for alpha, beta, k in constants if k]
-    return [
-        case
-        for lrn in [*lrns, *(LRNParams(5, alpha, beta, k) for alpha, beta, k in constants)]
-        for case in op.normalizing((2, channels if lrn in lrns else 17, 3, 5 if kind == "interpreter" else 9), lrn)
-    ]
+    shape, lrns = {
+        "cpu": ((2, 36, 7, 9), LRNS),
+        "interpreter": ((1, 38, 5, 4), FEW_LRNS),
+        "emulator": ((2, 36, 5, 7), EMULATED_LRNS),
+    }[kind]
+    many = lrns if kind == "interpreter" else [replace(lrn, groups=g) for lrn in lrns for g in (1, 2, 4)]
+    return [case for lrn in many for case in op.normalizing(shape, lrn)]
+
+
+def every_constant(op, kind):
+    """For the tail not k = 0, which makes NaN of windows that ReLU makes zero."""
+    shape, constants = ((2, 17, 3, 4), FEW_CONSTANTS) if kind == "interpreter" else ((2, 17, 3, 9), CONSTANTS)
+    constants = [c for c in constants if c[2] or op is lrn]
+    return [case for alpha, beta, k in constants for case in op.normalizing(shape, LRNParams(5, alpha, beta, k))]
 
 
 def every_window(op, kind):
@@ -125,7 +146,8 @@ def non_finite(op, kind):
 
 def every_pool(op, kind):
     shape, pools = POOLED[kind]
-    return [case for pool in pools for case in op.pooling(shape, pool)]
+    alone = [op.stage(shape, {**NONE, "relu": relu}) for relu in (True, False)] if op is relu_lrn_max_pool2d else []
+    return [*alone, *(case for pool in pools for case in op.pooling(shape, pool))]
 
 
 def without_lrn(op, kind):
@@ -152,7 +174,15 @@ def test_same_answer_for_every_lrn(place, case, format):
         case.op.check(place, case, case.tensors(dtype, format))
 
 
-@over(lambda op, kind: op.normalizing((2, 20, 5, 9), LRNParams(5, 1e-4, 0.75, 2.0)))
+@over(every_constant, formats=FORMATS)
+def test_same_answer_for_every_constant_of_lrn(place, case, format):
+    for dtype in (torch.float32, torch.float64):
+        case.op.check(place, case, case.tensors(dtype, format))
+
+
+@over(
+    lambda op, kind: [c for b in (0.5, 0.75, 1.0, 0.6) for c in op.normalizing((2, 20, 5, 9), LRNParams(5, 1e-4, b, 2))]
+)
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_same_answer_for_small_and_large_values(place, case, scale):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -317,3 +347,40 @@ def test_one_huge_value_does_not_spoil_its_neighbours(place, case, value, dtype,
 
 def x_channels(case):
     return case.shapes[0][1]
+
+
+# -- convolution ------------------------------------------------------------------------------------------------------
+
+
+def convolutions(op, kind):
+    return [op.convolution(name) for name in ("alexnet_conv1", *AWKWARD)] if op is conv2d_relu else []
+
+
+@over(convolutions, "each", dtypes=DTYPES, formats=FORMATS)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_non_finite_values_propagate_as_in_torch(place, case, dtype, format, value):
+    for i in range(3):  # in input, weight and bias
+        tensors, without = case.tensors(dtype, format), replace(case, kwargs={**case.kwargs, "padding": 0})
+        tensors[i][(0,) * tensors[i].dim()] = value
+        # in Triton's kernel, whether weights meet the zeros of the padding differs, as in torch's
+        run = without if i == 1 and place.name == "triton" else case
+        y, expected = run(*tensors), run.counterpart(*tensors)
+        assert_bitwise(y.isnan(), expected.isnan())
+        assert_bitwise(y.isinf(), expected.isinf())
+
+
+def depthwise(op, kind):
+    shapes = (2, 3, 2, 8), (3, 1, 1, 1), (3,)
+    frozen = (False, True) if op is conv2d_relu else ()
+    return [op.case("frozen" if f else "trained", *shapes, groups=3, frozen=f) for f in frozen]
+
+
+@over(depthwise, "each", dtypes=DTYPES, formats=FORMATS)
+def test_relu_passes_the_gradient_of_all_but_values_up_to_zero(place, case, dtype, format):
+    """Also that of NaN, and not that of zeros of either sign, as torch."""
+    values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 2.0], dtype=dtype).repeat(2, 3, 2, 1)
+    tensors = [in_format(values, format), torch.ones(3, 1, 1, 1, dtype=dtype), torch.zeros(3, dtype=dtype)]
+    results = place.run(case, tensors, torch.ones_like(values))
+    dx = results.gradients[0]
+    assert_bitwise(dx, torch.tensor([1, 1, 0, 0, 0, 1, 0, 1], dtype=dtype).expand_as(dx))
+    assert_bitwise(results.y, F.relu(values))

@@ -304,10 +304,16 @@ class MemoryBound(Operator):
             return self.check_bits_of_torch(place, case, tensors, dy)
         results, (x, bias) = place.run(case, tensors, dy), (*tensors, None)[:2]
         dx, dbias = (*results.gradients, None)[:2]
+        self.check_forward_alone(place, case, tensors, results)
         assert_tail_answer(x, bias, results.y, results.argmax, results.dy, dx, dbias, **self.tail(case.kwargs))
         assert results.y.dtype == x.dtype
         assert results.y.stride() == expected_strides(x, results.y.shape)
         return results
+
+    def check_forward_alone(self, place: Place, case: Case, tensors: Tensors, results: Results) -> None:
+        """Where nothing is kept for backward, the values are the same."""
+        if place.has_autograd:
+            assert_bitwise(case(*place.put([None if t is None else t.detach() for t in tensors])).cpu(), results.y)
 
     def check_bits_of_torch(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
         """Without LRN there is nothing to round: values and offsets equal torch's, and so do gradients of integers."""
@@ -317,6 +323,7 @@ class MemoryBound(Operator):
             low, high = (-2, 3) if expected.dtype in NARROW else (1, 62)
             dy = integers(*expected.shape, dtype=expected.dtype, low=low, high=high, seed=1)
         results = place.run(case, tensors, dy)
+        self.check_forward_alone(place, case, tensors, results)
         assert_bitwise(results.y, expected.detach())
         assert results.y.stride() == expected_strides(tensors[0], expected.shape)
         if case.pool and not has_empty_windows(case.pool, *tensors[0].shape[-2:]):
@@ -772,18 +779,15 @@ class Conv2dReLU(Operator):
             kwargs = {"stride": stride, "padding": padding, "dilation": tuple(dilation), "groups": groups}
             shape = [draw(st.integers(1, 3)), channels, *size][draw(st.integers(0, 1)) :]
             bias = (outputs,) if draw(st.booleans()) else None
-            return self.case("any", tuple(shape), (outputs, channels // groups, *kernel), bias, **kwargs), draw(
-                inputs(shape)
-            )
+            shapes = tuple(shape), (outputs, channels // groups, *kernel), bias
+            return self.case("any", *shapes, **kwargs), draw(inputs(shape))
 
         return cases()
 
     def check_any(self, place: Place, case: Case, x: Tensor) -> None:
         """Of small integers: both are exact."""
-        tensors = [
-            x.mul(2).round(),
-            *(t if t is None else integers(*t.shape, dtype=x.dtype, seed=1) for t in case.tensors()[1:]),
-        ]
+        others = [None if s is None else integers(*s, dtype=x.dtype, seed=i) for i, s in enumerate(case.shapes) if i]
+        tensors = [x.mul(2).round(), *others]
         results, theirs = place.run(case, tensors), case.leaves(tensors)
         expected = case.counterpart(*theirs)
         assert_bitwise(results.y, expected.detach())
@@ -793,6 +797,12 @@ class Conv2dReLU(Operator):
             assert (ours is None) == (gradient is None)
             if gradient is not None:
                 torch.testing.assert_close(ours, gradient)
+
+    def call(
+        self, name: str, dtype: torch.dtype = torch.float32, format: torch.memory_format = torch.contiguous_format
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Tensors and arguments of one of the convolutions above."""
+        return self.convolution(name).tensors(dtype, format), self.convolution(name).kwargs
 
     def convolution(self, name: str, bias: bool = True, **options: Any) -> Case:
         shape, weight, kwargs = CONVOLUTIONS[name]

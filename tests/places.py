@@ -1,9 +1,9 @@
 """Where operators run, and how a promise is spread over operators and places.
 
-A promise is a test of ``operator_promises.py`` or ``kernel_promises.py``, marked ``@over(...)``. The folders that keep it
-(``ops``, ``interpreter``, ``gpu``, ``simt``) import it into their ``test_promises.py``, which says in ``HERE`` which
-places they have; ``conftest.py`` then makes a test of it for each place, each case of each operator in ``operators.py``,
-each dtype and each memory format.
+A promise is a test of ``operator_promises.py`` or ``kernel_promises.py``, marked ``@over(...)``. The folders that keep
+it (``ops``, ``interpreter``, ``gpu``, ``simt``) import it into their ``test_promises.py``, which says in ``HERE`` which
+places they have; ``conftest.py`` then makes a test of it for each place, each case of each operator in
+``operators.py``, each dtype and each memory format.
 """
 
 from __future__ import annotations

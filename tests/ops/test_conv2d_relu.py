@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from operators import conv2d_relu
 from promises import (
     NARROW,
     assert_bitwise,
@@ -30,7 +31,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.mark.parametrize("change", ["in place", "data", "new data", "loaded", "nan"])
 def test_frozen_weights_may_change_in_any_way(each_backend, change):
-    (x, w, b), kwargs = case("alexnet_conv2", format=torch.channels_last)
+    (x, w, b), kwargs = conv2d_relu.call("alexnet_conv2", format=torch.channels_last)
     layer = torch.nn.Conv2d(8, 12, 5, padding=2, groups=2).requires_grad_(False)
     with torch.no_grad():
         layer.weight.copy_(w)
@@ -48,14 +49,14 @@ def test_frozen_weights_may_change_in_any_way(each_backend, change):
     else:
         layer.weight.data[3, 1, 2, 2] = NAN
     results = []
-    for run in (FF.conv2d_relu, torch_conv_relu):
+    for run in (FF.conv2d_relu, conv2d_relu.counterpart):
         y = run(x, layer.weight, b, **kwargs)
         results.append((y.detach(), *gradients(y, (x,), torch.ones_like(y))))
     torch.testing.assert_close(*results, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_weights_go_when_the_weight_goes(best_backend):
-    (x, w, b), kwargs = case("vgg_conv1_1", format=torch.channels_last)
+    (x, w, b), kwargs = conv2d_relu.call("vgg_conv1_1", format=torch.channels_last)
     before = len(packed._frozen)
     FF.conv2d_relu(x, w, b, **kwargs)
     layer = fastcnn.nn.ConvReLU2d(3, 16, 3, padding=1).requires_grad_(False)
@@ -68,7 +69,7 @@ def test_packed_weights_go_when_the_weight_goes(best_backend):
 
 
 def test_trained_weights_are_not_packed(best_backend):
-    (x, w, b), kwargs = case("vgg_conv1_1", format=torch.channels_last)
+    (x, w, b), kwargs = conv2d_relu.call("vgg_conv1_1", format=torch.channels_last)
     before = len(packed._frozen)
     for _ in range(2):
         FF.conv2d_relu(x, leaf(w), b, **kwargs).sum().backward()
@@ -97,7 +98,7 @@ def test_fingerprint_sees_every_change(best_backend, elements):
 
 
 def test_weights_frozen_at_first_can_be_trained_later(each_backend):
-    (x, _, _), _ = case("vgg_conv1_1")
+    (x, _, _), _ = conv2d_relu.call("vgg_conv1_1")
     layer, x = fastcnn.nn.ConvReLU2d(3, 16, 3, padding=1).requires_grad_(False), leaf(x)
     y = layer(x)
     dy = randn(*y.shape, seed=5)
@@ -133,13 +134,13 @@ def test_vmap_over_an_input_that_asks_for_its_gradient_beside_frozen_weights(eac
         y = torch.func.vmap(lambda x: run(x, w, b, padding=1, groups=2), in_dim)(inner)
         return [y, *gradients(y, [inner], randn(*y.shape, seed=3))]
 
-    torch.testing.assert_close(of(FF.conv2d_relu), of(torch_conv_relu), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(of(FF.conv2d_relu), of(conv2d_relu.counterpart), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=ident)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_autocast_casts_as_for_the_convolution_of_torch(each_backend, frozen, dtype):
-    (x, w, b), kwargs = case("alexnet_conv2")
+    (x, w, b), kwargs = conv2d_relu.call("alexnet_conv2")
 
     def of(run):
         args = leaf(x), *(t if frozen else leaf(t) for t in (w, b))
@@ -148,7 +149,7 @@ def test_autocast_casts_as_for_the_convolution_of_torch(each_backend, frozen, dt
         wanted = [t for t in args if t.requires_grad]
         return [y, *gradients(y, wanted, torch.ones_like(y))]
 
-    ours, theirs = of(FF.conv2d_relu), of(torch_conv_relu)
+    ours, theirs = of(FF.conv2d_relu), of(conv2d_relu.counterpart)
     assert ours[0].dtype == dtype
     assert all(g.dtype == torch.float32 for g in ours[1:])
     torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-1)
@@ -156,11 +157,11 @@ def test_autocast_casts_as_for_the_convolution_of_torch(each_backend, frozen, dt
 
 def test_autocast_leaves_float64_and_what_is_narrow_already(each_backend):
     for dtype, expected in [(torch.float64, torch.float64), (torch.float16, torch.bfloat16)]:
-        (x, w, b), kwargs = case("pairs", dtype)
+        (x, w, b), kwargs = conv2d_relu.call("pairs", dtype)
         with torch.autocast("cpu", torch.bfloat16):
-            y, theirs = FF.conv2d_relu(x, w, b, **kwargs), torch_conv_relu(x, w, b, **kwargs)
+            y, theirs = FF.conv2d_relu(x, w, b, **kwargs), conv2d_relu.counterpart(x, w, b, **kwargs)
         assert y.dtype == theirs.dtype == expected
-    (x, w, b), kwargs = case("pairs")
+    (x, w, b), kwargs = conv2d_relu.call("pairs")
     with torch.autocast("cpu", torch.bfloat16):  # of different dtypes: all are cast to one
         assert FF.conv2d_relu(x.bfloat16(), w, b.half(), **kwargs).dtype == torch.bfloat16
 
