@@ -152,6 +152,11 @@ def every_pool(op, kind):
     return [*alone, *(case for pool in pools for case in op.pooling(shape, pool))]
 
 
+def every_pool_after_lrn(op, kind):
+    shape, pools = POOLED[kind]
+    return [op.stage(shape, {"lrn": STRONG, "pool": pool}) for pool in pools] if op is relu_lrn_max_pool2d else []
+
+
 def without_lrn(op, kind):
     relu_alone = [relu_lrn_max_pool2d.stage((2, 17, 9, 9), {"relu": True})] if op is relu_lrn_max_pool2d else []
     return [*relu_alone, *op.pooling((2, 17, 9, 9), POOL)]
@@ -179,6 +184,12 @@ def test_same_answer_for_every_lrn(place, case, format):
 @over(every_constant, formats=FORMATS)
 def test_same_answer_for_every_constant_of_lrn(place, case, format):
     for dtype in (torch.float32, torch.float64):
+        case.op.check(place, case, case.tensors(dtype, format))
+
+
+@over(every_pool_after_lrn, "kernels", formats=FORMATS)
+def test_same_answer_for_every_pool_after_lrn(place, case, format):
+    for dtype in (torch.float32, torch.bfloat16):
         case.op.check(place, case, case.tensors(dtype, format))
 
 
