@@ -12,9 +12,12 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def output_format(x: Tensor) -> torch.memory_format:
     """channels_last if ``x`` is channels_last and not also contiguous, otherwise contiguous."""
     channels_last = _CHANNELS_LAST.get(x.dim())
-    if channels_last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
-        return channels_last
-    return torch.contiguous_format
+    if channels_last is None or x.is_contiguous():
+        return torch.contiguous_format
+    try:
+        return channels_last if x.is_contiguous(memory_format=channels_last) else torch.contiguous_format
+    except RuntimeError:  # inside of vmap, where torch does not tell
+        return torch.contiguous_format
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -1,5 +1,8 @@
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING
 
 import promises
 import pytest
@@ -9,6 +12,11 @@ from hypothesis import HealthCheck, settings
 from promises import DRAWN, backends_here, running_on
 
 import fastcnn
+
+if TYPE_CHECKING:
+    from places import Place
+
+pytest.register_assert_rewrite("places", "operators", "operator_promises", "kernel_promises")
 
 settings.register_profile(
     "fastcnn",
@@ -26,6 +34,20 @@ def pytest_configure() -> None:
         raise pytest.UsageError(
             f"{fastcnn.backends.status()['cpu']}. FASTCNN_TEST_PURE_PYTHON=1 tests the pure Python package without it"
         )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Those of the promises that operators share: see ``places.py``."""
+    promise = getattr(metafunc.function, "promise", None)
+    if promise is not None:
+        promise.parametrize(metafunc, metafunc.module.HERE)
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Where a promise is kept; in use."""
+    with request.param.in_use():
+        yield request.param
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,12 +2,8 @@
 
 import pytest
 import torch
-from ops.test_lrn import LRN, LRN_BACKWARD, STRONG
-from ops.test_max_pool2d import BACKWARD as POOL_BACKWARD
-from ops.test_max_pool2d import OP as POOL_FORWARD
-from ops.test_max_pool2d import POOL
-from ops.test_relu_lrn_max_pool2d import LRN as PARAMS
-from ops.test_relu_lrn_max_pool2d import STAGE, TAIL, TAIL_BACKWARD
+from operators import POOL, STAGE, lrn, max_pool2d, relu_lrn_max_pool2d
+from operators import STRONG as PARAMS
 from promises import FORMATS, assert_bitwise, ident, randn, tail_args
 
 import fastcnn.functional as FF
@@ -15,6 +11,10 @@ from fastcnn.ops.triton import conv2d_relu
 from fastcnn.params import ConvParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+STRONG = PARAMS.op_args()[:4]
+LRN, LRN_BACKWARD = lrn.op, lrn.backward_op
+POOL_FORWARD, POOL_BACKWARD = max_pool2d.op, max_pool2d.backward_op
+TAIL, TAIL_BACKWARD = relu_lrn_max_pool2d.op, relu_lrn_max_pool2d.backward_op
 formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
 
 

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from ops.test_lrn import LRN, STRONG
-from ops.test_max_pool2d import OP as POOL_FORWARD
-from ops.test_max_pool2d import POOL
-from ops.test_relu_lrn_max_pool2d import STAGE, TAIL, TAIL_BACKWARD
+from operators import POOL, STAGE, lrn, max_pool2d, relu_lrn_max_pool2d
+from operators import STRONG as PARAMS
 from promises import FORMATS, assert_bitwise, gradients, ident, leaf, randn, tail_args
 
 import fastcnn
@@ -13,6 +11,9 @@ import fastcnn.functional as FF
 from fastcnn import LRNParams
 
 pytestmark = pytest.mark.gpu
+STRONG = PARAMS.op_args()[:4]
+LRN, POOL_FORWARD = lrn.op, max_pool2d.op
+TAIL, TAIL_BACKWARD = relu_lrn_max_pool2d.op, relu_lrn_max_pool2d.backward_op
 formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.test_conv2d_relu import BACKWARD, CASES, OP, SMALL, case, errors, op_args, torch_conv_relu
+from operators import AWKWARD, CONVOLUTIONS, conv2d_relu, errors
 from promises import FORMATS, assert_bitwise, gradients, ident, leaf, randn, rounding
 
 import fastcnn
@@ -16,6 +16,7 @@ from fastcnn.ops.cudnn import conv2d_relu as cudnn
 from fastcnn.params import ConvParams
 
 pytestmark = pytest.mark.gpu
+OP, BACKWARD = conv2d_relu.op, conv2d_relu.backward_op
 NAN = float("nan")
 # float32 is computed in two ways
 NUMBERS = [(torch.bfloat16, "tf32"), (torch.float16, "tf32"), (torch.float32, "tf32"), (torch.float32, "ieee")]
@@ -40,7 +41,7 @@ def backend(request):
 
 
 def cuda_case(name, dtype=torch.float32, format=torch.contiguous_format):
-    tensors, kwargs = case(name, dtype, format)
+    tensors, kwargs = conv2d_relu.call(name, dtype, format)
     return [t.cuda() for t in tensors], kwargs
 
 
@@ -54,17 +55,17 @@ def run(tensors, kwargs, frozen=False):
 
 @numbers
 @formats
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_error_is_at_most_twice_that_of_torch(backend, name, format, dtype, precision):
     tensors, kwargs = cuda_case(name, dtype, format)
     floor = rounding(dtype, precision == "tf32")
-    ours, theirs = errors(FF.conv2d_relu, tensors, kwargs), errors(torch_conv_relu, tensors, kwargs)
+    ours, theirs = errors(FF.conv2d_relu, tensors, kwargs), errors(conv2d_relu.counterpart, tensors, kwargs)
     for part, a, b in zip(["output", "input", "weight", "bias"], ours, theirs, strict=True):
         assert a <= max(2 * b, floor), f"{part}: error {a:.3g}, torch's {b:.3g}"
 
 
 @formats
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", AWKWARD)
 def test_smallest_cases_stay_within_their_memory(format, name):
     """For compute-sanitizer: every kernel, with blocks that end outside of the tensors."""
     for dtype in (torch.bfloat16, torch.float32):
@@ -72,7 +73,7 @@ def test_smallest_cases_stay_within_their_memory(format, name):
         with fastcnn.backends.use("triton"):
             for frozen in (False, True):
                 assert all(t.isfinite().all() for t in run(tensors, kwargs, frozen))
-        cudnn.forward(*tensors, ConvParams(*op_args(tensors, {**kwargs, "padding": 0})), True)
+        cudnn.forward(*tensors, ConvParams([1, 1], [0, 0], [1, 1], kwargs.get("groups", 1)), True)
 
 
 @formats
@@ -98,7 +99,7 @@ def test_frozen_weights_give_the_same_gradient(backend, format):
 def test_non_finite_inputs_propagate_as_in_torch(backend, format, value):
     tensors, kwargs = cuda_case("alexnet_conv2", torch.float32, format)
     tensors[0][1, 2, 3, 4] = value
-    y, expected = FF.conv2d_relu(*tensors, **kwargs), torch_conv_relu(*tensors, **kwargs)
+    y, expected = FF.conv2d_relu(*tensors, **kwargs), conv2d_relu.counterpart(*tensors, **kwargs)
     assert_bitwise(y.isnan(), expected.isnan())
     assert_bitwise(y.isinf(), expected.isinf())
 
@@ -183,7 +184,7 @@ def test_opcheck(backend, format, with_mask):
 
 def test_gradcheck(backend):
     tensors = [leaf(t, torch.float64) for t in cuda_case("pairs")[0]]
-    kwargs = CASES["pairs"][2]
+    kwargs = CONVOLUTIONS["pairs"][2]
     torch.autograd.gradcheck(lambda *t: FF.conv2d_relu(*t, **kwargs), tensors, fast_mode=True)
 
 
@@ -197,7 +198,7 @@ def test_runs_where_its_tensors_are():
 
 
 def test_a_tensor_on_cpu_is_refused():
-    (x, w, b), kwargs = case("pairs")
+    (x, w, b), kwargs = conv2d_relu.call("pairs")
     with fastcnn.backends.use("triton"), pytest.raises(RuntimeError, match="cannot run on cpu tensors"):
         FF.conv2d_relu(x, w, b, **kwargs)
     assert F.relu(x).device.type == "cpu"

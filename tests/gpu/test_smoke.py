@@ -5,12 +5,12 @@ On a GPU these are its kernels, elsewhere the C++ ones. The "smallest" shape is 
 
 import pytest
 import torch
-from ops.test_conv2d_relu import errors, torch_conv_relu
+from operators import POOL, conv2d_relu, errors
+from operators import STRONG as LRN
 from promises import DTYPES, FORMATS, NARROW, assert_tail_answer, ident, randn, rounding, tail_args
 
 import fastcnn
 import fastcnn.functional as FF
-from fastcnn import LRNParams, PoolParams
 from fastcnn.bench.environment import convolution_precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,8 +18,6 @@ BACKENDS = ("triton", "cuda") if DEVICE == "cuda" else ("cpu",)
 SHAPES = {"smallest": (2, 14, 9, 11), "stage": (2, 96, 27, 27)}
 if DEVICE == "cpu":
     del SHAPES["stage"]  # tests/ops has larger ones
-LRN = LRNParams(5, 0.5, 0.75, 1.0)  # the denominator matters as much as the numerator
-POOL = PoolParams(3, 2)
 
 # lrn and max_pool2d are tails that lack the other parts
 TAILS = {
@@ -91,6 +89,6 @@ def test_conv2d_relu(backend, backward, format, dtype, shape):
     tensors = [t.to(DEVICE) for t in (x, weight, randn(weight_shape[0], dtype=dtype, seed=2))]
     parts = ["output", "input", "weight", "bias"] if backward else ["output"]
     with convolution_precision("tf32"):
-        ours, theirs = (errors(f, tensors, kwargs) for f in (FF.conv2d_relu, torch_conv_relu))
+        ours, theirs = (errors(f, tensors, kwargs) for f in (FF.conv2d_relu, conv2d_relu.counterpart))
     for part, a, b in zip(parts, ours, theirs, strict=False):
         assert a <= max(2 * b, rounding(dtype, tf32=True)), f"{part}: error {a:.3g}, torch's {b:.3g}"

@@ -1,8 +1,9 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from .emulator import Emulator, why_not
+from .emulator import Emulated, Emulator, why_not
 
 
 def _emulator(sanitizer: str) -> Iterator[Emulator]:
@@ -23,3 +24,9 @@ def address() -> Iterator[Emulator]:
 def thread() -> Iterator[Emulator]:
     """The kernels under ThreadSanitizer."""
     yield from _emulator("thread")
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Emulated:
+    """Where a promise is kept: the emulator under the sanitizer of this name."""
+    return replace(request.param, emulator=request.getfixturevalue(request.param.name))

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ import ninja
 import pybind11
 import torch
 import torch.nn.functional as F
+from operators import Case
+from places import Place, Results
+from promises import assert_bitwise
 from torch import Tensor
 
 from fastcnn import LRNParams, PoolParams
+from fastcnn.params import opmath
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -224,6 +229,32 @@ class Emulator:
         y = y.to(x.dtype)
         (result,) = self.call("conv2d_relu", task, _in(x, offset), _in(rows, 0), _in(bias, 0), _out(y, offset))
         return _tensor(result, y, channels_last)
+
+
+@dataclass(frozen=True)
+class Emulated(Place):
+    """The CUDA kernels of the memory-bound operators, under the sanitizer of this name.
+
+    Args:
+        offset: bytes that misalign every tensor.
+    """
+
+    emulator: Emulator | None = None
+    offset: int = 0
+    has_autograd = False
+
+    def run(self, case: Case, tensors: Sequence[Tensor | None], dy: Tensor | None = None) -> Results:
+        assert self.emulator is not None
+        (x, bias), name, tail = (*tensors, None)[:2], case.op.name, case.op.tail(case.kwargs)
+        assert x is not None
+        bias = None if bias is None else bias.to(opmath(x.dtype))  # as the glue does
+        y, argmax = self.emulator.forward(name, x, bias, **tail, offset=self.offset)
+        if case.pool:
+            alone, _ = self.emulator.forward(name, x, bias, **tail, with_argmax=False, offset=self.offset)
+            assert_bitwise(alone, y)
+        dy = case.op.draw_gradient(y) if dy is None else dy
+        found = self.emulator.backward(f"{name}_backward", dy, x, bias, argmax, **tail, offset=self.offset)
+        return Results(y, argmax, dy, list(found[: len(tensors)]))
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -5,14 +5,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from promises import DTYPES, FORMATS, assert_bitwise, ident, integers, randn
+from operators import POOL, max_pool2d
+from operators import STRONG as LRN
+from promises import DTYPES, FORMATS, assert_bitwise, ident, randn
 
 from fastcnn import LRNParams, PoolParams, reference
 
-from .test_kernels import assert_pool_is_torchs, assert_same_tail, bias_of, special
+from .checks import assert_same_tail, special
+from .emulator import Emulated
 
-LRN = LRNParams(5, 0.5, 0.75, 1.0)
-POOL = PoolParams(3, 2)
 USUAL = [dtype for dtype in DTYPES if dtype != torch.float64]
 POOLS = [POOL, PoolParams(2, 2), PoolParams(3, 2, 0, 1, True), PoolParams(2, 2, 0, 1, True)]
 LRNS = [LRN, LRNParams(5, 0.5, 0.5, 2.0), LRNParams(5, 0.5, 0.75, 1.0, 2), LRNParams(5, 1e-4, 0.75, 1.0)]
@@ -29,17 +30,15 @@ def format(request):
 )
 def test_every_part(address, format, dtype, relu, lrn, pool):
     for shape in ((2, 48, 7, 9), (3, 8, 12, 5), (2, 16, 6, 35)):
-        x = randn(*shape, dtype=dtype, format=format)
-        assert_same_tail(address, x, bias_of(x), relu=relu, lrn=lrn, pool=pool)
-        assert_same_tail(address, x, relu=relu, lrn=lrn, pool=pool)
+        for bias in (True, False):
+            assert_same_tail(address, shape, dtype, format, bias=bias, relu=relu, lrn=lrn, pool=pool)
 
 
 @pytest.mark.parametrize("pool", [None, *POOLS], ids=str)
 @pytest.mark.parametrize("lrn", LRNS, ids=ident)
 def test_every_window_of_channels_and_pool(address, format, lrn, pool):
     for dtype, size in itertools.product(USUAL, [(9, 12), (12, 9)]):
-        x = randn(2, 48, *size, dtype=dtype, format=format)
-        assert_same_tail(address, x, bias_of(x), lrn=lrn, pool=pool)
+        assert_same_tail(address, (2, 48, *size), dtype, format, lrn=lrn, pool=pool)
 
 
 SIZES = [(2, 2), (3, 3), (4, 3), (3, 65), (66, 4)]
@@ -52,24 +51,23 @@ SIZES = [(2, 2), (3, 3), (4, 3), (3, 65), (66, 4)]
 )
 def test_every_size(address, format, size, pool):
     for dtype, lrn in itertools.product((torch.float32, torch.bfloat16), (None, LRN)):
-        x = randn(2, 8, *size, dtype=dtype, format=format)
-        assert_same_tail(address, x, bias_of(x), lrn=lrn, pool=pool)
+        assert_same_tail(address, (2, 8, *size), dtype, format, lrn=lrn, pool=pool)
 
 
 @pytest.mark.parametrize("dtype", USUAL, ids=ident)
 @pytest.mark.parametrize("channels", [128, 600, 4104], ids=ident)  # the last has too many for shared memory
 def test_channels_of_several_blocks(address, format, dtype, channels):
-    x = randn(1, channels, 5, 5, dtype=dtype, format=format)
     for lrn, pool in ((LRN, POOL), (LRN, None), (None, POOL)):
-        assert_same_tail(address, x, bias_of(x), lrn=lrn, pool=pool)
+        assert_same_tail(address, (1, channels, 5, 5), dtype, format, lrn=lrn, pool=pool)
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=ident)
 @pytest.mark.parametrize("dtype", USUAL, ids=ident)
 def test_pool_is_bitwise_that_of_torch(address, format, dtype, pool):
     for size in ((11, 13), (12, 8)):
-        assert_pool_is_torchs(address, integers(2, 16, *size, dtype=dtype).contiguous(memory_format=format), pool)
-        assert_pool_is_torchs(address, special(2, 16, *size, dtype=dtype, format=format), pool)
+        case, place = max_pool2d.pool_case((2, 16, *size), pool), Emulated("emulator", emulator=address)
+        max_pool2d.check(place, case, case.tensors(dtype, format))
+        max_pool2d.check(place, case, [special(2, 16, *size, dtype=dtype, format=format)])
 
 
 @pytest.mark.parametrize("pool", POOLS, ids=ident)
@@ -102,13 +100,11 @@ def test_first_of_window_that_relu_makes_zero_wins(address, format, dtype):
 
 @pytest.mark.parametrize("dtype", USUAL, ids=ident)
 def test_bias_gradient_of_many_terms(address, dtype, format):
-    x = randn(4, 8, 33, 35, dtype=dtype, format=format)
     for lrn, pool in ((None, POOL), (LRN, POOL), (LRN, None)):
-        assert_same_tail(address, x, bias_of(x), lrn=lrn, pool=pool)
+        assert_same_tail(address, (4, 8, 33, 35), dtype, format, lrn=lrn, pool=pool)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ident)
 @pytest.mark.parametrize(("lrn", "pool"), [(LRN, POOL), (LRN, None), (None, POOL), (LRN, PoolParams(2, 2))], ids=str)
 def test_no_barrier_is_missing(thread, dtype, format, lrn, pool):
-    x = randn(2, 40, 9, 14, dtype=dtype, format=format)
-    assert_same_tail(thread, x, bias_of(x), lrn=lrn, pool=pool)
+    assert_same_tail(thread, (2, 40, 9, 14), dtype, format, lrn=lrn, pool=pool)

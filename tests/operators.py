@@ -1,0 +1,897 @@
+"""One record for each operator: what it is called with, compared with, and keeps for backward.
+
+The promises of ``operator_promises.py`` and ``kernel_promises.py`` are tested on every record here. A new operator is a
+subclass of :class:`Operator`, whose methods say how its ops are called and checked, and lists of cases by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hypothesis import assume
+from hypothesis import strategies as st
+from places import Place, Results
+from promises import (
+    FORMATS,
+    NARROW,
+    Input,
+    assert_bitwise,
+    assert_tail_answer,
+    expected_strides,
+    gradients,
+    ident,
+    in_format,
+    inputs,
+    integers,
+    leaf,
+    randn,
+    rounding,
+    tail_args,
+    torch_tail,
+)
+from torch import Tensor
+
+import fastcnn
+import fastcnn.functional as FF
+from fastcnn import LRNParams, PoolParams, reference
+from fastcnn.params import ConvParams
+
+INF, NAN = float("inf"), float("nan")
+Tensors = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an operator.
+
+    Args:
+        shapes: of its tensors, input first; None where there is none.
+        kwargs: the other arguments.
+        frozen: whether all tensors but the input ask for no gradient.
+        float32_bias: beside narrow input too.
+        format: of the input, where a promise is not for every memory format.
+    """
+
+    op: Operator
+    name: str
+    shapes: tuple[tuple[int, ...] | None, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    frozen: bool = False
+    float32_bias: bool = False
+    format: torch.memory_format = torch.contiguous_format
+
+    @property
+    def id(self) -> str:
+        return "-".join(filter(None, (self.op.name, self.name)))
+
+    @property
+    def lrn(self) -> LRNParams | None:
+        return self.op.tail(self.kwargs).get("lrn")
+
+    @property
+    def pool(self) -> PoolParams | None:
+        return self.op.tail(self.kwargs).get("pool")
+
+    def __call__(self, *tensors: Tensor | None) -> Any:
+        return self.op.function(*tensors, **self.kwargs)
+
+    def counterpart(self, *tensors: Tensor | None) -> Any:
+        """Torch's counterpart, which knows no groups of LRN."""
+        return self.op.counterpart(*tensors, **{k: v for k, v in self.kwargs.items() if k != "groups" or v != 1})
+
+    def tensors(
+        self, dtype: torch.dtype = torch.float32, format: torch.memory_format | None = None, seed: int = 0
+    ) -> list[Tensor | None]:
+        return self.op.draw(self, dtype, self.format if format is None else format, seed)
+
+    def leaves(self, tensors: Tensors, dtype: torch.dtype | None = None) -> list[Any]:
+        """The tensors, those that are trained as leaves."""
+        return [leaf(t, dtype) if i == 0 or not self.frozen else t for i, t in enumerate(tensors)]
+
+    def apart(self) -> list[Tensor | None]:
+        """In float64, values that no small step brings to a tie or to the corner of ReLU."""
+        return [None if s is None else apart(*s, seed=i) / (11 if i else 1) for i, s in enumerate(self.shapes)]
+
+    def layer(self) -> torch.nn.Module:
+        return self.op.layer(self).requires_grad_(not self.frozen)
+
+
+def asked(tensors: Tensors) -> list[Tensor | None]:
+    """Those that a gradient is asked for, None instead of the others."""
+    return [t if t is not None and t.requires_grad else None for t in tensors]
+
+
+def apart(*shape: int, seed: int = 0) -> Tensor:
+    values = torch.linspace(-1, 2, torch.Size(shape).numel() + 1, dtype=torch.float64)[1:]
+    order = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(seed))
+    return (values[order] + 1e-3).view(shape)
+
+
+class Operator:
+    """What the promises ask of an operator."""
+
+    name: str
+    # Lists of cases by name; "list@kind" is for the places of that kind instead of "list",
+    # and "usual" where there is none.
+    cases: dict[str, list[Case]]
+    # Promises that it does not make, and why.
+    except_for: dict[str, str] = {}  # noqa: RUF012
+    # Whether its C++ kernels are the same for every CPU, so that one capability is enough.
+    has_no_capabilities = False
+    # Whether the same numbers in other strides give the same bits; torch's own convolutions and sums do not.
+    exact = True
+    # Whether its bits are the same for every number of threads.
+    ignores_threads: Callable[[Place], bool] = lambda self, place: True
+    # How many inputs hypothesis draws.
+    examples = 60
+    # Of the tensors that the layer is called with; the others are its parameters.
+    layer_inputs = 1
+    # Dtypes that only torch's counterpart has, and those that are handed on to it.
+    only_torch_has: tuple[torch.dtype, ...] = ()
+    torch_runs: tuple[torch.dtype, ...] = ()
+    wrong_ranks: tuple[tuple[int, ...], ...] = ()
+    rank_error: tuple[type[Exception], str]
+    # Dimensions that vmap takes of its tensors.
+    in_dims: tuple[tuple[int | None, ...], ...] = ((0,), (1,), (2,), (-1,))
+
+    def __init__(self) -> None:
+        self.cases = self.make_cases()
+
+    def make_cases(self) -> dict[str, list[Case]]:
+        raise NotImplementedError
+
+    def case(self, name: str, *shapes: Any, **options: Any) -> Case:
+        of_case = {k: options.pop(k) for k in ("frozen", "float32_bias", "format") if k in options}
+        return Case(self, name, shapes, options, **of_case)
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        """A case with sizes and arguments that suit each other, and its input."""
+        raise NotImplementedError
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        """With such an input, whatever its values."""
+        self.check(place, case, [x, *case.tensors(x.dtype)[1:]])
+
+    def of(self, name: str, kind: str) -> list[Case]:
+        return self.cases.get(f"{name}@{kind}", self.cases.get(name, self.cases["usual"]))
+
+    @property
+    def op(self) -> Any:
+        return getattr(torch.ops.fastcnn, self.name).default
+
+    @property
+    def backward_op(self) -> Any:
+        return getattr(torch.ops.fastcnn, f"{self.name}_backward").default
+
+    def function(self, *tensors: Tensor | None, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def counterpart(self, *tensors: Tensor | None, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def layer(self, case: Case) -> torch.nn.Module:
+        raise NotImplementedError
+
+    def tail(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The parts of the tail that it consists of, if it does."""
+        return {}
+
+    def normalizing(self, shape: Sequence[int], lrn: LRNParams, every_part: bool = False) -> list[Case]:
+        """Its cases with this LRN, if it has one; with every choice of the other parts, or only the usual."""
+        return []
+
+    def pooling(self, shape: Sequence[int], pool: PoolParams) -> list[Case]:
+        """Its cases with this pool and without LRN, if it has a pool."""
+        return []
+
+    def draw(self, case: Case, dtype: torch.dtype, format: torch.memory_format, seed: int) -> list[Tensor | None]:
+        shape, *others = case.shapes
+        wide = torch.float32 if case.float32_bias and dtype in NARROW else dtype
+        drawn = [None if s is None else randn(*s, dtype=wide, seed=seed + i) for i, s in enumerate(others, 1)]
+        return [randn(*shape, dtype=dtype, format=format, seed=seed), *drawn]
+
+    def draw_gradient(self, y: Tensor) -> Tensor:
+        """Mostly of one sign, or little would be left of sums."""
+        return 2 + randn(*y.shape, dtype=y.dtype, seed=9)
+
+    def forward_args(self, case: Case, tensors: Tensors) -> tuple[Any, ...]:
+        """Of the registered op, so that it keeps what backward needs."""
+        raise NotImplementedError
+
+    def backward_args(self, case: Case, tensors: Tensors, kept: tuple[Tensor, ...], dy: Tensor) -> tuple[Any, ...]:
+        """Of the registered op of backward, from the outputs of forward."""
+        raise NotImplementedError
+
+    def forward(self, case: Case, tensors: Tensors) -> tuple[Tensor, ...]:
+        found = self.op(*self.forward_args(case, tensors))
+        return found if isinstance(found, tuple) else (found,)
+
+    def backward(self, case: Case, tensors: Tensors, kept: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor, ...]:
+        found = self.backward_op(*self.backward_args(case, tensors, kept, dy))
+        return found if isinstance(found, tuple) else (found,)
+
+    def check(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
+        """Output, its strides, dtype and all gradients, against the reference, as nearly as is promised."""
+        raise NotImplementedError
+
+    def agree(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> None:
+        """The same where the tensors lie in memory in a way that matters to the reference's accuracy too."""
+        self.check(place, case, tensors, dy)
+
+    def keeps(self, case: Case, tensors: Tensors, y: Tensor) -> tuple[list[Tensor], int]:
+        """For backward: of the tensors of a call those, themselves, and how many bytes of its own."""
+        raise NotImplementedError
+
+    def assert_same(self, place: Place, ours: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+        """The same numbers computed twice, in other ways or strides."""
+        for a, b in zip(ours, expected, strict=True):
+            if not self.exact:
+                torch.testing.assert_close(a, b)
+            elif b is not None and b.dim() == 1 and place.name == "reference":  # torch's sum depends on strides
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            elif b is not None:
+                assert_bitwise(a, b)
+
+
+# -- the tail and its parts -------------------------------------------------------------------------------------------
+
+ALEXNET_LRN = LRNParams(5, 1e-4, 0.75, 2.0)
+STRONG = LRNParams(5, 0.5, 0.75, 1.0)  # the denominator matters as much as the numerator
+POOL = PoolParams(3, 2)
+WIDE = PoolParams(17, 1, 8)  # more than 256 places: the argmax takes int32
+POOLS = [
+    POOL,
+    PoolParams(2, 2),
+    PoolParams(3, 1),
+    PoolParams(3, 1, 1),
+    PoolParams(5, 3, 2),
+    PoolParams(1),
+    PoolParams(1, 3),
+    PoolParams((2, 3)),
+    PoolParams((1, 3), (2, 1), (0, 1)),
+    PoolParams((3, 1), 1, (1, 0)),
+    PoolParams(2, 5),
+    PoolParams(3, 2, 1),
+    PoolParams(3, 2, 1, 2),
+    PoolParams((3, 2), 2, 1, (1, 3)),
+    PoolParams(2, 2, 1, 3),  # windows whose first row is in the padding
+    PoolParams(3, 2, 0, 1, True),
+    PoolParams(3, 2, 1, 1, True),
+    PoolParams(2, 3, 1, 2, True),
+    PoolParams((16, 16), 3, 8),  # the most places that one byte can name
+    WIDE,
+    PoolParams((1, 257), 1, (0, 128)),
+]
+GPU_LEAVES_OUT = POOLS[2], POOLS[4], POOLS[5], POOLS[9], POOLS[11], POOLS[14]  # like others, with less time
+NONE = {"relu": False, "lrn": None, "pool": None}
+STAGE = {"relu": True, "lrn": STRONG, "pool": POOL}
+PARTS = [
+    {"relu": relu, "lrn": lrn, "pool": pool}
+    for relu, lrn, pool in itertools.product((False, True), (None, STRONG), (None, POOL))
+]
+
+
+def parts_id(tail: dict[str, Any]) -> str:
+    return "+".join(name for name, part in tail.items() if part) or "copy"
+
+
+class MemoryBound(Operator):
+    """The tail, or a part of it: one check for all, and one call of the emulator."""
+
+    def ignores_threads(self, place: Place) -> bool:
+        """Torch's own power and sum, in the reference, differ by where each thread's part ends."""
+        return place.name != "reference"
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        super().check_any(place, case, x)
+        tensors = [x, *case.tensors(x.dtype)[1:]]
+        if case.lrn is None or case.lrn.groups == 1:
+            expected = case.counterpart(*(t if t is None else t.double() for t in tensors)).to(x.dtype)
+            torch.testing.assert_close(case(*tensors), expected)
+
+    def keeps(self, case: Case, tensors: Tensors, y: Tensor) -> tuple[list[Tensor], int]:
+        """What it is called with, and the offsets of the maxima: a byte each, if there are but 256."""
+        kh, kw = case.pool.op_args()[0] if case.pool else (0, 0)
+        size = 0 if not case.pool else 1 if kh * kw <= 256 else 4
+        return [t for t in tensors if t is not None], size * y.numel()
+
+    def check(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
+        if case.pool and tensors[0].dim() == 3:
+            return self.check_bits_of_torch(place, case, tensors, dy)
+        results, (x, bias) = place.run(case, tensors, dy), (*tensors, None)[:2]
+        dx, dbias = (*results.gradients, None)[:2]
+        self.check_forward_alone(place, case, tensors, results)
+        assert_tail_answer(x, bias, results.y, results.argmax, results.dy, dx, dbias, **self.tail(case.kwargs))
+        assert results.y.dtype == x.dtype
+        assert results.y.stride() == expected_strides(x, results.y.shape)
+        return results
+
+    def check_forward_alone(self, place: Place, case: Case, tensors: Tensors, results: Results) -> None:
+        """Where nothing is kept for backward, the values are the same."""
+        if place.has_autograd:
+            assert_bitwise(case(*place.put([None if t is None else t.detach() for t in tensors])).cpu(), results.y)
+
+    def check_bits_of_torch(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
+        """Without LRN there is nothing to round: values and offsets equal torch's, and so do gradients of integers."""
+        theirs = case.leaves(tensors)
+        expected = case.counterpart(*theirs)
+        if dy is None:  # in 16 bits small, so that sums are exact
+            low, high = (-2, 3) if expected.dtype in NARROW else (1, 62)
+            dy = integers(*expected.shape, dtype=expected.dtype, low=low, high=high, seed=1)
+        results = place.run(case, tensors, dy)
+        self.check_forward_alone(place, case, tensors, results)
+        assert_bitwise(results.y, expected.detach())
+        assert results.y.stride() == expected_strides(tensors[0], expected.shape)
+        if case.pool and not has_empty_windows(case.pool, *tensors[0].shape[-2:]):
+            before = torch_tail(*tensors, relu=self.tail(case.kwargs)["relu"])
+            _, indices = F.max_pool2d(before, *case.pool.op_args(), return_indices=True)
+            assert_bitwise(reference.flat_indices(results.argmax, before.shape[-1], case.pool), indices)
+        for ours, gradient in zip(results.gradients, gradients(expected, theirs, dy), strict=True):
+            if gradient is not None:
+                assert_bitwise(ours, gradient)
+        if results.gradients and (tensors[0].dim() == 4 or self is max_pool2d):  # the tail of an image is a composition
+            assert results.gradients[0].stride() == expected_strides(tensors[0], tensors[0].shape)
+        return results
+
+
+@st.composite
+def pools(draw: st.DrawFn, height: int, width: int) -> PoolParams:
+    kernel = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    stride = draw(st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+    pool = PoolParams(kernel, stride, padding, draw(st.sampled_from([1, 1, 2, 3])), draw(st.booleans()))
+    try:
+        pool.output_size(height, width)
+    except RuntimeError:  # an empty output
+        assume(False)
+    return pool
+
+
+def has_empty_windows(pool: PoolParams, height: int, width: int) -> bool:
+    """A dilated window can straddle the whole map; torch then names an offset outside of it."""
+    axes = zip((height, width), pool.output_size(height, width), *pool.op_args()[:4], strict=True)
+    return not all(
+        any(0 <= o * stride - padding + i * dilation < size for i in range(min(kernel, size + padding)))
+        for size, out, kernel, stride, padding, dilation in axes
+        for o in range(out)
+    )
+
+
+class LRN(MemoryBound):
+    name = "lrn"
+    function, counterpart = staticmethod(FF.local_response_norm), staticmethod(F.local_response_norm)
+    only_torch_has = (torch.int64, torch.uint8)
+    wrong_ranks, rank_error = ((3, 4), (3,), ()), (ValueError, r"3D or higher.*\(got {} dimensions\)")
+
+    def tail(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"relu": False, "lrn": LRNParams(**kwargs), "pool": None}
+
+    def layer(self, case: Case) -> torch.nn.Module:
+        return fastcnn.nn.LocalResponseNorm(**case.kwargs)
+
+    def forward_args(self, case: Case, tensors: Tensors) -> tuple[Any, ...]:
+        return (*tensors, *case.lrn.op_args())
+
+    def backward_args(self, case: Case, tensors: Tensors, kept: tuple[Tensor, ...], dy: Tensor) -> tuple[Any, ...]:
+        return (dy, *tensors, *case.lrn.op_args())
+
+    def lrn_case(self, shape: Sequence[int], lrn: LRNParams = STRONG, **options: Any) -> Case:
+        return self.case(f"{ident(tuple(shape))}-{ident(lrn)}", tuple(shape), **asdict(lrn), **options)
+
+    def normalizing(self, shape: Sequence[int], lrn: LRNParams, every_part: bool = False) -> list[Case]:
+        return [self.lrn_case(shape, lrn)]
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            groups, rank = draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([4, 4, 4, 3, 5]))
+            channels = groups * draw(st.integers(1, 20))
+            spatial = [draw(st.integers(1, 20)), *(draw(st.integers(1, 4)) for _ in range(rank - 3))]
+            shape = [draw(st.integers(0, 3)), channels, *draw(st.permutations(spatial))]
+            beta, k = draw(st.sampled_from([0.75, 0.5, 1.0, 0.6, 2.0])), draw(st.sampled_from([1.0, 2.0]))
+            lrn = LRNParams(draw(st.integers(1, channels + 3)), draw(st.floats(0, 0.5)), beta, k, groups)
+            return self.lrn_case(shape, lrn), draw(inputs(shape))
+
+        return cases()
+
+    def make_cases(self) -> dict[str, list[Case]]:
+        of, groups = self.lrn_case, LRNParams(5, 0.5, 0.75, 1.0, 2)
+        shapes = (2, 96, 7, 13), (1, 17, 5, 31), (3, 3, 9, 41), (2, 5, 33), (1, 6, 2, 3, 5)
+        small = (2, 16, 3, 5), (1, 17, 2, 3), (3, 5, 7), (1, 6, 2, 3, 2), (1, 1, 1, 1)
+        others = LRNParams(2, 0.5, 0.6, 2.0), LRNParams(40, 9.0, 0.5, 1.0)
+        emulated = (2, 48, 7, 9), (2, 37, 9, 17), (3, 1, 5, 5), (1, 600, 3, 3)
+        ranks = (3, 5, 1), (1, 17, 40), (2, 6, 3, 2, 5), (2, 1, 1, 1, 1), (1, 5, 2, 2, 1, 3)
+        return {
+            "usual": [self.case("", (2, 17, 5, 7), **asdict(STRONG))],
+            "single": [of((6, 5, 7))],
+            "answers": [of(shape, lrn) for shape in shapes for lrn in (ALEXNET_LRN, STRONG)]
+            + [of(shape, LRNParams(size, 0.5)) for shape in ranks for size in (4, 5)],
+            "answers@interpreter": [of(shape) for shape in small],
+            "answers@gpu": [of(shape) for shape in ((2, 17, 9, 31), (1, 256, 27, 27), (5, 3, 55, 55))]
+            + [of((3, 96, 13, 17), lrn) for lrn in (STRONG, *others)],
+            "answers@emulator": [of(shape) for shape in emulated],
+            "empty": [of((n, *s)) for n in (0, 1, 3) for s in ((5, 0, 3), (5, 3, 0), (0, 4, 4))]
+            + [of((0, 5, 3, 3)), of((0, 1, 1, 1))],
+            "strides": [
+                of(s) for s in ((2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (0, 3, 4, 5), (2, 3, 4, 5, 6), (2, 3, 4))
+            ],
+            "bits": [
+                of(shape, LRNParams(5, 1e-4, beta, 2.0))
+                for shape in ((1, 96, 27, 27), (7, 17, 31, 31), (2, 5, 13, 999))
+                for beta in (0.75, 0.6)
+            ],
+            "bits@interpreter": [of((3, 16, 5, 7))],
+            "bits@gpu": [of((8, 96, 27, 27))],
+            "gradcheck": [
+                of(shape, LRNParams(size, 0.5, groups=g), format=format)
+                for shape in ((2, 4, 2, 2), (1, 6, 3), (0, 2, 2), (1, 2, 1, 2, 2))
+                for size, g in ((1, 1), (2, 2), (3, 1), (4, 1), (9, 2))
+                for format in FORMATS
+            ],
+            "compile": [of((2, 6, 4, 5), groups, format=format) for format in FORMATS],
+            "transforms": [of((2, 6, 4, 5))],
+            "layer": [of((2, 4, 3, 3), groups)],
+        }
+
+
+class MaxPool2d(MemoryBound):
+    """Torch's own, bit for bit."""
+
+    name = "max_pool2d"
+    function, counterpart = staticmethod(FF.max_pool2d), staticmethod(F.max_pool2d)
+    torch_runs = (torch.int64, torch.uint8)
+    wrong_ranks, rank_error = ((), (4,), (4, 4), (2, 3, 4, 4, 4)), (RuntimeError, "3D .*4D")
+    except_for = {  # noqa: RUF012
+        "test_no_kernel_reads_or_writes_out_of_bounds": "its C++ kernel is that of the tail",
+    }
+
+    def ignores_threads(self, place: Place) -> bool:
+        return True
+
+    def tail(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pool = {name: value for name, value in kwargs.items() if name != "return_indices"}
+        return {"relu": False, "lrn": None, "pool": PoolParams(**pool)}
+
+    def layer(self, case: Case) -> torch.nn.Module:
+        return fastcnn.nn.MaxPool2d(**case.kwargs)
+
+    def draw(self, case: Case, dtype: torch.dtype, format: torch.memory_format, seed: int) -> list[Tensor | None]:
+        """Few different values, so that windows hold many ties."""
+        return [in_format(integers(*case.shapes[0], dtype=dtype, seed=seed), format)]
+
+    def draw_gradient(self, y: Tensor) -> Tensor:
+        """Small integers, so that no order of adding counts."""
+        return integers(*y.shape, dtype=y.dtype, seed=1)
+
+    def forward_args(self, case: Case, tensors: Tensors) -> tuple[Any, ...]:
+        return (*tensors, *case.pool.op_args(), True)
+
+    def backward_args(self, case: Case, tensors: Tensors, kept: tuple[Tensor, ...], dy: Tensor) -> tuple[Any, ...]:
+        (x,), last = tensors, torch.channels_last
+        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=last)
+        return dy, kept[1], list(x.shape[2:]), channels_last, *case.pool.op_args()
+
+    def keeps(self, case: Case, tensors: Tensors, y: Tensor) -> tuple[list[Tensor], int]:
+        return [], super().keeps(case, tensors, y)[1]
+
+    def check(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
+        theirs, expected = F.max_pool2d(*tensors, *case.pool.op_args(), return_indices=True)
+        results = self.check_bits_of_torch(place, case, tensors, self.draw_gradient(theirs) if dy is None else dy)
+        if place.has_autograd:
+            y, indices = FF.max_pool2d(*place.put(tensors), *case.pool.op_args(), return_indices=True)
+            assert indices.dtype == torch.int64
+            assert_bitwise(indices.cpu(), expected)
+            assert y.stride() == indices.stride() == results.y.stride()
+        return results
+
+    def pool_case(self, shape: Sequence[int], pool: PoolParams = POOL, **options: Any) -> Case:
+        return self.case(f"{ident(tuple(shape))}-{ident(pool)}", tuple(shape), **asdict(pool), **options)
+
+    def pooling(self, shape: Sequence[int], pool: PoolParams) -> list[Case]:
+        return [self.pool_case(shape, pool)]
+
+    examples = 30
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            shape = [draw(st.integers(1, 3)), *(draw(st.integers(1, top)) for top in (20, 10, 20))]
+            pool = draw(pools(*shape[2:]))
+            shape = shape[draw(st.integers(0, 1)) :]
+            return self.pool_case(shape, pool), draw(inputs(shape))
+
+        return cases()
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        """Rounded in several ways, so that there are ties."""
+        for levels in (1, 2, 3):
+            self.check(place, case, [x.mul(levels).round()])
+
+    def make_cases(self) -> dict[str, list[Case]]:
+        of, ceil = self.pool_case, PoolParams(2, 2, 1, 2, True)
+        narrow = (1, 1, 3, 3), (3, 1, 5, 4), (1, 7, 3, 70), (2, 33, 70, 3)
+        single = [of((5, 9, 11), pool) for pool in (POOL, PoolParams(2, 2, 1, 1, True), WIDE)]
+        usual, wide = self.case("", (2, 17, 9, 7), **asdict(POOL)), self.case("int32", (2, 5, 9, 7), **asdict(WIDE))
+        return {
+            "usual": [usual],
+            "parts": [usual, wide],
+            "single": single,
+            "answers": [of(shape, pool) for shape in narrow for pool in (POOL, PoolParams(2, 1, 1))],
+            "answers@interpreter": [of((1, 2, 4, 3), pool) for pool in (WIDE, PoolParams((16, 16), 3, 8))],
+            "answers@gpu": [of((2, 24, 27, 21), pool) for pool in POOLS if pool not in GPU_LEAVES_OUT],
+            "answers@emulator": [],  # in "every pool"
+            "kept": [usual, wide, of((2, 5, 9, 7), PoolParams(16, 4, 8)), *single],
+            "empty": [of(shape, pool) for shape in ((0, 5, 9, 7), (0, 1, 3, 3)) for pool in (POOL, WIDE)],
+            "strides": [
+                of(shape, pool)
+                for shape in ((2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 3, 3), (0, 3, 4, 5))
+                for pool in (POOL, WIDE)
+            ],
+            "bits": [of((3, 17, 21, 20), pool) for pool in (PoolParams(3, 1, 1), WIDE)],
+            "bits@interpreter": [of((3, 16, 5, 7))],
+            "bits@gpu": [of((8, 96, 27, 27))],
+            "opcheck": [of((1, 3, 7, 6), ceil), of((1, 3, 7, 6), WIDE)],
+            "gradcheck": [of(s, pool) for s in ((2, 1, 3, 4), (1, 4, 3)) for pool in (PoolParams(2, 1), ceil)],
+            "compile": [
+                self.case(name, (2, 3, 8, 5), kernel_size=3, stride=2, padding=1, return_indices=yes, format=FORMATS[1])
+                for name, yes in (("values", False), ("indices", True))
+            ],
+            "export": [of((2, 6, 9, 8), format=format) for format in FORMATS],
+            "transforms": [of((2, 2, 4, 5), PoolParams(3, 2, 1)), of((2, 2, 4, 5), PoolParams(2))],
+        }
+
+
+class ReLULRNMaxPool2d(MemoryBound):
+    name = "relu_lrn_max_pool2d"
+    layer_inputs = 2
+    function, counterpart = staticmethod(FF.relu_lrn_max_pool2d), staticmethod(torch_tail)
+    only_torch_has = (torch.int64, torch.uint8)
+    wrong_ranks, rank_error = ((3, 4), (3,)), (ValueError, r"\(got {} dimensions\)")
+    in_dims = ((0, None), (1, None), (-1, None), (0, 0), (2, 1), (None, 0), (None, -1))
+
+    def tail(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"relu": True, "lrn": None, "pool": None, **kwargs}
+
+    def layer(self, case: Case) -> torch.nn.Module:
+        return fastcnn.nn.ReLULRNMaxPool2d(**case.kwargs)
+
+    def forward_args(self, case: Case, tensors: Tensors) -> tuple[Any, ...]:
+        return (*tensors, *tail_args(**self.tail(case.kwargs)), case.pool is not None)
+
+    def backward_args(self, case: Case, tensors: Tensors, kept: tuple[Tensor, ...], dy: Tensor) -> tuple[Any, ...]:
+        return (dy, *tensors, kept[1], *tail_args(**self.tail(case.kwargs)))
+
+    def stage(self, shape: Sequence[int], tail: dict[str, Any] = STAGE, bias: bool = True, **options: Any) -> Case:
+        """A tail, with or without a bias."""
+        parts = "relu" * tail.get("relu", True), ident(tail.get("lrn")), ident(tail.get("pool"))
+        name = "-".join([ident(tuple(shape)), *filter(None, parts), "bias" if bias else "no_bias"])
+        return self.case(name, tuple(shape), (shape[1],) if bias else None, **tail, **options)
+
+    def normalizing(self, shape: Sequence[int], lrn: LRNParams, every_part: bool = False) -> list[Case]:
+        if every_part:
+            return [self.stage(shape, {**tail, "lrn": lrn}, bias=False) for tail in PARTS if tail["lrn"]]
+        fitting = POOL if min(shape[2:]) >= 3 else PoolParams(3, 2, 1)
+        return [self.stage(shape, {"lrn": lrn, "pool": fitting})]
+
+    def pooling(self, shape: Sequence[int], pool: PoolParams) -> list[Case]:
+        return [self.stage(shape, {"relu": relu, "pool": pool}, bias=relu) for relu in (True, False)]
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            groups = draw(st.sampled_from([1, 1, 2, 3]))
+            channels = groups * draw(st.integers(1, 12))
+            shape = [draw(st.integers(1, 3)), channels, draw(st.integers(1, 12)), draw(st.integers(1, 20))]
+            lrn = pool = None
+            if draw(st.booleans()):
+                beta = draw(st.sampled_from([0.75, 0.5, 1.0, 0.6]))
+                lrn = LRNParams(draw(st.integers(1, channels + 3)), draw(st.floats(0, 0.5)), beta, 2.0, groups)
+            if draw(st.sampled_from([True, True, False])):
+                pool = draw(pools(*shape[2:]))
+                assume(not has_empty_windows(pool, *shape[2:]))
+            tail = {"relu": draw(st.booleans()), "lrn": lrn, "pool": pool}
+            bias, float32_bias = draw(st.sampled_from([(False, False), (True, False), (True, True)]))
+            return self.stage(shape, tail, bias, float32_bias=float32_bias), draw(inputs(shape))
+
+        return cases()
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        super().check_any(place, case, x)
+        without = replace(case, kwargs={**case.kwargs, "lrn": None})
+        for levels in (1, 4):
+            tensors = [t if t is None else t.float().mul(levels).round() for t in (x, *case.tensors()[1:])]
+            self.check_bits_of_torch(place, without, tensors)
+
+    def make_cases(self) -> dict[str, list[Case]]:
+        of, relu_pool, relu_lrn = self.stage, {"relu": True, "pool": POOL}, {"relu": True, "lrn": STRONG}
+
+        def parts(*shape: int, bias: bool = True, tails: Any = PARTS, **options: Any) -> list[Case]:
+            return [of(shape, tail, bias, **options) for tail in tails]
+
+        usual = self.case("", (2, 17, 9, 7), (17,), **STAGE)
+        cuda = [
+            {"lrn": LRNParams(5, 0.5, 0.5, 1.0, 2), "pool": PoolParams(2, 2)},
+            {"lrn": LRNParams(4, 0.5, 0.6, 1.0, 2), "pool": PoolParams(2, 2, 1, 3)},
+            {"pool": WIDE},
+        ]
+        return {
+            "usual": [usual],
+            "parts": parts(2, 17, 9, 7),
+            "single": [of((6, 9, 7), tail, bias=False) for tail in (relu_pool, {"relu": False, "pool": POOL})],
+            "answers": [
+                *parts(3, 37, 9, 17),
+                *parts(3, 37, 9, 17, bias=False),
+                *parts(2, 17, 9, 13, float32_bias=True),
+            ],
+            "answers@interpreter": [*parts(2, 16, 5, 7), of((2, 5, 5, 4), float32_bias=True)],
+            "answers@gpu": [
+                *parts(3, 96, 13, 17, float32_bias=True),
+                *parts(2, 17, 9, 31, tails=(STAGE, relu_pool, relu_lrn, NONE), float32_bias=True),
+                *parts(3, 96, 55, 55, tails=(STAGE, relu_pool), float32_bias=True),
+                *parts(2, 256, 13, 13, tails=(STAGE,), float32_bias=True),
+                *(of(s, t, float32_bias=True) for s in ((2, 36, 13, 17), (1, 2, 19, 7)) for t in cuda),
+            ],
+            "answers@emulator": [
+                *parts(2, 37, 9, 17, float32_bias=True),
+                *parts(2, 37, 9, 17, bias=False),
+                *parts(2, 48, 7, 9, tails=(STAGE, relu_pool, NONE), float32_bias=True),
+            ],
+            "kept": [of((2, 17, 12, 13), {"lrn": STRONG, "pool": pool}) for pool in (None, POOL, WIDE)],
+            "empty": parts(0, 5, 7, 7)
+            + [
+                case
+                for shape in ((2, 5, 0, 3), (2, 5, 3, 0), (2, 0, 3, 3), (0, 0, 0, 0))
+                for case in parts(*shape, tails=[tail for tail in PARTS if not tail["pool"]])
+            ],
+            "strides": [case for s in ((2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 3, 3), (0, 3, 4, 5)) for case in parts(*s)],
+            "bits": [
+                of(shape, {**tail, "lrn": tail["lrn"] and ALEXNET_LRN})
+                for shape in ((1, 96, 27, 27), (7, 17, 31, 31))
+                for tail in PARTS
+            ],
+            "bits@interpreter": [of((3, 16, 5, 7))],
+            "bits@gpu": [*parts(8, 96, 27, 27, tails=(STAGE, relu_pool, relu_lrn, NONE, *cuda)), of((16, 96, 55, 55))],
+            "opcheck": [*parts(2, 5, 5, 6), *parts(2, 5, 5, 6, bias=False), of((2, 5, 5, 6), float32_bias=True)],
+            "gradcheck": [
+                case
+                for tail in PARTS
+                for bias in (False, True)
+                for case in parts(1, 3, 3, 4, bias=bias, tails=[{**tail, "pool": tail["pool"] and PoolParams(2, 1)}])
+            ],
+            "compile": [
+                of((2, 6, 8, 5), tail, format=FORMATS[1])
+                for tail in (STAGE, relu_pool, {"relu": False, "lrn": STRONG}, NONE)
+            ],
+            "export": [of((2, 6, 9, 8), tail) for tail in (STAGE, relu_pool, relu_lrn)],
+            "vmap": [of((2, 6, 9, 8), tail) for tail in (STAGE, relu_pool, {"relu": True}, {"relu": False})],
+            "transforms": [of((2, 4, 5, 5), tail) for tail in (STAGE, relu_pool)],
+            "one": [of((2, 3, 4, 4), {"relu": False, "lrn": STRONG}, bias=False)],
+        }
+
+
+# -- convolution ------------------------------------------------------------------------------------------------------
+
+# input, weight, arguments
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "alexnet_conv1": ((2, 3, 35, 35), (16, 3, 11, 11), {"stride": 4, "padding": 2}),
+    "alexnet_conv2": ((2, 8, 9, 9), (12, 4, 5, 5), {"padding": 2, "groups": 2}),
+    "vgg_conv1_1": ((2, 3, 14, 14), (16, 3, 3, 3), {"padding": 1}),
+    "same": ((2, 5, 8, 9), (7, 5, 3, 5), {"padding": "same"}),
+    "same_uneven": ((2, 5, 8, 9), (7, 5, 2, 4), {"padding": "same", "dilation": (3, 1)}),
+    "valid": ((2, 5, 8, 9), (7, 5, 3, 2), {"padding": "valid", "stride": (2, 3)}),
+    "pairs": ((2, 4, 9, 11), (6, 2, 3, 2), {"stride": (1, 2), "padding": (2, 0), "dilation": (1, 2), "groups": 2}),
+    "dilation": ((1, 3, 12, 13), (5, 3, 3, 3), {"padding": 2, "dilation": 2}),
+    "depthwise": ((2, 6, 7, 7), (12, 1, 3, 3), {"padding": 1, "groups": 6}),
+    "1x1": ((2, 6, 5, 7), (3, 6, 1, 1), {}),
+    "winograd": ((2, 32, 13, 17), (48, 16, 3, 3), {"padding": 1, "groups": 2}),
+    "winograd_uneven": ((1, 16, 14, 15), (80, 16, 3, 3), {"padding": (0, 2)}),
+    "one_channel": ((2, 1, 7, 8), (1, 1, 3, 3), {"padding": (1,)}),
+    "wide_padding": ((2, 4, 5, 6), (6, 2, 3, 2), {"padding": (3, 1), "groups": 2}),
+}
+AWKWARD = ["alexnet_conv2", "same_uneven", "pairs"]
+
+
+class Conv2dReLU(Operator):
+    name = "conv2d_relu"
+    has_no_capabilities = True
+    exact = False
+    only_torch_has = (torch.complex64, torch.int64, torch.uint8)
+    wrong_ranks, rank_error = ((), (4,), (9, 9), (1, 4, 9, 9, 9)), (RuntimeError, r"conv2d_relu\(\): expected 3D .*4D")
+    in_dims = ((0, None, None), (1, None, None), (None, 0, None), (None, None, 0), (0, 0, None), (0, 0, 0), (-1, 1, 1))
+    function = staticmethod(FF.conv2d_relu)
+    except_for = {  # noqa: RUF012
+        "test_autocast_keeps_the_dtype_of_the_input": "it casts as the convolution of torch does",
+        "test_no_kernel_reads_or_writes_out_of_bounds": "its C++ kernels have tests of their own",
+    }
+
+    def ignores_threads(self, place: Place) -> bool:
+        return False
+
+    def counterpart(self, *tensors: Tensor | None, **kwargs: Any) -> Tensor:
+        return F.relu(F.conv2d(*tensors, **kwargs))
+
+    def layer(self, case: Case) -> torch.nn.Module:
+        outputs, channels, *window = case.shapes[1]
+        groups = case.kwargs.get("groups", 1)
+        return fastcnn.nn.ConvReLU2d(channels * groups, outputs, window, **case.kwargs)
+
+    def draw(self, case: Case, dtype: torch.dtype, format: torch.memory_format, seed: int) -> list[Tensor | None]:
+        """Scaled as in a trained network."""
+        shape, weight, bias = case.shapes
+        w = randn(*weight, dtype=torch.float64, seed=seed + 1)
+        w = (w / (w[0].numel() / 2) ** 0.5).to(dtype).contiguous(memory_format=format)
+        b = None if bias is None else randn(*bias, dtype=dtype, seed=seed + 2).div(4)
+        return [randn(*shape, dtype=dtype, format=format, seed=seed), w, b]
+
+    def params(self, case: Case, tensors: Tensors) -> tuple[Any, ...]:
+        of_conv2d = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+        return ConvParams.of(*tensors, *{**of_conv2d, **case.kwargs}.values())[0].op_args()
+
+    def forward_args(self, case: Case, tensors: Tensors) -> tuple[Any, ...]:
+        return (*tensors, *self.params(case, tensors), case.frozen)
+
+    def backward_args(self, case: Case, tensors: Tensors, kept: tuple[Tensor, ...], dy: Tensor) -> tuple[Any, ...]:
+        x, w, b = tensors
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        needs = [True, not case.frozen, not case.frozen and b is not None]
+        y_or_mask, x_or_none = (kept[1], None) if case.frozen else (kept[0], x)
+        return dy, y_or_mask, x_or_none, w, list(x.shape), channels_last, *self.params(case, tensors), needs
+
+    def keeps(self, case: Case, tensors: Tensors, y: Tensor) -> tuple[list[Tensor], int]:
+        """Of frozen weights a bit an output, which says whether ReLU passes it."""
+        x, w, _ = tensors
+        return ([w], (y.numel() + 7) // 8) if case.frozen else ([x, w, y], 0)
+
+    def check(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
+        """Each error at most twice that of torch, or that of rounding once where torch happens to be exact."""
+        theirs, floor = errors(self.counterpart, tensors, case.kwargs, case.frozen), rounding(tensors[0].dtype)
+        for _ in range(1 + case.frozen):  # also when frozen weights are met again
+            ours = errors(self.function, tensors, case.kwargs, case.frozen)
+            for name, a, b in zip(("output", "input", "weight", "bias"), ours, theirs, strict=False):
+                assert a <= max(2 * b, floor), f"{name}: error {a:.3g}, torch's {b:.3g}"
+        results = place.run(case, tensors, dy)
+        assert results.y.stride() == expected_strides(tensors[0], results.y.shape)
+        return results
+
+    def agree(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> None:
+        theirs = case.leaves(tensors)
+        expected = case.counterpart(*theirs)
+        if dy is None:  # of small integers, so that no gradient is large
+            dy = integers(*expected.shape, dtype=expected.dtype, seed=5) * (expected.detach().abs() > 1e-3)
+        results = place.run(case, tensors, dy)
+        tolerance = {"rtol": 3e-2, "atol": 3e-2} if expected.dtype in NARROW else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(results.y, expected.detach(), equal_nan=True, **tolerance)
+        assert results.y.stride() == expected_strides(tensors[0], expected.shape)
+        for ours, gradient in zip(results.gradients, gradients(expected, asked(theirs), dy), strict=True):
+            if gradient is not None:
+                torch.testing.assert_close(ours, gradient, equal_nan=True, **tolerance)
+        assert results.gradients[0].stride() == expected_strides(tensors[0], tensors[0].shape)
+
+    examples = 30
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            groups = draw(st.integers(1, 3))
+            channels, outputs = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+            kernel, dilation = ([draw(st.integers(1, most)) for _ in "hw"] for most in (3, 2))
+            size = [d * (k - 1) + draw(st.integers(1, 6)) for k, d in zip(kernel, dilation, strict=True)]
+            stride, padding = (tuple(draw(st.integers(least, most)) for _ in "hw") for least, most in ((1, 3), (0, 2)))
+            kwargs = {"stride": stride, "padding": padding, "dilation": tuple(dilation), "groups": groups}
+            shape = [draw(st.integers(1, 3)), channels, *size][draw(st.integers(0, 1)) :]
+            bias = (outputs,) if draw(st.booleans()) else None
+            shapes = tuple(shape), (outputs, channels // groups, *kernel), bias
+            return self.case("any", *shapes, **kwargs), draw(inputs(shape))
+
+        return cases()
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        """Of small integers: both are exact."""
+        others = [None if s is None else integers(*s, dtype=x.dtype, seed=i) for i, s in enumerate(case.shapes) if i]
+        tensors = [x.mul(2).round(), *others]
+        results, theirs = place.run(case, tensors), case.leaves(tensors)
+        expected = case.counterpart(*theirs)
+        assert_bitwise(results.y, expected.detach())
+        assert results.y.stride() == expected_strides(x, expected.shape)
+        dy = integers(*expected.shape, dtype=x.dtype, seed=3)
+        for ours, gradient in zip(place.run(case, tensors, dy).gradients, gradients(expected, theirs, dy), strict=True):
+            assert (ours is None) == (gradient is None)
+            if gradient is not None:
+                torch.testing.assert_close(ours, gradient)
+
+    def call(
+        self, name: str, dtype: torch.dtype = torch.float32, format: torch.memory_format = torch.contiguous_format
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Tensors and arguments of one of the convolutions above."""
+        return self.convolution(name).tensors(dtype, format), self.convolution(name).kwargs
+
+    def convolution(self, name: str, bias: bool = True, **options: Any) -> Case:
+        shape, weight, kwargs = CONVOLUTIONS[name]
+        frozen = "-frozen" * options.get("frozen", False)
+        return self.case(
+            f"{name}{'' if bias else '-no_bias'}{frozen}",
+            shape,
+            weight,
+            weight[:1] if bias else None,
+            **kwargs,
+            **options,
+        )
+
+    def make_cases(self) -> dict[str, list[Case]]:
+        of = self.convolution
+
+        def both(*shapes: Any, name: str = "", **kwargs: Any) -> list[Case]:
+            return [
+                self.case(f"{name}{kind}", *shapes, **kwargs, frozen=kind == "frozen") for kind in ("trained", "frozen")
+            ]
+
+        shape, weight, kwargs = CONVOLUTIONS["pairs"]
+        pairs = both(shape, weight, weight[:1], **kwargs)
+        padded = {"padding": 1, "groups": 2}
+
+        def alone(case: Case) -> Case:
+            return replace(case, name=f"{case.name}-alone", shapes=(case.shapes[0][1:], *case.shapes[1:]))
+
+        answers = [of(name, bias) for name in CONVOLUTIONS for bias in (False, True)]
+        kept = [of(name, frozen=True) for name in ("alexnet_conv1", "alexnet_conv2", "one_channel")]
+        kept += [alone(case) for case in kept]
+        opcheck = (2, 4, 5, 6), (6, 2, 3, 3)
+        opchecked = {"stride": (1, 2), "padding": (1, 0), "groups": 2}
+        return {
+            "usual": pairs,
+            "single": [*map(alone, pairs)],
+            "answers": [*answers, *(of(name, frozen=True) for name in CONVOLUTIONS)],
+            "answers@interpreter": answers,
+            "images": [alone(of(name)) for name in CONVOLUTIONS],
+            "answers@emulator": [],  # tests/simt/test_conv2d_relu.py, without backward
+            "answers@gpu": [],  # tests/gpu/test_conv2d_relu.py, in TF32 and in float32
+            "kept": [*kept, of("alexnet_conv1")],
+            "empty": [
+                case
+                for height, width in ((7, 7), (3, 5))
+                for case in both((0, 4, height, width), (6, 2, 3, 3), (6,), name=f"{height}x{width}-", **padded)
+            ],
+            "strides": [
+                replace(case, name=f"{ident(shape)}-{outputs}-{case.name}")
+                for shape in ((2, 4, 5, 6), (2, 4, 3, 3), (0, 4, 5, 6), (2, 1, 5, 6))
+                for outputs in (1, 5)
+                for case in both(shape, (outputs, shape[1], 3, 3), None)
+            ],
+            "bits": [of("alexnet_conv2"), of("alexnet_conv2", frozen=True)],
+            "bits@gpu": [],  # tests/gpu/test_conv2d_relu.py, in 16 bits
+            "opcheck": [
+                case for bias in ((6,), None) for case in both(*opcheck, bias, name="bias-" * bool(bias), **opchecked)
+            ],
+            "gradcheck": both((1, 4, 3, 3), (4, 2, 2, 3), (4,), padding=(0, 1), groups=2),
+            "compile": [
+                case
+                for padding in (1, "same")
+                for case in both(
+                    (2, 4, 8, 5), (6, 2, 3, 2), (6,), name=f"{padding}-", padding=padding, groups=2, format=FORMATS[1]
+                )
+            ],
+            "export": both((2, 4, 5, 6), (6, 2, 3, 3), (6,), **padded),
+            "vmap": both((2, 4, 4, 5), (6, 2, 3, 3), (6,), **padded),
+            "transforms": both((1, 4, 3, 3), (4, 2, 2, 2), (4,), groups=2)[:1],
+            "one": pairs[:1],
+        }
+
+
+def errors(run: Callable[..., Tensor], tensors: Tensors, kwargs: dict[str, Any], frozen: bool = False) -> list[float]:
+    """Of the output and each gradient, relative to float64; which elements ReLU passes is taken from the output."""
+    narrow, wide = ([t if i and frozen else leaf(t) for i, t in enumerate(tensors)] for _ in range(2))
+    wide = [t if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in wide]
+    y, z = run(*narrow, **kwargs), F.conv2d(*wide, **kwargs)
+    dy = 2 + randn(*y.shape, dtype=y.dtype, seed=9).to(y)
+    ours, exact = gradients(y, asked(narrow), dy), gradients(z, asked(wide), dy.double() * ~(y.detach() <= 0))
+    pairs = [(y.detach(), F.relu(z).detach()), *((a, b) for a, b in zip(ours, exact, strict=True) if b is not None)]
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+
+OPERATORS = [LRN(), MaxPool2d(), ReLULRNMaxPool2d(), Conv2dReLU()]
+lrn, max_pool2d, relu_lrn_max_pool2d, conv2d_relu = OPERATORS
