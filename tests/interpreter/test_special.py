@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from operators import relu_lrn_max_pool2d
+from operators import WIDE, max_pool2d, relu_lrn_max_pool2d
 from places import Place
-from promises import integers, randn
+from promises import ident, integers, randn
 
 from fastcnn import PoolParams, backends
 
@@ -19,6 +19,13 @@ def test_cpu_tensors_run_the_triton_kernels():
 def test_tail_with_windows_too_large_to_unroll():
     case = relu_lrn_max_pool2d.stage((1, 2, 4, 3), {"relu": True, "pool": PoolParams((16, 3), 3, (8, 1))})
     relu_lrn_max_pool2d.check_bits_of_torch(Place("triton"), case, [integers(1, 2, 4, 3), integers(2, seed=1)])
+
+
+@pytest.mark.parametrize("pool", [WIDE, PoolParams((16, 16), 3, 8)], ids=ident)
+def test_pool_of_up_to_and_of_more_than_256_places(pool):
+    """Whose windows are not unrolled; slow, so at one size."""
+    case = max_pool2d.pool_case((1, 2, 4, 3), pool)
+    max_pool2d.check(Place("triton"), case, case.tensors(format=torch.channels_last))
 
 
 def test_ops_called_directly_refuse_tensors_that_do_not_fit():

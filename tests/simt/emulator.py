@@ -245,16 +245,17 @@ class Emulated(Place):
 
     def run(self, case: Case, tensors: Sequence[Tensor | None], dy: Tensor | None = None) -> Results:
         assert self.emulator is not None
-        (x, bias), name, tail = (*tensors, None)[:2], case.op.name, case.op.tail(case.kwargs)
+        (x, given), name, tail = (*tensors, None)[:2], case.op.name, case.op.tail(case.kwargs)
         assert x is not None
-        bias = None if bias is None else bias.to(opmath(x.dtype))  # as the glue does
+        bias = None if given is None else given.to(opmath(x.dtype))  # as the glue does, and back
         y, argmax = self.emulator.forward(name, x, bias, **tail, offset=self.offset)
         if case.pool:
             alone, _ = self.emulator.forward(name, x, bias, **tail, with_argmax=False, offset=self.offset)
             assert_bitwise(alone, y)
         dy = case.op.draw_gradient(y) if dy is None else dy
-        found = self.emulator.backward(f"{name}_backward", dy, x, bias, argmax, **tail, offset=self.offset)
-        return Results(y, argmax, dy, list(found[: len(tensors)]))
+        dx, dbias = self.emulator.backward(f"{name}_backward", dy, x, bias, argmax, **tail, offset=self.offset)
+        dbias = None if dbias is None or given is None else dbias.to(given.dtype)
+        return Results(y, argmax, dy, [dx, dbias][: len(tensors)])
 
 
 def _channels_last(x: Tensor) -> bool:
