@@ -99,7 +99,7 @@ def every_lrn(op, kind):
     return [case for lrn in many for case in op.normalizing(shape, lrn)]
 
 
-def normalizing(op, kind, *args, **options):
+def in_lrn(op, kind, *args, **options):
     """In the interpreter only by lrn, whose code the tail's is."""
     return [] if kind == "interpreter" and op is not lrn else op.normalizing(*args, **options)
 
@@ -108,12 +108,12 @@ def every_constant(op, kind):
     """For the tail not k = 0, which makes NaN of windows that ReLU makes zero."""
     shape, constants = ((2, 17, 3, 4), FEW_CONSTANTS) if kind == "interpreter" else ((2, 17, 3, 9), CONSTANTS)
     constants = [c for c in constants if c[2] or op is lrn]
-    return [case for alpha, beta, k in constants for case in normalizing(op, kind, shape, LRNParams(5, alpha, beta, k))]
+    return [case for alpha, beta, k in constants for case in in_lrn(op, kind, shape, LRNParams(5, alpha, beta, k))]
 
 
 def every_window(op, kind):
     shapes = [((2, c, 3, 4 if kind == "interpreter" else 7), size) for c, size in WINDOWS[kind]]
-    return [case for s, size in shapes for case in normalizing(op, kind, s, LRNParams(size, 0.5 * min(size, 40)))]
+    return [case for s, size in shapes for case in in_lrn(op, kind, s, LRNParams(size, 0.5 * min(size, 40)))]
 
 
 def every_size(op, kind):
@@ -138,7 +138,7 @@ def spoilt(op, kind):
     if kind == "emulator":
         return [case for size in (3, 5) for case in op.normalizing((1, 24, 5, 5), LRNParams(size, 0.5))]
     if kind == "interpreter":
-        return [case for size in (5, 8, 20) for case in normalizing(op, kind, (1, 64, 3, 4), LRNParams(size, 0.5))]
+        return [case for size in (5, 8, 20) for case in in_lrn(op, kind, (1, 64, 3, 4), LRNParams(size, 0.5))]
     normalizing = [case for size in (1, 2, 5, 8) for case in op.normalizing((2, 36, 13, 18), LRNParams(size, 0.5))]
     alone = [case for case in op.normalizing((2, 36, 13, 18), STRONG, every_part=True) if not case.pool]
     return [*normalizing, *alone[:2], *op.pooling((2, 36, 13, 18), POOL)]
