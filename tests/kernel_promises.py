@@ -99,16 +99,21 @@ def every_lrn(op, kind):
     return [case for lrn in many for case in op.normalizing(shape, lrn)]
 
 
+def in_lrn(op, kind, *args, **options):
+    """In the interpreter only by lrn, whose code the tail's is."""
+    return [] if kind == "interpreter" and op is not lrn else op.normalizing(*args, **options)
+
+
 def every_constant(op, kind):
     """For the tail not k = 0, which makes NaN of windows that ReLU makes zero."""
     shape, constants = ((2, 17, 3, 4), FEW_CONSTANTS) if kind == "interpreter" else ((2, 17, 3, 9), CONSTANTS)
     constants = [c for c in constants if c[2] or op is lrn]
-    return [case for alpha, beta, k in constants for case in op.normalizing(shape, LRNParams(5, alpha, beta, k))]
+    return [case for alpha, beta, k in constants for case in in_lrn(op, kind, shape, LRNParams(5, alpha, beta, k))]
 
 
 def every_window(op, kind):
     shapes = [((2, c, 3, 4 if kind == "interpreter" else 7), size) for c, size in WINDOWS[kind]]
-    return [case for s, size in shapes for case in op.normalizing(s, LRNParams(size, 0.5 * min(size, 40)))]
+    return [case for s, size in shapes for case in in_lrn(op, kind, s, LRNParams(size, 0.5 * min(size, 40)))]
 
 
 def every_size(op, kind):
@@ -122,7 +127,9 @@ def groups(op, kind):
     return [
         case
         for c, g, size in GROUPS[kind]
-        for case in op.normalizing((2, c, 3, 5), LRNParams(size, 0.5, groups=g), every_part=kind == "cpu" and c == 34)
+        for case in normalizing(
+            op, kind, (2, c, 3, 5), LRNParams(size, 0.5, groups=g), every_part=kind == "cpu" and c == 34
+        )
     ]
 
 
@@ -131,7 +138,7 @@ def spoilt(op, kind):
     if kind == "emulator":
         return [case for size in (3, 5) for case in op.normalizing((1, 24, 5, 5), LRNParams(size, 0.5))]
     if kind == "interpreter":
-        return [case for size in (5, 8, 20) for case in op.normalizing((1, 64, 5, 6), LRNParams(size, 0.5))]
+        return [case for size in (5, 8, 20) for case in in_lrn(op, kind, (1, 64, 3, 4), LRNParams(size, 0.5))]
     normalizing = [case for size in (1, 2, 5, 8) for case in op.normalizing((2, 36, 13, 18), LRNParams(size, 0.5))]
     alone = [case for case in op.normalizing((2, 36, 13, 18), STRONG, every_part=True) if not case.pool]
     return [*normalizing, *alone[:2], *op.pooling((2, 36, 13, 18), POOL)]
@@ -274,7 +281,7 @@ def test_ties_go_to_the_first_element_like_torch(place, case, format):
         ]
         case.op.check_bits_of_torch(place, case, [in_format(tensors[0], format), *tensors[1:]])
 
-    for dtype in DTYPES:
+    for dtype in [torch.float32] if place.is_slow else DTYPES:
         check(-2, 3, dtype)
     check(-3, 1, torch.float64)  # mostly zero after ReLU
     check(0, 1, torch.float32)  # constant
@@ -293,7 +300,8 @@ def test_nan_and_infinities_like_torch(place, case, dtype, format):
     infinite[-1, :9] = -INF
     both = infinite.clone()
     both[integers(*shape, low=0, high=4, seed=3) == 0] = NAN
-    for x in (few, many, infinite, both, torch.full(shape, NAN, dtype=dtype), torch.full(shape, -INF, dtype=dtype)):
+    alike = [torch.full(shape, value, dtype=dtype) for value in (NAN, -INF)]
+    for x in [both, alike[1]] if place.is_slow else [few, many, infinite, both, *alike]:
         case.op.check_bits_of_torch(place, case, [in_format(x, format), *bias])
 
 
@@ -336,7 +344,8 @@ def test_one_huge_value_does_not_spoil_its_neighbours(place, case, value, dtype,
     clean = place.run(case, tensors, randn(*case(*tensors).shape, dtype=dtype, seed=1))
     before, after = size // 2, (size - 1) // 2
     _, channels, height, width = x.shape
-    for c, h, w in [(0, 0, 0), (13, 1, 7), (17, height - 1, width - 1), (channels - 1, 1, width - 2)]:
+    spots = [(0, 0, 0), (13, 1, 7), (17, height - 1, width - 1), (channels - 1, 1, width - 2)]
+    for c, h, w in spots[2:3] if place.is_slow else spots:
         c, w = min(c, channels - 1), min(w, width - 1)
         spoilt, dy = x.clone(memory_format=torch.preserve_format), clean.dy.clone()
         spoilt[-1, c, h, w] = value

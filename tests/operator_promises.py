@@ -54,7 +54,7 @@ def lying(tensors, order=None, steps=None, offset=0):
 @pytest.mark.parametrize("order", ORDERS, ids=ident)
 @pytest.mark.parametrize("steps", STEPS, ids=ident)
 def test_any_strides(place, case, order, steps):
-    for offset in (0, 1):
+    for offset in (1,) if place.is_slow else (0, 1):
         case.op.agree(place, case, lying(case.tensors(), order, steps, offset))
 
 
@@ -65,7 +65,7 @@ def test_any_strides_of_a_single_image(place, case, order):
     case.op.agree(place, case, [embedded(x, order), *others])
 
 
-@over(dtypes=DTYPES)
+@over("misaligned", dtypes=DTYPES)
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)], ids=ident)
 def test_misaligned_memory(place, case, dtype, order, offset):
@@ -254,7 +254,7 @@ def test_opcheck(place, case, format):
     assert_passes_opcheck(case, torch.float32, format)
 
 
-@over("usual", "each", dtypes=[torch.float64, *NARROW], formats=FORMATS)
+@over("dtypes", "each", dtypes=[torch.float64, *NARROW], formats=FORMATS)
 def test_opcheck_of_other_dtypes(place, case, dtype, format):
     assert_passes_opcheck(case, dtype, format)
 

@@ -53,6 +53,10 @@ class Place:
     device: str = "cpu"
     has_autograd = True
 
+    @property
+    def is_slow(self) -> bool:
+        return self.name == "triton" and self.device == "cpu"
+
     @contextmanager
     def in_use(self) -> Iterator[Place]:
         with running_on(self.name):
