@@ -54,7 +54,7 @@ def kernels(rows: Sequence[Row]) -> list[str]:
 
 
 def networks(rows: Sequence[Row]) -> list[str]:
-    """Images per second of everybody in his faster memory format, the fastest in bold; then where it is not fastcnn."""
+    """Images per second, each in its faster memory format, the fastest in bold; then where that is not fastcnn."""
     lines = [_line(["images per second", *RUNTIMES.values()]), "|---" * (len(RUNTIMES) + 1) + "|"]
     slower = []
     for (op, mode, batch, dtype), members in _grouped(rows, lambda row: (row.op, row.mode, row.shape[0], row.dtype)):
