@@ -245,7 +245,7 @@ def test_memory_that_is_only_kept_for_the_next_outputs_is_not_resident() -> None
 
 
 def test_results_that_have_fewer_columns_are_shown() -> None:
-    results = Path(__file__).parent.parent / "benchmarks/results/amd-epyc-2-threads/models.json"
+    results = Path(__file__).parent.parent / "benchmarks/results/amd-epyc-2-threads/inference/models.json"
     document = json.loads(results.read_text())
     for fields in document["rows"]:
         fields.pop("resident_bytes", None)

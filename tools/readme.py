@@ -71,7 +71,7 @@ def networks(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.provider == "fastcnn" and row.saved_vs_eager
     )
-    kept = f"Bytes kept for backward, of eager's: {', '.join(saved)}."
+    kept = f"Bytes saved for backward, of eager's: {', '.join(saved)}."
     told = f"fastcnn is not the fastest at: {'; '.join(slower)}." if slower else "fastcnn is the fastest everywhere."
     return [*lines, "", told, kept]
 
@@ -91,28 +91,39 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], tuple[Any, ...]]) -> list
     return list(groups.items())
 
 
-TABLES = {"kernels": kernels, "models": networks}
+# The files of each table; what they have in common is said once.
+TABLES = {
+    "kernels": (kernels, ["kernels.json"]),
+    "models": (networks, ["inference/models.json", "training/models.json"]),
+}
 
 
-def figures(name: str, document: dict[str, Any], digest: str | None) -> str:
-    """A table, under a line that says how it was measured, and of which sources."""
-    header = document["header"]
-    capability = {"avx512": "AVX-512", "avx2": "AVX2"}.get(header["cpu_capability"], header["cpu_capability"])
-    where = (
-        f"{header['threads']} threads of an {header['cpu']} ({capability}), torch {header['torch'].partition('+')[0]}"
+def figures(name: str, documents: Sequence[dict[str, Any]], digest: str | None) -> str:
+    """A table, under a line that says how it was measured; after it, whether that was of these sources."""
+    table, _ = TABLES[name]
+    headers = [document["header"] for document in documents]
+    commands = " and ".join(f"`{header['command']}`" for header in headers)
+    first = headers[0]
+    capability = {"avx512": "AVX-512", "avx2": "AVX2"}.get(first["cpu_capability"], first["cpu_capability"])
+    machine = (
+        f"{first['threads']} threads of an {first['cpu']} ({capability}), torch {first['torch'].partition('+')[0]}"
     )
-    intro = f"`{header['command']}`, {where}, {header['date'][:10]}:"
-    changed = header.get("sources") is None or header["sources"] != digest
+    rows = [row for document in documents for row in read_rows(document)]
+    changed = any(header.get("sources") is None or header["sources"] != digest for header in headers)
     stale = ["", "The sources have changed since these figures were measured."] if changed else []
-    return "\n".join([intro, "", *TABLES[name](read_rows(document)), *stale])
+    return "\n".join([f"{commands}, {machine}, {first['date'][:10]}:", "", *table(rows), *stale])
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    """The files that a table is made of."""
+    return [json.loads((RESULTS / file).read_text()) for file in TABLES[name][1]]
 
 
 def rewritten(readme: str, digest: str | None) -> str:
     """The README with the figures that the results have."""
 
     def replaced(found: re.Match[str]) -> str:
-        document = json.loads((RESULTS / f"{found[2]}.json").read_text())
-        return f"{found[1]}\n{figures(found[2], document, digest)}\n{found[3]}"
+        return f"{found[1]}\n{figures(found[2], documents(found[2]), digest)}\n{found[3]}"
 
     marks = r"(<!-- figures: (\w+) -->)\n.*?(<!-- end of figures -->)"
     return re.sub(marks, replaced, readme, flags=re.DOTALL)

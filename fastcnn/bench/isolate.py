@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .measure import Here, clock, reason
+from .measure import Here, clock, reason, warmed
 from .workload import Workload
 
 
@@ -102,8 +102,7 @@ def _serve(
             return
         try:
             if wanted == "seconds":
-                participant.seconds()  # wakes its threads, and brings back what others have driven from the caches
-                pipe.send(participant.seconds())
+                pipe.send(warmed(participant.seconds))
             else:
                 participant.finish()
                 pipe.send(participant.row)

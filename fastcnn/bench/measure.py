@@ -21,6 +21,7 @@ Timer = Callable[[], float]  # the same, of a call that it knows
 _Name = TypeVar("_Name", bound=Hashable)
 
 _OVERWRITTEN = 2**28  # bytes, more than any L2 cache has
+_WARM_UP = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def measure(
         if isolate:
             workloads.clear()  # each process makes its own
         participants = list(_participants(taking_part, start))
-        _add_times(participants, yardsticks, budget, clock_here, why)
+        _add_times(participants, yardsticks, budget, clock_here, why, isolate)
     rows = [participant.row for participant in participants]
     add_ratios(rows)
     return rows
@@ -176,12 +177,14 @@ def _add_times(
     budget: Budget,
     clock: Clock,
     why: Callable[[Exception], str],
+    isolate: bool,
 ) -> None:
     right = {id(one): one for one in participants if one.row.failure is None}
     if not right:
         return
     timers: dict[Hashable, Timer] = {key: one.seconds for key, one in right.items()}
-    timers.update({name: partial(clock, yardstick.call) for name, yardstick in yardsticks.items()})
+    yards = {name: partial(clock, yardstick.call) for name, yardstick in yardsticks.items()}
+    timers.update({name: partial(warmed, timer) for name, timer in yards.items()} if isolate else yards)
     try:
         times = time_rounds(timers, budget)
     except CallError as failed:
@@ -195,6 +198,15 @@ def _add_times(
         add_figures(one.row, times[key])
     for one in participants:
         one.row.copy_gb_per_s, one.row.matmul_gflop_per_s = rates.get("copy"), rates.get("matmul")
+
+
+def warmed(timer: Timer) -> float:
+    """Seconds of a call after others: they wake the threads, and bring back what another process drove from caches."""
+    start = time.perf_counter()
+    timer()
+    while time.perf_counter() - start < _WARM_UP:
+        timer()
+    return timer()
 
 
 def add_figures(row: Row, seconds: Iterable[float]) -> None:
