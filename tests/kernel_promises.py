@@ -127,9 +127,7 @@ def groups(op, kind):
     return [
         case
         for c, g, size in GROUPS[kind]
-        for case in normalizing(
-            op, kind, (2, c, 3, 5), LRNParams(size, 0.5, groups=g), every_part=kind == "cpu" and c == 34
-        )
+        for case in in_lrn(op, kind, (2, c, 3, 5), LRNParams(size, 0.5, groups=g), every_part=kind == "cpu" and c == 34)
     ]
 
 
