@@ -1,6 +1,7 @@
 """The commands ``fastcnn bench ...``."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -163,7 +164,7 @@ def _report(
     name: str, rows: Sequence[Row], source: str, out: Path, as_json: bool, *, with_summaries: bool = False
 ) -> None:
     """Write ``<name>.json`` and the plots; print the tables, or the JSON."""
-    document = report.report(rows, command=" ".join(["fastcnn", *sys.argv[1:]]), source=source)
+    document = report.report(rows, command=shlex.join(["fastcnn", *sys.argv[1:]]), source=source)
     report.write_json(out / f"{name}.json", document)
     if as_json:
         typer.echo(json.dumps(document, indent=1))

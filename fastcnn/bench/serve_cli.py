@@ -1,5 +1,6 @@
 """The command ``fastcnn bench serve``."""
 
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +57,7 @@ def serve(
         torch.set_num_threads(threads)
     counts = clients or (1, 2, 4)
     rows = [row for case in tracked(cases) for row in measure_serving(case, chosen, counts, seconds, repeats)]
-    header = report([], command=" ".join(["fastcnn", *sys.argv[1:]]), source="photographs")["header"]
+    header = report([], command=shlex.join(["fastcnn", *sys.argv[1:]]), source="photographs")["header"]
     file = out / "serve.json"
     write_json(file, {"header": header, "rows": [asdict(row) for row in rows]})
     print_tables(header, serve_tables(rows))

@@ -1,5 +1,6 @@
 """The command ``fastcnn bench zoo``."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -74,7 +75,7 @@ def zoo(
         quick=quick,
     )
     budget = Budget(1.0, 3, repeats) if quick else Budget(2.0, 5, repeats)
-    file, command = out / "zoo.json", " ".join(["fastcnn", *sys.argv[1:]])
+    file, command = out / "zoo.json", shlex.join(["fastcnn", *sys.argv[1:]])
     results = read_results(file)
     if fresh:
         results = {case: result for case, result in results.items() if case not in cases}
