@@ -83,7 +83,7 @@ EMULATED_POOLS = [
 ]
 POOLED = {
     "cpu": ((2, 17, 12, 13), POOLS),
-    "interpreter": ((1, 11, 6, 9), FEW_POOLS),
+    "interpreter": ((1, 6, 6, 7), FEW_POOLS),
     "emulator": ((2, 9, 11, 13), EMULATED_POOLS),
 }
 FAR = [PoolParams(2, 10**9), PoolParams((2, 1), (1, 10**9)), PoolParams(1, 1, 0, 10**9), PoolParams(2, 2**31 - 1, 1)]
@@ -147,6 +147,8 @@ def non_finite(op, kind):
     betas = (0.75, 0.6) if kind == "interpreter" else (0.5, 0.75, 1.0, 0.6)
     lrns = [LRNParams(5, 0.5, beta, k) for beta in betas for k in (1.0, 0.0)]
     lrns += [LRNParams(3, 0.5, 0.6, 0.0)] if kind == "emulator" else []
+    if kind == "interpreter" and op is not lrn:
+        lrns = lrns[:1]
     every = kind == "cpu"
     return [c for lrn in lrns for c in op.normalizing(shape, lrn, every_part=every and lrn.beta == 0.75 and lrn.k == 1)]
 
@@ -182,7 +184,7 @@ def test_same_answer_of_a_single_image(place, case, dtype):
 
 @over(every_lrn, formats=FORMATS)
 def test_same_answer_for_every_lrn(place, case, format):
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for dtype in [torch.bfloat16] if place.is_slow else [torch.float32, torch.float64, torch.bfloat16]:
         case.op.check(place, case, case.tensors(dtype, format))
 
 
@@ -281,8 +283,9 @@ def test_ties_go_to_the_first_element_like_torch(place, case, format):
 
     for dtype in [torch.float32] if place.is_slow else DTYPES:
         check(-2, 3, dtype)
-    check(-3, 1, torch.float64)  # mostly zero after ReLU
-    check(0, 1, torch.float32)  # constant
+    if not place.is_slow:
+        check(-3, 1, torch.float64)  # mostly zero after ReLU
+        check(0, 1, torch.float32)  # constant
 
 
 @over(every_pool, "kernels", dtypes=[torch.float32, torch.bfloat16], formats=FORMATS)
@@ -290,12 +293,12 @@ def test_nan_and_infinities_like_torch(place, case, dtype, format):
     """Through values and, by the last NaN of a window, through gradients; ReLU passes both."""
     shape, bias = case.shapes[0], [None] * (len(case.shapes) - 1)
     few, many = integers(*shape, dtype=dtype), integers(*shape, dtype=dtype)
-    few[0, 0, 0, 0] = few[0, 3, 5, 5] = few[-1, -1, -1, -1] = few[-1, 8, 5, :] = NAN
+    few[0, 0, 0, 0] = few[0, 3, 5, 5] = few[-1, -1, -1, -1] = few[-1, shape[1] // 2, 5, :] = NAN
     many[integers(*shape, low=0, high=3, seed=1) == 0] = NAN
     infinite = integers(*shape, dtype=dtype)
     infinite[integers(*shape, low=0, high=4, seed=1) == 0] = INF
     infinite[integers(*shape, low=0, high=4, seed=2) == 0] = -INF
-    infinite[-1, :9] = -INF
+    infinite[-1, : shape[1] // 2] = -INF
     both = infinite.clone()
     both[integers(*shape, low=0, high=4, seed=3) == 0] = NAN
     alike = [torch.full(shape, value, dtype=dtype) for value in (NAN, -INF)]
@@ -323,13 +326,13 @@ def test_non_finite_gradients_go_where_those_of_torch_go(place, case, format, va
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e20])
 def test_non_finite_values_through_lrn_like_torch(place, case, value, format):
     """Also where k = 0 and a window of zeros divides by 0."""
-    for dtype in (torch.float32, torch.float64):
+    for dtype in [torch.float32] if place.is_slow else [torch.float32, torch.float64]:
         tensors = case.tensors(dtype, format)
         x = tensors[0]
         x[0, 0, 0, 0] = x[0, 7, 1, 1] = x[-1, -1, -1, -1] = value
         x[0, :, 1, 2] = 0
         expected = case.counterpart(*tensors)
-        y = place.run(case, tensors, torch.ones_like(expected)).y
+        y = case(*tensors) if place.is_slow else place.run(case, tensors, torch.ones_like(expected)).y
         torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
