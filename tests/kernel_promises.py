@@ -136,7 +136,7 @@ def spoilt(op, kind):
     if kind == "emulator":
         return [case for size in (3, 5) for case in op.normalizing((1, 24, 5, 5), LRNParams(size, 0.5))]
     if kind == "interpreter":
-        return [case for size in (5, 8, 20) for case in in_lrn(op, kind, (1, 64, 3, 4), LRNParams(size, 0.5))]
+        return [case for size in (5, 20) for case in in_lrn(op, kind, (1, 64, 3, 4), LRNParams(size, 0.5))]
     normalizing = [case for size in (1, 2, 5, 8) for case in op.normalizing((2, 36, 13, 18), LRNParams(size, 0.5))]
     alone = [case for case in op.normalizing((2, 36, 13, 18), STRONG, every_part=True) if not case.pool]
     return [*normalizing, *alone[:2], *op.pooling((2, 36, 13, 18), POOL)]
@@ -165,8 +165,9 @@ def every_pool_after_lrn(op, kind):
 
 
 def without_lrn(op, kind):
-    relu_alone = [relu_lrn_max_pool2d.stage((2, 17, 9, 9), {"relu": True})] if op is relu_lrn_max_pool2d else []
-    return [*relu_alone, *op.pooling((2, 17, 9, 9), POOL)]
+    shape = (1, 6, 5, 7) if kind == "interpreter" else (2, 17, 9, 9)
+    relu_alone = [relu_lrn_max_pool2d.stage(shape, {"relu": True})] if op is relu_lrn_max_pool2d else []
+    return [*relu_alone, *op.pooling(shape, POOL)]
 
 
 # -- same answer ------------------------------------------------------------------------------------------------------
@@ -302,8 +303,9 @@ def test_nan_and_infinities_like_torch(place, case, dtype, format):
     infinite[-1, : shape[1] // 2] = -INF
     both = infinite.clone()
     both[integers(*shape, low=0, high=4, seed=3) == 0] = NAN
+    both[-1, 0] = -INF
     alike = [torch.full(shape, value, dtype=dtype) for value in (NAN, -INF)]
-    for x in [both, alike[1]] if place.is_slow else [few, many, infinite, both, *alike]:
+    for x in [both] if place.is_slow else [few, many, infinite, both, *alike]:
         case.op.check_bits_of_torch(place, case, [in_format(x, format), *bias])
 
 

@@ -255,18 +255,21 @@ def test_opcheck(place, case, format):
     assert_passes_opcheck(case, torch.float32, format)
 
 
-@over("dtypes", "each", dtypes=[torch.float64, *NARROW], formats=FORMATS)
+@over("dtypes", "best", dtypes=[torch.float64, *NARROW], formats=FORMATS)
 def test_opcheck_of_other_dtypes(place, case, dtype, format):
     assert_passes_opcheck(case, dtype, format)
 
 
 def assert_passes_opcheck(case, dtype, format):
+    """In dtypes but float32 only what depends on them; backward's own gradient in float64, where it is exact."""
     op, tensors = case.op, case.tensors(dtype, format)
-    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype in NARROW else {}
-    torch.library.opcheck(op.op, op.forward_args(case, case.leaves(tensors)), **tolerance)
+    options = {"rtol": 1e-2, "atol": 1e-2} if dtype in NARROW else {}
+    if dtype != torch.float32:
+        options["test_utils"] = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op.op, op.forward_args(case, case.leaves(tensors)), **options)
     kept = op.forward(case, tensors)
     dy = randn(*kept[0].shape, dtype=dtype, seed=1)
-    torch.library.opcheck(op.backward_op, op.backward_args(case, tensors, kept, dy), **tolerance)
+    torch.library.opcheck(op.backward_op, op.backward_args(case, tensors, kept, dy), **options)
     if dtype == torch.float64:
         leaves = case.leaves(tensors)
         torch.library.opcheck(op.backward_op, op.backward_args(case, leaves, kept, leaf(dy)))
@@ -304,7 +307,7 @@ def assert_same_outputs_and_gradients(place, case, outputs, expected, ours, thei
     case.op.assert_same(place, gradients(y, asked(ours), dy), gradients(z, asked(theirs), dy))
 
 
-@over("compile", "each")
+@over("compile", "best")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_without_graph_break(place, case, dynamic):
     torch._dynamo.reset()
@@ -339,7 +342,7 @@ def test_compile_with_inductor(place, case):
     torch.testing.assert_close(gradients(y, asked(tensors), dy), gradients(expected, asked(tensors), dy))
 
 
-@over("export", "each")
+@over("export", "best")
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
 def test_export_with_gradients(place, case, strict, grad):

@@ -226,7 +226,8 @@ def test_the_faster_language_of_a_tensor_of_about_this_size_runs(cuda_library, m
     ]
     (tmp_path / "faster.json").write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(backends, "_FASTER", tmp_path / "faster.json")
-    monkeypatch.setattr(backends, "_faster", functools.cache(backends._faster.__wrapped__))
+    for cached in ("_sizes", "_faster"):
+        monkeypatch.setattr(backends, cached, functools.cache(getattr(backends, cached).__wrapped__))
     triton = "cuda" if backends.INTERPRETING else "triton"
 
     def chosen(op, images, **options):

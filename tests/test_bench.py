@@ -476,8 +476,10 @@ def test_isolated_provider_is_stopped_while_it_is_not_its_turn() -> None:
     def is_stopped() -> bool:
         return Path(f"/proc/{one.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
-    make, provider = partial(OperatorWorkload, source="random"), OperatorProvider("fastcnn.right", right_for)
-    with isolate.Isolated(make, lrn_case(), provider, "fp32", "cpu", measuring.reason) as one:
+    provider = OperatorProvider("fastcnn.right", right_for)
+    make = partial(OperatorWorkload, source="random")
+    prepare = partial(measuring._prepared, make, lrn_case(), provider, "fp32", "cpu", measuring.reason)
+    with isolate.Isolated(prepare) as one:
         assert one.row.failure is None
         for _ in range(2):
             assert one.seconds() > 0

@@ -108,7 +108,10 @@ def work(op, dtype, format="channels_last", mode="forward", layer="AlexNet conv1
 # -- floors -----------------------------------------------------------------------------------------------------------
 
 CHECKED = [
-    work(*what) for what in product(roofline.OPS, ("bf16", "fp32"), ("channels_last", "NCHW"), ("forward", "backward"))
+    work(op, dtype, format, mode)
+    for op, (dtype, format), mode in product(
+        roofline.OPS, (("bf16", "channels_last"), ("fp32", "NCHW")), ("forward", "backward")
+    )
 ]
 
 

@@ -9,38 +9,40 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from .cases import Case
-from .measure import Here, clock, reason, warmed
-from .workload import Workload
+from .workload import reason
+
+_WARM_UP = 0.05  # seconds
+
+
+def warmed(timer: Callable[[], float]) -> float:
+    """Seconds of a call after others: they wake the threads, and bring back what another process drove from caches."""
+    start = time.perf_counter()
+    timer()
+    while time.perf_counter() - start < _WARM_UP:
+        timer()
+    return timer()
 
 
 class Isolated:
     """A :class:`fastcnn.bench.measure.Participant` for a ``with`` block, at whose end the process is gone.
 
     Args:
-        make: builds a case's workload, in that process; it is pickled, as the provider is.
+        prepare: makes the participant, in that process; it is pickled.
     """
 
-    def __init__(
-        self,
-        make: Callable[[Case], Workload],
-        case: Case,
-        provider: Any,
-        dtype: str,
-        device: str,
-        why: Callable[[Exception], str],
-    ) -> None:
+    def __init__(self, prepare: Callable[[], Any]) -> None:
         if not hasattr(signal, "SIGSTOP"):
             raise NotImplementedError("this system cannot stop a process")
         context = multiprocessing.get_context("spawn")
         self.pipe, self.theirs = context.Pipe()
-        arguments = (self.theirs, make, case, provider, dtype, device, why, torch.get_num_threads())
+        arguments = self.theirs, prepare, torch.get_num_threads()
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
 
     def __enter__(self) -> Isolated:
@@ -81,19 +83,10 @@ class Isolated:
         os.kill(self.process.pid, number)
 
 
-def _serve(
-    pipe: Connection,
-    make: Callable[[Case], Workload],
-    case: Case,
-    provider: Any,
-    dtype: str,
-    device: str,
-    why: Callable[[Exception], str],
-    threads: int,
-) -> None:
+def _serve(pipe: Connection, prepare: Callable[[], Any], threads: int) -> None:
     torch.set_num_threads(threads)
     with torch.random.fork_rng():
-        participant = Here(make(case), provider, dtype, clock(device), why, device)
+        participant = prepare()
     pipe.send(participant.row)
     while True:
         try:

@@ -12,16 +12,16 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from .cases import Case
+from .isolate import Isolated, warmed
 from .memory import peak_bytes, resident_bytes, saved_bytes
 from .rows import FP32, Row, add_ratios
-from .workload import Call, Entry, Mismatch, NotInstalled, Workload, Yardstick
+from .workload import Call, Entry, Workload, Yardstick, reason
 
 Clock = Callable[[Call], float]  # calls once, and returns the seconds
 Timer = Callable[[], float]  # the same, of a call that it knows
 _Name = TypeVar("_Name", bound=Hashable)
 
 _OVERWRITTEN = 2**28  # bytes, more than any L2 cache has
-_WARM_UP = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,6 @@ class CallError(Exception):
     def __init__(self, name: Hashable, error: Exception) -> None:
         super().__init__(f"{name}: {reason(error)}")
         self.name, self.error = name, error
-
-
-def reason(error: Exception) -> str:
-    """In a line."""
-    text = (str(error).strip() or "no message").splitlines()[0]
-    return text if isinstance(error, Mismatch | NotInstalled) else f"{type(error).__name__}: {text[:120]}"
 
 
 class Participant(Protocol):
@@ -100,9 +94,7 @@ def measure(
         def start(case: Case, provider: Any, dtype: str) -> Participant:
             if not isolate:
                 return Here(workloads[case], provider, dtype, clock_here, why, device)
-            from .isolate import Isolated
-
-            return stack.enter_context(Isolated(make, case, provider, dtype, device, why))
+            return stack.enter_context(Isolated(partial(_prepared, make, case, provider, dtype, device, why)))
 
         if isolate:
             workloads.clear()  # each process makes its own
@@ -171,6 +163,18 @@ class Here:
             )
 
 
+def _prepared(
+    make: Callable[[Case], Workload],
+    case: Case,
+    provider: Any,
+    dtype: str,
+    device: str,
+    why: Callable[[Exception], str],
+) -> Here:
+    """In a process of its own."""
+    return Here(make(case), provider, dtype, clock(device), why, device)
+
+
 def _add_times(
     participants: Sequence[Participant],
     yardsticks: Mapping[str, Yardstick],
@@ -198,15 +202,6 @@ def _add_times(
         add_figures(one.row, times[key])
     for one in participants:
         one.row.copy_gb_per_s, one.row.matmul_gflop_per_s = rates.get("copy"), rates.get("matmul")
-
-
-def warmed(timer: Timer) -> float:
-    """Seconds of a call after others: they wake the threads, and bring back what another process drove from caches."""
-    start = time.perf_counter()
-    timer()
-    while time.perf_counter() - start < _WARM_UP:
-        timer()
-    return timer()
 
 
 def add_figures(row: Row, seconds: Iterable[float]) -> None:

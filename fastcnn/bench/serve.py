@@ -18,11 +18,10 @@ from rich.text import Text
 from torch import Tensor
 
 from .cases import Case
-from .measure import reason
 from .network_workload import NetworkWorkload
 from .providers import NetworkProvider
 from .report import new_table, number
-from .workload import Call
+from .workload import Call, reason
 
 SERVING = ("fastcnn", "torch.eager channels_last", "torch.compile", "onnxruntime", "openvino")
 

@@ -20,6 +20,12 @@ class NotInstalled(Exception):
     """A runtime that is not here."""
 
 
+def reason(error: Exception) -> str:
+    """Why, in one line."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return text if isinstance(error, Mismatch | NotInstalled) else f"{type(error).__name__}: {text[:120]}"
+
+
 @dataclass
 class Phases:
     """Seconds of the parts of a training step, a list of each, filled in as it runs."""

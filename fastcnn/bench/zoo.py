@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from .. import __version__, backends, models
 from ..optimize import optimize
 from .cases import ANY_FORMAT, Case
-from .measure import Budget, measure, reason
+from .measure import Budget, measure
 from .network_workload import NetworkWorkload
 from .providers import NetworkProvider, optimized_for_inference
 from .rows import EAGER, Row
-from .workload import Mismatch, Yardstick
+from .workload import Mismatch, Yardstick, reason
 
 ZOO_MODES = ("inference", "training")
 BATCHES, SIZES = (1, 4, 16), (224, 64, 32)

@@ -464,25 +464,30 @@ def with_dropout():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("before", [False, True])
 def test_hooks_run_once_a_call(before, kind, options):
-    """Of the network itself and of every layer."""
+    """Of the network itself and of every layer: of each, while its neighbours have none."""
     model = with_dropout().eval()
     model(X)
-    for name in ["", *(name for name, _ in model.named_children())]:
+    names = ["", *(name for name, _ in model.named_children())]
+    for hooked in (names[i::3] for i in range(3)):
         seen, original = [], copy.deepcopy(model)
         fast = fastcnn.optimize(original, **options)
         if not before:
             fast(leaf(X)).sum().backward()
         target = original if before else fast
-        handle = getattr(target.get_submodule(name), f"register_{kind}")(lambda *_, seen=seen: seen.append(1))
+        handles = [
+            getattr(target.get_submodule(name), f"register_{kind}")(lambda *_, name=name, seen=seen: seen.append(name))
+            for name in hooked
+        ]
         if before:
             fast = fastcnn.optimize(original, **options)
         for i in (1, 2):
             fast(leaf(X)).sum().backward()
-            assert len(seen) == i, name
+            assert sorted(seen) == sorted(hooked * i)
         if not before:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             fast(leaf(X)).sum().backward()
-            assert len(seen) == 2
+            assert len(seen) == 2 * len(hooked)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -64,7 +64,7 @@ def build(sanitizer: str) -> Path:
 def _build(sanitizer: str, directory: Path) -> Path:
     includes = [pybind11.get_include(), sysconfig.get_paths()["include"], str(HERE)]
     flags = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", *(f"-isystem {i}" for i in includes)]
-    flags += ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags += ["-std=c++20", "-Og", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Wno-tsan", "-DFASTCNN_SIMT_EMULATOR", f"-DFASTCNN_MODULE=simt_{sanitizer}"]
     kernels = [source for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if source.stem != "device"]
     sources = [HERE / "emulator.cpp", HERE / "module.cpp", HERE / "planted.cu", *kernels]

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from fastcnn import backends
 from fastcnn.bench.cases import ANY_FORMAT, Case
-from fastcnn.bench.measure import Budget, measure, reason
+from fastcnn.bench.measure import Budget, measure
 from fastcnn.bench.network_workload import NetworkWorkload
 from fastcnn.bench.operator_workload import OperatorWorkload
 from fastcnn.bench.operators import CONVOLUTIONS, LRN, POOL, STAGES, convolution
 from fastcnn.bench.providers import OperatorProvider, network_providers, operator_providers
 from fastcnn.bench.rows import Row
-from fastcnn.bench.workload import Entry
+from fastcnn.bench.workload import Entry, reason
 from fastcnn.ops import select_conv2d_relu
 from fastcnn.ops.register import IMPLEMENTATIONS
 from fastcnn.params import TailParams
