@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from promises import DRAWN, backends_here, running_on
 
 import fastcnn
+from fastcnn.models import convnet
 
 if TYPE_CHECKING:
     from places import Place
@@ -126,3 +127,14 @@ def huge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., tor
     """``promises.huge``, in one process at a time."""
     with FileLock(tmp_path_factory.getbasetemp().parent / "huge.lock"):
         yield promises.huge
+
+
+@pytest.fixture
+def small_classifiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden layers of 64 instead of 4096: most of a network's weights, and most of the time of a test of the rest."""
+    build = convnet.build_classifier
+    monkeypatch.setattr(
+        convnet,
+        "build_classifier",
+        lambda features, classes, dropout, hidden, **names: build(features, classes, dropout, (64, 64), **names),
+    )

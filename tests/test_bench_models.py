@@ -26,7 +26,7 @@ from fastcnn.bench.providers import NetworkProvider, network_providers
 from fastcnn.bench.rows import Row, add_ratios
 
 pytest.importorskip("PIL")
-pytestmark = pytest.mark.usefixtures("best_backend")
+pytestmark = pytest.mark.usefixtures("best_backend", "small_classifiers")
 
 ONCE = Budget(repeats=1)
 HERE = network_providers()

@@ -21,7 +21,7 @@ from fastcnn.bench.serve import Burst, ServeRow, add_figures, burst, measure_ser
 from fastcnn.cli import app
 
 pytest.importorskip("PIL")
-pytestmark = pytest.mark.usefixtures("best_backend")
+pytestmark = pytest.mark.usefixtures("best_backend", "small_classifiers")
 
 HERE = network_providers()
 ALEXNET = Case("alexnet", (2, 3, 64, 64), "fp32", ANY_FORMAT, "inference")

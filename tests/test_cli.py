@@ -185,7 +185,7 @@ def assert_refused(result: Result, said: list[str]) -> None:
 # bench models
 
 
-@pytest.mark.usefixtures("best_backend")
+@pytest.mark.usefixtures("best_backend", "small_classifiers")
 def test_bench_models_prints_tables_and_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("PIL")
     monkeypatch.setattr("fastcnn.bench.network_workload.MATMUL", 64)

@@ -179,6 +179,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.usefixtures("small_classifiers")
 @pytest.mark.parametrize(("name", "size", "options"), SMALL, ids=ident)
 def test_fused_and_plain_agree_in_training(name, size, options):
     """Outputs, the gradients of the image and of every parameter, and the running statistics, in float64."""

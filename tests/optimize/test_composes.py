@@ -36,8 +36,9 @@ OPTIONS = [{}, {"inference": True}]
 # -- compilers, tracers and exporters see the plain forward -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sequential", "functional", "nested", "modes"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [("sequential", True), ("functional", False), ("nested", True), ("modes", False)]
+)
 def test_compile(name, dynamic):
     model = network(name)
     torch.compiler.reset()

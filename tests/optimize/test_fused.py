@@ -44,6 +44,7 @@ def test_every_stage_is_fused(name):
         assert called(fast) == ["relu_lrn_max_pool2d", "relu_lrn_max_pool2d", "lrn"]
 
 
+@pytest.mark.usefixtures("small_classifiers")
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("name", ["alexnet", "caffenet", "zfnet", "alexnet_bn", "vgg_a_lrn", "inception_v1"])

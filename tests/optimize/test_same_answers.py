@@ -43,7 +43,7 @@ def test_outputs_and_gradients(pair, training, format):
 def test_strides(format, weights, inference):
     """Of every prefix of a network, for dense inputs and others: the caller, or a view of it, may look at them."""
     model = sequential(inplace=False).to(memory_format=weights).eval()
-    for length in (1, 2, 4, 6, 10, len(model)):
+    for length in (1, 2, 6, len(model)):
         part = model[:length]
         fast = fastcnn.optimize(part, inference=inference)
         for x in (in_format(X, format), in_format(X, format)[:, :, 1:, 2:]):
