@@ -28,9 +28,9 @@ setup: $(VENV)/.ready  ## create .venv with torch, every extra, and fastcnn in e
 
 $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip setuptools wheel pybind11 ninja $(TORCH)
+	$(BIN)/pip install --quiet --no-compile --upgrade pip setuptools wheel pybind11 ninja $(TORCH)
 	FASTCNN_BUILD_CPP=1 FASTCNN_CUDA_ARCHS="$${FASTCNN_CUDA_ARCHS:-$(CUDA_ARCHS)}" \
-		$(BIN)/pip install --quiet --no-build-isolation -e '.[bench,test,dev]' $(TORCH)
+		$(BIN)/pip install --quiet --no-compile --no-build-isolation -e '.[bench,test,dev]' $(TORCH)
 	touch $@
 
 # The threads of one process wait without spinning, which would keep the others from running.

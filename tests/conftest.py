@@ -45,10 +45,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         promise.parametrize(metafunc, metafunc.module.HERE)
 
 
-def pytest_collection_finish() -> None:
-    """Thousands of tests are millions of objects, through which no collection of garbage has to go."""
+def freeze() -> None:
+    """What is alive, no collection of garbage goes through again: thousands of tests, and TorchDynamo's graphs."""
     gc.collect()
     gc.freeze()
+
+
+pytest_collection_finish = freeze
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> Iterator[None]:
+    yield
+    freeze()
 
 
 def pytest_unconfigure() -> None:

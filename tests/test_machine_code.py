@@ -42,7 +42,11 @@ def cuda():
 
 
 def by_triton(name, *args):
-    with compiling(90, launches.run):
+    def run(kernel):
+        assert kernel.spills == 0
+        launches.run(kernel)
+
+    with compiling(90, run):
         return IMPLEMENTATIONS[name]["triton"](*args)
 
 
@@ -105,9 +109,7 @@ def test_triton_max_pool2d(pool, dtype, format):
         (ALEXNET[0], torch.bfloat16, FORMATS[0]),
         (ALEXNET[0], torch.bfloat16, FORMATS[1]),
         (ALEXNET[0], torch.float32, FORMATS[1]),
-        (None, torch.bfloat16, FORMATS[0]),
-        (None, torch.float16, FORMATS[1]),
-        (None, torch.float32, FORMATS[0]),
+        (None, torch.float16, FORMATS[0]),
     ],
     ids=ident,
 )
