@@ -108,8 +108,8 @@ def test_triton_max_pool2d(pool, dtype, format):
     [
         (ALEXNET[0], torch.bfloat16, FORMATS[0]),
         (ALEXNET[0], torch.bfloat16, FORMATS[1]),
-        (ALEXNET[0], torch.float32, FORMATS[1]),
         (None, torch.float16, FORMATS[0]),
+        (None, torch.float32, FORMATS[1]),
     ],
     ids=ident,
 )
