@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def freeze() -> None:
-    """What is alive, no collection of garbage goes through again: thousands of tests, and TorchDynamo's graphs."""
+    """The garbage collector skips what is alive by now: the thousands of tests, and what TorchDynamo caches."""
     gc.collect()
     gc.freeze()
 

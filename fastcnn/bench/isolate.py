@@ -12,11 +12,14 @@ import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .workload import reason
+
+if TYPE_CHECKING:
+    from .measure import Participant
 
 _WARM_UP = 0.05  # seconds
 
@@ -37,7 +40,7 @@ class Isolated:
         prepare: makes the participant, in that process; it is pickled.
     """
 
-    def __init__(self, prepare: Callable[[], Any]) -> None:
+    def __init__(self, prepare: Callable[[], Participant]) -> None:
         if not hasattr(signal, "SIGSTOP"):
             raise NotImplementedError("this system cannot stop a process")
         context = multiprocessing.get_context("spawn")
@@ -83,7 +86,7 @@ class Isolated:
         os.kill(self.process.pid, number)
 
 
-def _serve(pipe: Connection, prepare: Callable[[], Any], threads: int) -> None:
+def _serve(pipe: Connection, prepare: Callable[[], Participant], threads: int) -> None:
     torch.set_num_threads(threads)
     with torch.random.fork_rng():
         participant = prepare()

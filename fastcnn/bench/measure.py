@@ -171,7 +171,7 @@ def _prepared(
     device: str,
     why: Callable[[Exception], str],
 ) -> Here:
-    """In a process of its own."""
+    """A participant that builds the workload itself, as one in another process has to."""
     return Here(make(case), provider, dtype, clock(device), why, device)
 
 

@@ -148,7 +148,7 @@ def assert_near(ours, theirs):
 
 @pytest.mark.parametrize("weights", FORMATS, ids=ident)
 @pytest.mark.parametrize("format", FORMATS, ids=ident)
-@pytest.mark.parametrize(("frozen", "dtype"), [(False, DOUBLE), (True, FLOAT)], ids=ident)
+@pytest.mark.parametrize(("frozen", "dtype"), [(False, DOUBLE), (False, FLOAT), (True, FLOAT)], ids=ident)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_values_and_strides(name, frozen, dtype, format, weights):
     make, shape = NETWORKS[name]

@@ -464,11 +464,11 @@ def with_dropout():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("before", [False, True])
 def test_hooks_run_once_a_call(before, kind, options):
-    """Of the network itself and of every layer: of each, while its neighbours have none."""
+    """Those of the network itself, and those of every layer while its neighbours have none."""
     model = with_dropout().eval()
     model(X)
-    names = ["", *(name for name, _ in model.named_children())]
-    for hooked in (names[i::3] for i in range(3)):
+    layers = [name for name, _ in model.named_children()]
+    for hooked in ([""], layers[::3], layers[1::3], layers[2::3]):
         seen, original = [], copy.deepcopy(model)
         fast = fastcnn.optimize(original, **options)
         if not before:
