@@ -248,11 +248,7 @@ def relu_of_many(op, kind):
     return [op.stage(shape, {"relu": True}, float32_bias=True)] if op is relu_lrn_max_pool2d else []
 
 
-@over(
-    relu_of_many,
-    dtypes=DTYPES,
-    formats=FORMATS,
-)
+@over(relu_of_many, dtypes=DTYPES, formats=FORMATS)
 def test_bias_gradient_of_many_terms(place, case, dtype, format):
     """A sum of 16-bit values in 16 bits, or of many float32 in one accumulator, would be far off."""
     x, bias = case.tensors(dtype, format)

@@ -18,7 +18,7 @@ def triton() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def language_is_patched_once() -> Iterator[None]:
-    """Not in every call of a kernel and of each of its functions, as the interpreter does: half of its time."""
+    """The interpreter patches it again in every call of a kernel or device function, which takes half of its time."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -20,7 +20,7 @@ def usual(best_backend, monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def guards_are_not_timed():
-    """TorchDynamo times those of every graph, for its log, which takes it 20 ms."""
+    """TorchDynamo times the guards of every graph for its log, which takes 20 ms each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0)
         yield
