@@ -261,7 +261,7 @@ def test_opcheck_of_other_dtypes(place, case, dtype, format):
 
 
 def assert_passes_opcheck(case, dtype, format):
-    """In dtypes other than float32, only what depends on the dtype; backward's own gradient in float64, where it is exact."""
+    """All of it in float32, else only what depends on the dtype; backward's own gradient in float64, as it is exact."""
     op, tensors = case.op, case.tensors(dtype, format)
     options = {"rtol": 1e-2, "atol": 1e-2} if dtype in NARROW else {}
     if dtype != torch.float32:
