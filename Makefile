@@ -8,6 +8,8 @@ DEVICE ?= cuda
 # of `make gpu`: which parts, all if empty; and seconds
 ONLY ?=
 BUDGET ?= $(if $(ONLY),200,360)
+# other Pythons that `make package` also tries the wheel with, such as "python3.10 python3.13"
+PACKAGE_PYTHONS ?=
 # the machine that `make gpu-carry` prepares for
 GPU_PYTHON ?= python3.12
 GPU_ARCH ?= 90
@@ -19,7 +21,7 @@ GPU_OUT = $(if $(filter file,$(origin OUT)),,--out $(OUT))
 CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test bench gpu gpu-carry kernels roofline readme lint wheel clean
+.PHONY: help setup test bench gpu gpu-carry kernels roofline readme lint wheel package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -28,7 +30,7 @@ setup: $(VENV)/.ready  ## create .venv with torch, every extra, and fastcnn in e
 
 $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --upgrade pip setuptools wheel pybind11 ninja $(TORCH)
+	$(BIN)/pip install --quiet --no-compile --upgrade pip setuptools wheel ninja $(TORCH)
 	FASTCNN_BUILD_CPP=1 FASTCNN_CUDA_ARCHS="$${FASTCNN_CUDA_ARCHS:-$(CUDA_ARCHS)}" \
 		$(BIN)/pip install --quiet --no-compile --no-build-isolation -e '.[bench,test,dev]' $(TORCH)
 	touch $@
@@ -66,13 +68,18 @@ roofline: setup  ## predict how fast the memory-bound kernels are on H100 and H2
 readme: setup  ## write the README's tables of figures, from benchmarks/results
 	$(BIN)/python -m tools.readme
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
-wheel: setup  ## build a wheel into dist/
-	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel: setup  ## build the source distribution, and from it a wheel, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+package: wheel  ## install both, each where there is nothing else, and run an operator in C++
+	$(BIN)/python -m tools.package dist --torch "$(TORCH)" $(PACKAGE_PYTHONS:%=--python %)
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) $(GPU_VENV) .gpu build dist results *.egg-info fastcnn/*.so fastcnn/kernels

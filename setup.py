@@ -103,7 +103,6 @@ class Writer:
     """Writes the ninja file of one library."""
 
     def __init__(self, n):
-        import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -116,9 +115,9 @@ class Writer:
             *(f"-isystem {path}" for path in include_paths()),
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         ]
-        # Apart, because torch has a pybind11 of its own that refuses the stable ABI.
         self.module_flags = [
-            *(f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])),
+            f"-isystem {sysconfig.get_paths()['include']}",
+            "-Wno-missing-field-initializers",
             _define("FASTCNN_TORCH_VERSION", torch.__version__),
         ]
         undefined = ["-undefined dynamic_lookup"] if sys.platform == "darwin" else []
@@ -180,10 +179,11 @@ def _define(name, value):
     return f"""'-D{name}="{value}"'""".replace("$", "$$")
 
 
+LIBRARIES = [*(["fastcnn._C"] if COMPILER else []), *(["fastcnn._C_cuda"] if NVCC else [])]
+
 setup(
-    ext_modules=[
-        *([Extension("fastcnn._C", sources=[])] if COMPILER else []),
-        *([Extension("fastcnn._C_cuda", sources=[])] if NVCC else []),
-    ],
+    ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildWithNinja},
+    # One wheel for this version of Python and all later ones; without libraries, for any platform too.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARIES else {},
 )

@@ -15,8 +15,8 @@ struct ConvTask {
   DType dtype;  // float32 is multiplied as TF32; there is no float64
   Shape shape;  // of x
   ConvAxis h, w;
-  int64_t groups, outputs;  // outputs: channels of the output
-  int64_t row;              // elements of a row of weights, a multiple of 8
+  int64_t groups, outputs;        // outputs: channels of the output
+  int64_t row;                    // elements of a row of weights, a multiple of 8
   const void *x, *weight, *bias;  // weight: one row per output, in the order kh, kw, c, then zeros; bias: may be null
   void* out;
 };

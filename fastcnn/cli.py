@@ -1,8 +1,9 @@
-"""The command ``fastcnn``, also ``python -m fastcnn``."""
+"""What the command ``fastcnn`` does; ``__main__.py`` starts it."""
 
 import json
 import warnings
 from dataclasses import asdict
+from itertools import groupby
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +16,7 @@ from . import backends
 from .bench.cli import bench
 from .bench.environment import environment
 from .models import list_models
-from .models.summary import layer_table
+from .models.summary import LayerRow, layer_table
 from .ops.register import IMPLEMENTATIONS, what_runs
 from .predict import predict
 
@@ -43,19 +44,12 @@ def info(
         typer.echo(json.dumps(facts, indent=1))
         return
     can_run = {name: f"[yellow]no:[/] {escape(why)}" if why else "yes" for name, why in facts["backends"].items()}
-    tables = [
-        _table("environment", {name: escape(_shown(value)) for name, value in facts["environment"].items()}),
-        _table("backends that can run here", can_run),
-        *(_table(f"what runs on {device}", runs) for device, runs in facts["operators"].items()),
-        *(
-            _table(
-                f"the {name} library", {key: escape(value) for key, value in facts[part].items()} or {"": "not there"}
-            )
-            for name, part in (("C++", "build"), ("CUDA", "cuda_build"))
-        ),
-    ]
-    for table in tables:
-        Console(highlight=False).print(table, "")
+    _print("environment", {name: escape(_shown(value)) for name, value in facts["environment"].items()})
+    _print("backends that can run here", can_run)
+    for device, runs in facts["operators"].items():
+        _print(f"what runs on {device}", runs)
+    for name, part in (("C++", "build"), ("CUDA", "cuda_build")):
+        _print(f"the {name} library", {key: escape(value) for key, value in facts[part].items()} or {"": "not there"})
 
 
 def _info_of_model(name: str, as_json: bool) -> None:
@@ -65,34 +59,48 @@ def _info_of_model(name: str, as_json: bool) -> None:
         rows = layer_table(name)
     except ImportError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from None
-    runs = {device: _operators(device) for device in _devices()}
-    layers = [
-        {**asdict(row), "runs": {device: runs[device].get(row.operator or "", "torch") for device in runs}}
-        for row in rows
-    ]
-    totals = {key: sum(layer[key] for layer in layers) for key in ("parameters", "multiply_adds")}
+    used = dict.fromkeys(row.operator for row in rows if row.operator)
+    runs = {device: {op: _runs_of_layers(op, device) for op in used} for device in _devices()}
     if as_json:
-        typer.echo(json.dumps({"model": name, **totals, "layers": layers}, indent=1))
+        layers = [{**asdict(row), "runs": {device: _runner(row, runs[device]) for device in runs}} for row in rows]
+        typer.echo(json.dumps({"model": name, **_totals(rows), "layers": layers}, indent=1))
         return
-    table = Table("layer", "", "output", title=name, title_justify="left", title_style="bold", box=None)
+    console = Console(highlight=False)
+    console.print(f"[bold]{name}: its layers, under the operators that run them", _layers(rows), "", sep="\n")
+    for device in runs:
+        _print(f"what runs on {device}", runs[device])
+
+
+def _layers(rows: list[LayerRow]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("output")
     for heading in ("parameters", "multiply-adds"):
         table.add_column(heading, justify="right")
-    for device in runs:
-        table.add_column(f"runs on {device}")
-    for layer in layers:
-        counts = (f"{layer[key]:,}" if layer[key] else "" for key in totals)
-        table.add_row(
-            layer["name"], layer["kind"], "x".join(map(str, layer["output"])), *counts, *layer["runs"].values()
-        )
-    table.add_section()
-    table.add_row("total", "", "", *(f"{total:,}" for total in totals.values()))
-    Console(highlight=False).print(table)
+    for operator, layers in groupby(rows, key=lambda row: row.operator or "torch"):
+        table.add_row(operator, style="cyan")
+        for row in layers:
+            counts = (f"{count:,}" if count else "" for count in (row.parameters, row.multiply_adds))
+            table.add_row(f"  {row.name} [dim]{row.kind}[/]", "x".join(map(str, row.output)), *counts)
+    table.add_row("total", "", *(f"{total:,}" for total in _totals(rows).values()))
+    return table
 
 
-def _operators(device: str) -> dict[str, str]:
-    """What runs each operator of a layer table, and the convolutions that stand in front of a tail."""
-    convolution = "cuDNN" if device == "cuda" else _runs("conv2d_relu", device)
-    return {"conv2d": convolution, **{op: f"{op} ({_runs(op, device)})" for op in IMPLEMENTATIONS}}
+def _totals(rows: list[LayerRow]) -> dict[str, int]:
+    return {key: sum(getattr(row, key) for row in rows) for key in ("parameters", "multiply_adds")}
+
+
+def _runs_of_layers(operator: str, device: str) -> str:
+    """What runs an operator of a layer table: "conv2d" is the convolution that stands in front of a tail."""
+    if operator == "conv2d":
+        return "cuDNN" if device == "cuda" else _runs("conv2d_relu", device)
+    return _runs(operator, device)
+
+
+def _runner(row: LayerRow, runs: dict[str, str]) -> str:
+    if row.operator is None:
+        return "torch"
+    return runs["conv2d"] if row.operator == "conv2d" else f"{row.operator} ({runs[row.operator]})"
 
 
 def _facts() -> dict[str, Any]:
@@ -118,12 +126,13 @@ def _runs(op: str, device: str) -> str:
             return str(error)
 
 
-def _table(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+def _print(title: str, rows: dict[str, str]) -> None:
+    table = Table(show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in rows.items():
         table.add_row(key, value)
-    return table
+    Console(highlight=False).print(f"[bold]{title}", table, "", sep="\n")
 
 
 def _shown(value: object) -> str:

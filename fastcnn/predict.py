@@ -217,7 +217,7 @@ def _read_images(paths: Sequence[Path]) -> list[Image]:
 def _table(best: Sequence[Guess]) -> Table:
     table = Table("class", box=None)
     if any(guess.label for guess in best):
-        table.add_column("label")
+        table.add_column("label", overflow="fold")
     table.add_column("probability", justify="right")
     for guess in best:
         label = [escape(guess.label)] if len(table.columns) == 3 else []

@@ -29,18 +29,7 @@ def conv2d_relu_kernel(
     W,
     OH,
     OW,
-    GROUPS: tl.constexpr,
-    C: tl.constexpr,
-    OC: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    ROW: tl.constexpr,
+    conv: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     INDEX: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -52,9 +41,12 @@ def conv2d_relu_kernel(
 
     Tiles of ``x`` are [pixels, k] in channels_last and [k, pixels] in NCHW: what is contiguous in memory comes last.
     """
+    GROUPS: tl.constexpr = conv.GROUPS
+    C: tl.constexpr = conv.C
+    OC: tl.constexpr = conv.OC
     PIXELS: tl.constexpr = 0 if CHANNELS_LAST else 1  # their axis in a tile
     OTHER: tl.constexpr = 1 - PIXELS
-    K: tl.constexpr = KH * KW * C
+    K: tl.constexpr = conv.KH * conv.KW * C
     O_BLOCKS: tl.constexpr = (OC + BLOCK_O - 1) // BLOCK_O
 
     # programs of the same pixels come one after another, so that they find x in the cache
@@ -62,7 +54,7 @@ def conv2d_relu_kernel(
     p = (tl.program_id(0) // (O_BLOCKS * GROUPS)).to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)
     o = (tl.program_id(0) % O_BLOCKS).to(INDEX) * BLOCK_O + tl.arange(0, BLOCK_O)
     n, oh, ow = p // (OH * OW), p // OW % OH, p % OW
-    first_row, first_column = oh * SH - PH, ow * SW - PW
+    first_row, first_column = oh * conv.SH - conv.PH, ow * conv.SW - conv.PW
     if CHANNELS_LAST:
         window = ((n * H + first_row) * W + first_column) * (GROUPS * C) + group * C
         out = p * (GROUPS * OC) + group * OC
@@ -72,7 +64,7 @@ def conv2d_relu_kernel(
     first_row, first_column = tl.expand_dims(first_row, OTHER), tl.expand_dims(first_column, OTHER)
     x += tl.expand_dims(window, OTHER)
     of_pixel = tl.expand_dims(p < P, OTHER)
-    w += ((group * OC + o) * ROW)[:, None]
+    w += ((group * OC + o) * conv.ROW)[:, None]
 
     z = tl.zeros((BLOCK_P, BLOCK_O) if CHANNELS_LAST else (BLOCK_O, BLOCK_P), tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -83,16 +75,16 @@ def conv2d_relu_kernel(
         else:
             tap = tl.expand_dims(k // C, PIXELS)
             c = tl.expand_dims((k % C).to(INDEX), PIXELS)
-        row, column = tap // KW * DH, tap % KW * DW
+        row, column = tap // conv.KW * conv.DH, tap % conv.KW * conv.DW
         inside = of_pixel
-        if PH > 0 or PW > 0:
+        if conv.PH > 0 or conv.PW > 0:
             h, v = first_row + row, first_column + column
             inside = inside & (h >= 0) & (h < H) & (v >= 0) & (v < W)
         if K % BLOCK_K != 0:
             inside = inside & tl.expand_dims(k < K, PIXELS)
         offset = (row * W + column) * (GROUPS * C) + c if CHANNELS_LAST else (c * H + row) * W + column
         x_tile = factor(tl.load(x + offset, mask=inside, other=0.0), PRECISION)
-        w_tile = tl.load(w + k[None, :], mask=(o < OC)[:, None] & (k < ROW)[None, :], other=0.0)
+        w_tile = tl.load(w + k[None, :], mask=(o < OC)[:, None] & (k < conv.ROW)[None, :], other=0.0)
         w_tile = factor(w_tile, PRECISION)
         if CHANNELS_LAST:
             z = tl.dot(x_tile, tl.trans(w_tile), z, input_precision=PRECISION)

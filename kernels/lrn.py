@@ -55,7 +55,7 @@ def width(channels, V):
 
 
 @triton.jit
-def in_group(first, mask, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, V: tl.constexpr):
+def in_group(first, mask, OFFSET: tl.constexpr, layout: tl.constexpr):
     """Whether channel ``first + OFFSET`` is in the lane's group and ``mask`` is true: one condition, in a tuple.
 
     The tuple is empty where that is always so. Offsets 0 ... V - 1 are the lane's own channels; None is no mask.
@@ -63,8 +63,8 @@ def in_group(first, mask, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, V: tl.co
     conditions = () if mask is None else (mask,)
     if OFFSET < 0:
         conditions = conditions + (first + OFFSET >= 0,)
-    elif OFFSET >= V or CHANNELS % V != 0:
-        conditions = conditions + (first + OFFSET < CHANNELS,)
+    elif OFFSET >= layout.V or layout.CHANNELS % layout.V != 0:
+        conditions = conditions + (first + OFFSET < layout.CHANNELS,)
     if len(conditions) == 2:
         return (conditions[0] & conditions[1],)
     else:
@@ -73,18 +73,11 @@ def in_group(first, mask, OFFSET: tl.constexpr, CHANNELS: tl.constexpr, V: tl.co
 
 @triton.jit
 def load_vector(
-    pointers,
-    first,
-    mask,
-    OFFSET: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    V: tl.constexpr,
-    OTHER: tl.constexpr,
+    pointers, first, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr, layout: tl.constexpr, OTHER: tl.constexpr
 ):
     """Channels ``first + OFFSET`` and following; all of them are inside the group, or none."""
     pointers = (pointers + OFFSET)[:, None] + tl.arange(0, WIDTH)[None, :]
-    inside = in_group(first, mask, OFFSET, CHANNELS, V)
+    inside = in_group(first, mask, OFFSET, layout)
     if len(inside) == 0:
         return tl.load(pointers)
     else:
@@ -99,30 +92,29 @@ def load_parts(
     stride,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    layout: tl.constexpr,
     OTHER: tl.constexpr = 0.0,
 ):
     """What holds channels ``first - BEFORE ... first + V - 1 + AFTER`` of each lane; OTHER outside its group.
 
     Where channels are last, vectors of VECTOR channels between vectors of their neighbours; else planes. The pointers
-    are to the lane's first own channel, ``first`` is its number among the ``CHANNELS`` of its group.
+    are to the lane's first own channel, ``first`` is its number among the CHANNELS of its group.
     """
+    V: tl.constexpr = layout.V
+    VECTOR: tl.constexpr = layout.VECTOR
     parts = ()
-    if CHANNELS_LAST:
+    if layout.CHANNELS_LAST:
         BEHIND: tl.constexpr = width(BEFORE, VECTOR)
         AHEAD: tl.constexpr = width(AFTER, VECTOR)
         for i in tl.static_range(-((BEFORE + BEHIND - 1) // BEHIND), 0):
-            parts = parts + (load_vector(pointers, first, mask, i * BEHIND, BEHIND, CHANNELS, V, OTHER),)
+            parts = parts + (load_vector(pointers, first, mask, i * BEHIND, BEHIND, layout, OTHER),)
         for i in tl.static_range(V // VECTOR):
-            parts = parts + (load_vector(pointers, first, mask, i * VECTOR, VECTOR, CHANNELS, V, OTHER),)
+            parts = parts + (load_vector(pointers, first, mask, i * VECTOR, VECTOR, layout, OTHER),)
         for i in tl.static_range((AFTER + AHEAD - 1) // AHEAD):
-            parts = parts + (load_vector(pointers, first, mask, V + i * AHEAD, AHEAD, CHANNELS, V, OTHER),)
+            parts = parts + (load_vector(pointers, first, mask, V + i * AHEAD, AHEAD, layout, OTHER),)
     else:
         for i in tl.static_range(-BEFORE, V + AFTER):
-            inside = in_group(first, mask, i, CHANNELS, V)
+            inside = in_group(first, mask, i, layout)
             if len(inside) == 0:
                 parts = parts + (tl.load(pointers + i * stride),)
             else:
@@ -131,56 +123,40 @@ def load_parts(
 
 
 @triton.jit
-def zero_parts(
-    BLOCK: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def zero_parts(BEFORE: tl.constexpr, AFTER: tl.constexpr, layout: tl.constexpr):
     """Zeros, as many and of the same shapes as :func:`load_parts` gives."""
-    if CHANNELS_LAST:
+    BLOCK: tl.constexpr = layout.BLOCK
+    VECTOR: tl.constexpr = layout.VECTOR
+    if layout.CHANNELS_LAST:
         BEHIND: tl.constexpr = width(BEFORE, VECTOR)
         AHEAD: tl.constexpr = width(AFTER, VECTOR)
-        behind = (tl.zeros([BLOCK, BEHIND], ACC),) * ((BEFORE + BEHIND - 1) // BEHIND)
-        ahead = (tl.zeros([BLOCK, AHEAD], ACC),) * ((AFTER + AHEAD - 1) // AHEAD)
-        return behind + (tl.zeros([BLOCK, VECTOR], ACC),) * (V // VECTOR) + ahead
+        behind = (tl.zeros([BLOCK, BEHIND], layout.ACC),) * ((BEFORE + BEHIND - 1) // BEHIND)
+        ahead = (tl.zeros([BLOCK, AHEAD], layout.ACC),) * ((AFTER + AHEAD - 1) // AHEAD)
+        return behind + (tl.zeros([BLOCK, VECTOR], layout.ACC),) * (layout.V // VECTOR) + ahead
     else:
-        return (tl.zeros([BLOCK], ACC),) * (BEFORE + V + AFTER)
+        return (tl.zeros([BLOCK], layout.ACC),) * (BEFORE + layout.V + AFTER)
 
 
 @triton.jit
-def to_planes(
-    parts,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def to_planes(parts, BEFORE: tl.constexpr, AFTER: tl.constexpr, layout: tl.constexpr):
     """The planes, in ACC, of parts that :func:`load_parts` gave."""
     planes = ()
     for i in tl.static_range(len(parts)):
-        part = widened(parts[i], ACC)
-        planes = planes + (split(part, part.shape[1]) if CHANNELS_LAST else (part,))
-    if CHANNELS_LAST:
-        SKIPPED: tl.constexpr = -BEFORE % width(BEFORE, VECTOR)
-        planes = planes[SKIPPED : SKIPPED + BEFORE + V + AFTER]
+        part = widened(parts[i], layout.ACC)
+        planes = planes + (split(part, part.shape[1]) if layout.CHANNELS_LAST else (part,))
+    if layout.CHANNELS_LAST:
+        SKIPPED: tl.constexpr = -BEFORE % width(BEFORE, layout.VECTOR)
+        planes = planes[SKIPPED : SKIPPED + BEFORE + layout.V + AFTER]
     return planes
 
 
 @triton.jit
-def store_parts(
-    pointers, parts, first, mask, stride, CHANNELS: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr
-):
+def store_parts(pointers, parts, first, mask, stride, layout: tl.constexpr):
     """Store each lane's own channels: vectors, or planes."""
     for i in tl.static_range(len(parts)):
         part = rounded(parts[i], pointers.dtype.element_ty)
-        inside = in_group(first, mask, i * part.shape[1] if CHANNELS_LAST else i, CHANNELS, V)
-        if CHANNELS_LAST:
+        inside = in_group(first, mask, i * part.shape[1] if layout.CHANNELS_LAST else i, layout)
+        if layout.CHANNELS_LAST:
             to = (pointers + i * part.shape[1])[:, None] + tl.arange(0, part.shape[1])[None, :]
             tl.store(to, part, None if len(inside) == 0 else inside[0][:, None])
         else:
@@ -188,10 +164,11 @@ def store_parts(
 
 
 @triton.jit
-def to_parts(planes, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+def to_parts(planes, layout: tl.constexpr):
     """The inverse of :func:`to_planes`, without neighbours and in the planes' dtype."""
+    VECTOR: tl.constexpr = layout.VECTOR
     parts = ()
-    if CHANNELS_LAST:
+    if layout.CHANNELS_LAST:
         for i in tl.static_range(len(planes) // VECTOR):
             parts = parts + (join(planes[i * VECTOR : i * VECTOR + VECTOR], VECTOR),)
     else:
@@ -200,27 +177,18 @@ def to_parts(planes, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def store_planes(
-    pointers,
-    planes,
-    first,
-    mask,
-    stride,
-    CHANNELS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
+def store_planes(pointers, planes, first, mask, stride, layout: tl.constexpr):
     """Store each lane's own channels."""
-    parts = to_parts(planes, VECTOR, CHANNELS_LAST)
-    store_parts(pointers, parts, first, mask, stride, CHANNELS, len(planes), CHANNELS_LAST)
+    store_parts(pointers, to_parts(planes, layout), first, mask, stride, layout)
 
 
 @triton.jit
-def powers(s, QUARTERS: tl.constexpr, REST: tl.constexpr):
+def powers(s, lrn: tl.constexpr):
     """``s**-beta`` and ``1/s``, where beta is QUARTERS/4 + REST: without REST no power is computed.
 
     Both parts have one sign, so that no 0 meets an infinity.
     """
+    QUARTERS: tl.constexpr = lrn.QUARTERS
     r = 1 / tl.sqrt(s) if s.dtype == tl.float64 else tl.rsqrt(s)
     half = r if QUARTERS > 0 else tl.sqrt(s)
     p = tl.full(s.shape, 1, s.dtype)
@@ -228,8 +196,8 @@ def powers(s, QUARTERS: tl.constexpr, REST: tl.constexpr):
         p = tl.sqrt(half)
     for _ in tl.static_range((QUARTERS if QUARTERS > 0 else -QUARTERS) // 2):
         p = p * half
-    if REST != 0:
-        p = p * tl.exp2(-REST * tl.log2(s))
+    if lrn.REST != 0:
+        p = p * tl.exp2(-lrn.REST * tl.log2(s))
     return p, r * r
 
 
@@ -266,218 +234,131 @@ def window_sums(x, SIZE: tl.constexpr, SQUARES: tl.constexpr, START: tl.constexp
 
 
 @triton.jit
-def normalize(
-    x,
-    V: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    REST: tl.constexpr,
-):
-    """V channels of y from those of x and BEFORE and AFTER neighbours."""
+def normalize(x, lrn: tl.constexpr):
+    """The channels of y from those of x and BEFORE and AFTER neighbours."""
     y = ()
-    sums = window_sums(x, BEFORE + 1 + AFTER, True)
-    for c in tl.static_range(V):
-        p, _ = powers(K + SCALE * sums[c], QUARTERS, REST)
-        y = y + (x[BEFORE + c] * p,)
+    sums = window_sums(x, lrn.BEFORE + 1 + lrn.AFTER, True)
+    for c in tl.static_range(len(sums)):
+        p, _ = powers(lrn.K + lrn.SCALE * sums[c], lrn)
+        y = y + (x[lrn.BEFORE + c] * p,)
     return y
 
 
 @triton.jit
-def normalize_backward(
-    dy,
-    x,
-    first,
-    V: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    REST: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """V channels of dx from those of dy with AFTER and BEFORE neighbours, of x with BEFORE + AFTER on both sides."""
-    REACH: tl.constexpr = BEFORE + AFTER
+def normalize_backward(dy, x, first, lrn: tl.constexpr, layout: tl.constexpr):
+    """The channels of dx from those of dy with AFTER and BEFORE neighbours, of x with BEFORE + AFTER on both sides."""
+    V: tl.constexpr = layout.V
+    REACH: tl.constexpr = lrn.BEFORE + lrn.AFTER
     t = ()
     direct = ()
     sums = window_sums(x, REACH + 1, True)
     for c in tl.static_range(V + REACH):
-        p, over_s = powers(K + SCALE * sums[c], QUARTERS, REST)
+        p, over_s = powers(lrn.K + lrn.SCALE * sums[c], lrn)
         scaled = dy[c] * p
-        ratio = scaled * (x[c + BEFORE] * over_s)
-        if K <= 0 or SCALE < 0:  # outside of the group dy = 0, but 1/s need not be finite
-            ratio = tl.where((first + c - AFTER >= 0) & (first + c - AFTER < CHANNELS), ratio, 0.0)
+        ratio = scaled * (x[c + lrn.BEFORE] * over_s)
+        if lrn.K <= 0 or lrn.SCALE < 0:  # outside of the group dy = 0, but 1/s need not be finite
+            channel = first + c - lrn.AFTER
+            ratio = tl.where((channel >= 0) & (channel < layout.CHANNELS), ratio, 0.0)
         t = t + (ratio,)
         direct = direct + (scaled,)
     dx = ()
     sums = window_sums(t, REACH + 1, False)
     for c in tl.static_range(V):
-        dx = dx + (direct[c + AFTER] - 2 * SCALE * (QUARTERS / 4 + REST) * x[c + REACH] * sums[c],)
+        dx = dx + (direct[c + lrn.AFTER] - slope(lrn.SCALE, lrn.QUARTERS, lrn.REST) * x[c + REACH] * sums[c],)
     return dx
 
 
+@triton.constexpr_function
+def slope(SCALE, QUARTERS, REST):
+    """What the gradient through s has as a factor: ``2 * SCALE * beta``."""
+    return 2 * SCALE * (QUARTERS / 4 + REST)
+
+
 @triton.jit
-def lanes(
-    pixels,
-    S,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    V: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    INDEX: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def lanes(pixels, S, layout: tl.constexpr):
     """What each lane owns: ``at`` in memory, and ``first`` channel in its group; lanes past the end repeat the last."""
-    PARTS: tl.constexpr = (CHANNELS + V - 1) // V  # of a group
-    TOTAL: tl.constexpr = C // CHANNELS * PARTS
-    pid = tl.program_id(0).to(INDEX)
-    if CHANNELS_LAST:
-        lane = tl.minimum(pid * BLOCK + tl.arange(0, BLOCK), tl.cast(pixels, INDEX) * TOTAL - 1)
+    V: tl.constexpr = layout.V
+    PARTS: tl.constexpr = (layout.CHANNELS + V - 1) // V  # of a group
+    TOTAL: tl.constexpr = layout.C // layout.CHANNELS * PARTS
+    pid = tl.program_id(0).to(layout.INDEX)
+    if layout.CHANNELS_LAST:
+        lane = pid * layout.BLOCK + tl.arange(0, layout.BLOCK)
+        lane = tl.minimum(lane, tl.cast(pixels, layout.INDEX) * TOTAL - 1)
         return lane.to(tl.int64) * V, lane % PARTS * V
     else:
         part = (pid % TOTAL).to(tl.int32)
         first = part % PARTS * V
-        pixel = tl.minimum(pid // TOTAL * BLOCK + tl.arange(0, BLOCK), pixels - 1)
+        pixel = tl.minimum(pid // TOTAL * layout.BLOCK + tl.arange(0, layout.BLOCK), pixels - 1)
         n = pixel // S
-        at = (n.to(tl.int64) * C + (part // PARTS * CHANNELS + first)) * S + (pixel - n * S)
-        return at, first + tl.zeros([BLOCK], tl.int32)
+        at = (n.to(tl.int64) * layout.C + (part // PARTS * layout.CHANNELS + first)) * S + (pixel - n * S)
+        return at, first + tl.zeros(pixel.shape, tl.int32)
 
 
 @triton.jit
-def forward(
-    x,
-    y,
-    pixels,
-    S,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    REST: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INDEX: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    at, first = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
+def lrn_forward_kernel(x, y, pixels, S, lrn: tl.constexpr, layout: tl.constexpr):
+    """y of ``pixels`` pixels, S in an image; all are dense."""
+    at, first = lanes(pixels, S, layout)
     stride = tl.cast(S, tl.int64)
-    parts = load_parts(x + at, first, None, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
-    planes = to_planes(parts, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
-    planes = normalize(planes, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST)
-    store_planes(y + at, planes, first, None, stride, CHANNELS, VECTOR, CHANNELS_LAST)
+    parts = load_parts(x + at, first, None, stride, lrn.BEFORE, lrn.AFTER, layout)
+    planes = normalize(to_planes(parts, lrn.BEFORE, lrn.AFTER, layout), lrn)
+    store_planes(y + at, planes, first, None, stride, layout)
 
 
 @triton.jit
-def backward(
-    dy,
-    x,
-    dx,
-    pixels,
-    S,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    REST: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INDEX: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    REACH: tl.constexpr = BEFORE + AFTER
-    at, first = lanes(pixels, S, C, CHANNELS, V, CHANNELS_LAST, INDEX, BLOCK)
+def lrn_backward_kernel(dy, x, dx, pixels, S, lrn: tl.constexpr, layout: tl.constexpr):
+    """dx, as :func:`lrn_forward_kernel`; x comes with the neighbours of its neighbours, whose windows hold it."""
+    REACH: tl.constexpr = lrn.BEFORE + lrn.AFTER
+    at, first = lanes(pixels, S, layout)
     stride = tl.cast(S, tl.int64)
-    xs = load_parts(x + at, first, None, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
-    dys = load_parts(dy + at, first, None, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
-    xs = to_planes(xs, REACH, REACH, V, VECTOR, CHANNELS_LAST, ACC)
-    dys = to_planes(dys, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC)
-    planes = normalize_backward(dys, xs, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
-    store_planes(dx + at, planes, first, None, stride, CHANNELS, VECTOR, CHANNELS_LAST)
+    xs = load_parts(x + at, first, None, stride, REACH, REACH, layout)
+    dys = load_parts(dy + at, first, None, stride, lrn.AFTER, lrn.BEFORE, layout)
+    xs = to_planes(xs, REACH, REACH, layout)
+    dys = to_planes(dys, lrn.AFTER, lrn.BEFORE, layout)
+    store_planes(dx + at, normalize_backward(dys, xs, first, lrn, layout), first, None, stride, layout)
 
 
 @triton.jit
-def sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+def far_sum(
+    x, at, c, mask, stride, SQUARES: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, layout: tl.constexpr
+):
     """As :func:`window_sums`, one channel a lane and its window in a loop."""
-    total = tl.zeros(at.shape, ACC)
-    i = -BEFORE
-    while i <= AFTER:
-        value = tl.load(x + at + i * stride, mask & (c + i >= 0) & (c + i < CHANNELS), 0.0).to(ACC)
-        total += value * value
-        i += 1
+    total = tl.zeros(at.shape, layout.ACC)
+    for i in range(-BEFORE, AFTER + 1):
+        inside = mask & (c + i >= 0) & (c + i < layout.CHANNELS)
+        value = tl.load(x + at + i * stride, inside, 0.0).to(layout.ACC)
+        total += value * value if SQUARES else value
     return total
 
 
 @triton.jit
-def forward_far(
-    x,
-    dy,
-    y,
-    elements,
-    stride,
-    BEFORE,
-    AFTER,
-    CHANNELS: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    REST: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """For windows too long for registers: y, or with GRADIENT the terms t of backward."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < elements
-    c = at // stride % CHANNELS
-    s = K + SCALE * sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS, ACC)
-    p, over_s = powers(s, QUARTERS, REST)
-    value = tl.load(x + at, mask, 0.0).to(ACC)
-    value = value * over_s * (tl.load(dy + at, mask, 0.0).to(ACC) * p) if GRADIENT else value * p
+def far_lanes(elements, stride, layout: tl.constexpr):
+    """Of each lane: its element, whether there is one, and its channel's number in the group."""
+    at = tl.program_id(0).to(tl.int64) * layout.BLOCK + tl.arange(0, layout.BLOCK)
+    return at, at < elements, at // stride % layout.CHANNELS
+
+
+@triton.jit
+def lrn_forward_far_kernel(x, dy, y, elements, stride, lrn: tl.constexpr, layout: tl.constexpr):
+    """For windows too long for registers: y, or with dy the terms t of backward. ``stride`` is between channels."""
+    at, mask, c = far_lanes(elements, stride, layout)
+    s = lrn.K + lrn.SCALE * far_sum(x, at, c, mask, stride, True, lrn.BEFORE, lrn.AFTER, layout)
+    p, over_s = powers(s, lrn)
+    value = tl.load(x + at, mask, 0.0).to(layout.ACC)
+    if dy is None:
+        value = value * p
+    else:
+        value = value * over_s * (tl.load(dy + at, mask, 0.0).to(layout.ACC) * p)
     tl.store(y + at, rounded(value, y.dtype.element_ty), mask)
 
 
 @triton.jit
-def backward_far(
-    dy,
-    x,
-    t,
-    dx,
-    elements,
-    stride,
-    BEFORE,
-    AFTER,
-    CHANNELS: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    REST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """dx from the terms t of :func:`forward_far`."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < elements
-    c = at // stride % CHANNELS
-    s = K + SCALE * sum_of_squares_far(x, at, c, mask, stride, BEFORE, AFTER, CHANNELS, ACC)
-    p, _ = powers(s, QUARTERS, REST)
-    total = tl.zeros(at.shape, ACC)
-    i = -AFTER
-    while i <= BEFORE:
-        total += tl.load(t + at + i * stride, mask & (c + i >= 0) & (c + i < CHANNELS), 0.0)
-        i += 1
-    value = tl.load(dy + at, mask, 0.0).to(ACC) * p
-    value -= 2 * SCALE * (QUARTERS / 4 + REST) * tl.load(x + at, mask, 0.0).to(ACC) * total
+def lrn_backward_far_kernel(dy, x, t, dx, elements, stride, lrn: tl.constexpr, layout: tl.constexpr):
+    """dx from the terms t of :func:`lrn_forward_far_kernel`."""
+    at, mask, c = far_lanes(elements, stride, layout)
+    s = lrn.K + lrn.SCALE * far_sum(x, at, c, mask, stride, True, lrn.BEFORE, lrn.AFTER, layout)
+    p, _ = powers(s, lrn)
+    total = far_sum(t, at, c, mask, stride, False, lrn.AFTER, lrn.BEFORE, layout)
+    value = tl.load(dy + at, mask, 0.0).to(layout.ACC) * p
+    x_value = tl.load(x + at, mask, 0.0).to(layout.ACC)
+    value -= slope(lrn.SCALE, lrn.QUARTERS, lrn.REST) * x_value * total
     tl.store(dx + at, rounded(value, dx.dtype.element_ty), mask)

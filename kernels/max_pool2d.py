@@ -20,33 +20,23 @@ from .packed import maximum, packs, where_place, widened
 
 
 @triton.jit
-def block_of_lanes(program, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def block_of_lanes(program, layout: tl.constexpr):
     """The numbers of a program's lanes."""
-    return program.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    return program.to(layout.INDEX) * layout.BLOCK + tl.arange(0, layout.BLOCK)
 
 
 @triton.jit
-def lanes(
-    lane,
-    batch,
-    rows,
-    columns,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    V: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    INDEX: tl.constexpr,
-):
+def lanes(lane, batch, rows, columns, layout: tl.constexpr):
     """Of each lane: image, row, column, first channel, and that channel's number in its group.
 
     Consecutive lanes are consecutive in memory: channels first where they are last, else columns. Lanes past
     the end repeat the last.
     """
-    PARTS: tl.constexpr = (CHANNELS + V - 1) // V  # of a group
-    TOTAL: tl.constexpr = C // CHANNELS * PARTS
-    last = batch * TOTAL * tl.cast(rows, INDEX) * columns - 1
+    PARTS: tl.constexpr = (layout.CHANNELS + layout.V - 1) // layout.V  # of a group
+    TOTAL: tl.constexpr = layout.C // layout.CHANNELS * PARTS
+    last = batch * TOTAL * tl.cast(rows, layout.INDEX) * columns - 1
     lane = tl.minimum(lane, last)
-    if CHANNELS_LAST:
+    if layout.CHANNELS_LAST:
         part = lane % TOTAL
         column = lane // TOTAL % columns
         row = lane // TOTAL // columns % rows
@@ -56,17 +46,17 @@ def lanes(
         row = lane // columns % rows
         part = lane // columns // rows % TOTAL
         n = lane // columns // rows // TOTAL
-    first = part % PARTS * V
-    return n, row, column, part // PARTS * CHANNELS + first, first
+    first = part % PARTS * layout.V
+    return n, row, column, part // PARTS * layout.CHANNELS + first, first
 
 
 @triton.jit
-def address(n, channel, h, w, C: tl.constexpr, H, W, CHANNELS_LAST: tl.constexpr):
+def address(n, channel, h, w, H, W, layout: tl.constexpr):
     """Where an element is in memory; h and w may be outside of the map."""
-    if CHANNELS_LAST:
-        return ((n.to(tl.int64) * H + h) * W + w) * C + channel
+    if layout.CHANNELS_LAST:
+        return ((n.to(tl.int64) * H + h) * W + w) * layout.C + channel
     else:
-        return ((n.to(tl.int64) * C + channel) * H + h) * W + w
+        return ((n.to(tl.int64) * layout.C + channel) * H + h) * W + w
 
 
 @triton.jit
@@ -83,158 +73,76 @@ def first_inside(start, DILATION: tl.constexpr):
 
 
 @triton.jit
-def step(
-    x,
-    best,
-    place,
-    at,
-    first,
-    h,
-    w,
-    H,
-    W,
-    kh,
-    kw,
-    KW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    PADDED: tl.constexpr,
-    C: tl.constexpr,
-    V: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def step(x, best, place, at, first, h, w, H, W, kh, kw, pool: tl.constexpr, layout: tl.constexpr):
     """Element (kh, kw) of the windows that start at (h, w); elements outside of the map never win."""
-    h += kh * DH
-    w += kw * DW
-    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) if PADDED else None
-    at += (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
-    values = load_parts(x + at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, C, V, V, CHANNELS_LAST, float("-inf"))
+    h += kh * pool.DH
+    w += kw * pool.DW
+    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) if pool.PADDED else None
+    at += (tl.cast(W, tl.int64) * (kh * pool.DH) + kw * pool.DW) * layout.PIXEL
+    values = load_parts(x + at, first, inside, tl.cast(H, tl.int64) * W, 0, 0, layout, float("-inf"))
     bests = ()
     places = ()
     for c in tl.static_range(len(values)):
-        value, at_place = take(best[c], place[c], values[c].to(ACC), kh * KW + kw)
+        value, at_place = take(best[c], place[c], values[c].to(layout.ACC), kh * pool.KW + kw)
         bests = bests + (value,)
         places = places + (at_place,)
     return bests, places
 
 
 @triton.jit
-def packed_maximum(
-    x,
-    at,
-    first,
-    H,
-    W,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    C: tl.constexpr,
-    V: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
+def packed_maximum(x, at, first, H, W, pool: tl.constexpr, layout: tl.constexpr):
     """The maximum of a window that is inside of the map, and its place, in parts."""
+    KH: tl.constexpr = pool.KH
+    KW: tl.constexpr = pool.KW
     values = ()
     stride = tl.cast(H, tl.int64) * W
     for kh in tl.static_range(KH):
         for kw in tl.static_range(KW):
-            to = (tl.cast(W, tl.int64) * (kh * DH) + kw * DW) * (C if CHANNELS_LAST else 1)
-            parts = load_parts(x + at + to, first, None, stride, 0, 0, C, V, V, CHANNELS_LAST)
-            values = values + (parts[0] if CHANNELS_LAST else join(parts, V),)
+            to = (tl.cast(W, tl.int64) * (kh * pool.DH) + kw * pool.DW) * layout.PIXEL
+            parts = load_parts(x + at + to, first, None, stride, 0, 0, layout)
+            values = values + (parts[0] if layout.CHANNELS_LAST else join(parts, layout.V),)
     value, place = maximum(values)
-    if CHANNELS_LAST:
+    if layout.CHANNELS_LAST:
         return (value,), (place,)
     else:
-        return split(value, V), split(place, V)
+        return split(value, layout.V), split(place, layout.V)
 
 
 @triton.jit
-def forward(
-    x,
-    y,
-    argmax,
-    batch,
-    H,
-    W,
-    OH,
-    OW,
-    C: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    UNROLL: tl.constexpr,
-    PADDED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    WITH_ARGMAX: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INDEX: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    lane = block_of_lanes(tl.program_id(0), INDEX, BLOCK)
-    n, oh, ow, channel, first = lanes(lane, batch, OH, OW, C, C, V, CHANNELS_LAST, INDEX)
-    h, w = oh * SH - PH, ow * SW - PW
-    at = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-    if UNROLL and not PADDED and packs(x.dtype.element_ty, V):
-        best, place = packed_maximum(x, at, first, H, W, KH, KW, DH, DW, C, V, CHANNELS_LAST)
+def max_pool2d_forward_kernel(x, y, argmax, batch, H, W, OH, OW, pool: tl.constexpr, layout: tl.constexpr):
+    """y, and the places of the maxima unless ``argmax`` is None. A lane owns one output; all are dense."""
+    KH: tl.constexpr = pool.KH
+    KW: tl.constexpr = pool.KW
+    V: tl.constexpr = layout.V
+    BLOCK: tl.constexpr = layout.BLOCK
+    UNROLLED: tl.constexpr = KH * KW <= 32
+    lane = block_of_lanes(tl.program_id(0), layout)
+    n, oh, ow, channel, first = lanes(lane, batch, OH, OW, layout)
+    h, w = oh * pool.SH - pool.PH, ow * pool.SW - pool.PW
+    at = address(n, channel, h, w, H, W, layout)
+    if UNROLLED and not pool.PADDED and packs(x.dtype.element_ty, V):
+        best, place = packed_maximum(x, at, first, H, W, pool, layout)
     else:
-        place = (first_inside(h, DH) * KW + first_inside(w, DW)).to(tl.int32)
-        if CHANNELS_LAST:
-            best = (tl.full([BLOCK, V], float("-inf"), ACC),)
+        place = (first_inside(h, pool.DH) * KW + first_inside(w, pool.DW)).to(tl.int32)
+        if layout.CHANNELS_LAST:
+            best = (tl.full([BLOCK, V], float("-inf"), layout.ACC),)
             place = (place[:, None] + tl.zeros([BLOCK, V], tl.int32),)
         else:
-            best = (tl.full([BLOCK], float("-inf"), ACC),) * V
+            best = (tl.full([BLOCK], float("-inf"), layout.ACC),) * V
             place = (place,) * V
-        if UNROLL:
+        if UNROLLED:
             for kh in tl.static_range(KH):
                 for kw in tl.static_range(KW):
-                    best, place = step(
-                        x, best, place, at, first, h, w, H, W, kh, kw, KW, DH, DW, PADDED, C, V, CHANNELS_LAST, ACC
-                    )
+                    best, place = step(x, best, place, at, first, h, w, H, W, kh, kw, pool, layout)
         else:
             for kh in range(KH):
                 for kw in range(KW):
-                    best, place = step(
-                        x, best, place, at, first, h, w, H, W, kh, kw, KW, DH, DW, PADDED, C, V, CHANNELS_LAST, ACC
-                    )
-    at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
+                    best, place = step(x, best, place, at, first, h, w, H, W, kh, kw, pool, layout)
+    at = address(n, channel, oh, ow, OH, OW, layout)
     stride = tl.cast(OH, tl.int64) * OW
-    store_parts(y + at, best, first, None, stride, C, V, CHANNELS_LAST)
-    if WITH_ARGMAX:
-        store_parts(argmax + at, place, first, None, stride, C, V, CHANNELS_LAST)
-
-
-@triton.jit
-def add_where_place(
-    total,
-    dy,
-    argmax,
-    at,
-    first,
-    inside,
-    stride,
-    place,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Add the parts of dy at ``at`` where the maximum was at ``place`` of its window."""
-    places = load_parts(argmax + at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
-    values = load_parts(dy + at, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
-    more = ()
-    for c in tl.static_range(len(values)):
-        more = more + (total[c] + tl.where(places[c] == place, values[c].to(ACC), 0.0),)
-    return more
+    store_parts(y + at, best, first, None, stride, layout)
+    if argmax is not None:
+        store_parts(argmax + at, place, first, None, stride, layout)
 
 
 @triton.jit
@@ -247,19 +155,10 @@ def load_windows(
     mask,
     OH,
     OW,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
-    C: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    pool: tl.constexpr,
+    layout: tl.constexpr,
 ):
     """dy and argmax, in parts, of all windows that may hold an element of a block.
 
@@ -267,20 +166,23 @@ def load_windows(
     """
     loaded = ()
     stride = tl.cast(OH, tl.int64) * OW
-    PIXEL: tl.constexpr = C if CHANNELS_LAST else 1
-    for i in tl.static_range((KH - 1) * DH // SH + 1):
-        for j in tl.static_range((KW - 1) * DW // SW + 1):
+    for i in tl.static_range((pool.KH - 1) * pool.DH // pool.SH + 1):
+        for j in tl.static_range((pool.KW - 1) * pool.DW // pool.SW + 1):
             inside = (oh >= i) & (oh - i < OH) & (ow >= j) & (ow - j < OW)
             if mask is not None:
                 inside = inside & mask
-            back = tl.cast(OW, tl.int64) * (i * PIXEL)
-            loaded = loaded + load_parts(
-                dy - back - j * PIXEL, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST
-            )
-            loaded = loaded + load_parts(
-                argmax - back - j * PIXEL, first, inside, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST
-            )
+            back = tl.cast(OW, tl.int64) * (i * layout.PIXEL)
+            left = j * layout.PIXEL
+            loaded = loaded + load_parts(dy - back - left, first, inside, stride, BEFORE, AFTER, layout)
+            loaded = loaded + load_parts(argmax - back - left, first, inside, stride, BEFORE, AFTER, layout)
     return loaded
+
+
+@triton.constexpr_function
+def place_of(top, left, KH, KW, DH, DW):
+    """Of the element so many rows and columns from a window's start: its place; -1 where the window has none there."""
+    kh, kw = top // DH, left // DW
+    return kh * KW + kw if top % DH == left % DW == 0 and kh < KH and kw < KW else -1
 
 
 @triton.jit
@@ -288,126 +190,91 @@ def gradient(
     windows,
     TOP: tl.constexpr,
     LEFT: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ACC: tl.constexpr,
+    pool: tl.constexpr,
+    layout: tl.constexpr,
 ):
     """In parts, of element (TOP, LEFT) of each block: dy of the :func:`load_windows` whose maximum it was."""
-    ROW: tl.constexpr = (KW - 1) * DW // SW + 1
-    PARTS: tl.constexpr = len(windows) // (2 * ROW * ((KH - 1) * DH // SH + 1))
+    ROWS: tl.constexpr = (pool.KH - 1) * pool.DH // pool.SH + 1
+    COLUMNS: tl.constexpr = (pool.KW - 1) * pool.DW // pool.SW + 1
     total = ()
-    for i in tl.static_range((KH - 1) * DH // SH + 1):
-        for j in tl.static_range(ROW):
-            if (TOP + i * SH) % DH == 0 and (LEFT + j * SW) % DW == 0:
-                if (TOP + i * SH) // DH < KH and (LEFT + j * SW) // DW < KW:
-                    more = ()
-                    for c in tl.static_range(PARTS):
-                        value = where_place(
-                            windows[(i * ROW + j) * 2 * PARTS + c],
-                            windows[((i * ROW + j) * 2 + 1) * PARTS + c],
-                            (TOP + i * SH) // DH * KW + (LEFT + j * SW) // DW,
-                        )
-                        value = widened(value, ACC)
-                        more = more + (total[c] + value if len(total) > 0 else value,)
-                    total = more
+    for i in tl.static_range(ROWS):
+        for j in tl.static_range(COLUMNS):
+            total = add_where_place(
+                total,
+                windows,
+                i * COLUMNS + j,
+                len(windows) // (2 * ROWS * COLUMNS),
+                place_of(TOP + i * pool.SH, LEFT + j * pool.SW, pool.KH, pool.KW, pool.DH, pool.DW),
+                layout,
+            )
     if len(total) == 0:
-        total = zero_parts(BLOCK, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
+        total = zero_parts(BEFORE, AFTER, layout)
     return total
 
 
 @triton.jit
-def backward(
-    dy,
-    argmax,
-    dx,
-    batch,
-    H,
-    W,
-    OH,
-    OW,
-    C: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INDEX: tl.constexpr,
-    ACC: tl.constexpr,
+def add_where_place(
+    total, windows, WINDOW: tl.constexpr, PARTS: tl.constexpr, PLACE: tl.constexpr, layout: tl.constexpr
 ):
-    PIXEL: tl.constexpr = C if CHANNELS_LAST else 1
-    rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
-    lane = block_of_lanes(tl.program_id(0), INDEX, BLOCK)
-    n, oh, ow, channel, first = lanes(lane, batch, rows, columns, C, C, V, CHANNELS_LAST, INDEX)
-    at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
-    windows = load_windows(
-        *(dy + at, argmax + at, first, oh, ow),
-        None,
-        *(OH, OW, KH, KW, SH, SW, DH, DW, 0, 0, C, C, V, V, CHANNELS_LAST),
-    )
-    h, w = oh * SH - PH, ow * SW - PW
-    to = dx + address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-    for i in tl.static_range(SH):
-        for j in tl.static_range(SW):
-            parts = gradient(windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, 0, 0, V, V, CHANNELS_LAST, ACC)
-            inside = (h + i >= 0) & (h + i < H) & (w + j >= 0) & (w + j < W)
-            pointers = to + tl.cast(W, tl.int64) * (i * PIXEL) + j * PIXEL
-            store_parts(pointers, parts, first, inside, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
+    """The total, empty for 0, and dy of one of the windows where its maximum was at PLACE."""
+    if PLACE < 0:
+        return total
+    else:
+        more = ()
+        for c in tl.static_range(PARTS):
+            value = where_place(windows[WINDOW * 2 * PARTS + c], windows[(WINDOW * 2 + 1) * PARTS + c], PLACE)
+            value = widened(value, layout.ACC)
+            more = more + (total[c] + value if len(total) > 0 else value,)
+        return more
 
 
 @triton.jit
-def backward_far(
-    dy,
-    argmax,
-    dx,
-    batch,
-    H,
-    W,
-    OH,
-    OW,
-    C: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INDEX: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """For windows or strides too large to unroll: a lane owns one input element and loops over the window."""
-    lane = block_of_lanes(tl.program_id(0), INDEX, BLOCK)
-    n, h, w, channel, first = lanes(lane, batch, H, W, C, C, V, CHANNELS_LAST, INDEX)
+def max_pool2d_backward_kernel(dy, argmax, dx, batch, H, W, OH, OW, pool: tl.constexpr, layout: tl.constexpr):
+    """dx from dy and the places of the maxima. A lane owns a block of SH x SW inputs; all are dense."""
+    SH: tl.constexpr = pool.SH
+    SW: tl.constexpr = pool.SW
+    rows, columns = (H + (pool.PH + SH - 1)) // SH, (W + (pool.PW + SW - 1)) // SW
+    lane = block_of_lanes(tl.program_id(0), layout)
+    n, oh, ow, channel, first = lanes(lane, batch, rows, columns, layout)
+    at = address(n, channel, oh, ow, OH, OW, layout)
+    windows = load_windows(dy + at, argmax + at, first, oh, ow, None, OH, OW, 0, 0, pool, layout)
+    h, w = oh * SH - pool.PH, ow * SW - pool.PW
+    to = dx + address(n, channel, h, w, H, W, layout)
+    for i in tl.static_range(SH):
+        for j in tl.static_range(SW):
+            parts = gradient(windows, i, j, 0, 0, pool, layout)
+            inside = (h + i >= 0) & (h + i < H) & (w + j >= 0) & (w + j < W)
+            pointers = to + tl.cast(W, tl.int64) * (i * layout.PIXEL) + j * layout.PIXEL
+            store_parts(pointers, parts, first, inside, tl.cast(H, tl.int64) * W, layout)
+
+
+@triton.jit
+def max_pool2d_backward_far_kernel(dy, argmax, dx, batch, H, W, OH, OW, pool: tl.constexpr, layout: tl.constexpr):
+    """For windows or strides too large to unroll: a lane owns one input and loops over the window."""
+    lane = block_of_lanes(tl.program_id(0), layout)
+    n, h, w, channel, first = lanes(lane, batch, H, W, layout)
     stride = tl.cast(OH, tl.int64) * OW
-    total = zero_parts(BLOCK, 0, 0, V, V, CHANNELS_LAST, ACC)
-    for kh in range(KH):
-        for kw in range(KW):
-            row, column = h + PH - kh * DH, w + PW - kw * DW
-            oh, ow = row // SH, column // SW
-            inside = (row >= 0) & (column >= 0) & (row % SH == 0) & (column % SW == 0) & (oh < OH) & (ow < OW)
-            at = address(n, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
-            total = add_where_place(
-                total, dy, argmax, at, first, inside, stride, kh * KW + kw, 0, 0, C, V, V, CHANNELS_LAST, ACC
-            )
-    to = address(n, channel, h, w, C, H, W, CHANNELS_LAST)
-    store_parts(dx + to, total, first, None, tl.cast(H, tl.int64) * W, C, V, CHANNELS_LAST)
+    total = zero_parts(0, 0, layout)
+    for kh in range(pool.KH):
+        for kw in range(pool.KW):
+            row, column = h + pool.PH - kh * pool.DH, w + pool.PW - kw * pool.DW
+            oh, ow = row // pool.SH, column // pool.SW
+            starts_here = (row % pool.SH == 0) & (column % pool.SW == 0)
+            inside = starts_here & (row >= 0) & (column >= 0) & (oh < OH) & (ow < OW)
+            at = address(n, channel, oh, ow, OH, OW, layout)
+            values = load_parts(dy + at, first, inside, stride, 0, 0, layout)
+            places = load_parts(argmax + at, first, inside, stride, 0, 0, layout)
+            total = add_far(total, values, places, kh * pool.KW + kw, layout)
+    to = address(n, channel, h, w, H, W, layout)
+    store_parts(dx + to, total, first, None, tl.cast(H, tl.int64) * W, layout)
+
+
+@triton.jit
+def add_far(total, values, places, place, layout: tl.constexpr):
+    """The total, and the parts of dy where the maximum was at ``place`` of its window."""
+    more = ()
+    for c in tl.static_range(len(values)):
+        more = more + (total[c] + tl.where(places[c] == place, values[c].to(layout.ACC), 0.0),)
+    return more

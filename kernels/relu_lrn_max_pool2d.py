@@ -84,20 +84,16 @@ def rectified(
     stride,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     RELU: tl.constexpr,
     NORMALIZED: tl.constexpr,
-    ACC: tl.constexpr,
+    layout: tl.constexpr,
 ):
     """``relu(x + bias)``, in planes; ``bias`` is in parts, or an empty tuple."""
-    x = load_parts(pointers, first, mask, stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    x = load_parts(pointers, first, mask, stride, BEFORE, AFTER, layout)
     parts = ()
     for i in tl.static_range(len(x)):
-        parts = parts + (rectified_part(x[i], bias[i : i + 1], RELU, NORMALIZED, ACC),)
-    return to_planes(parts, BEFORE, AFTER, V, VECTOR, CHANNELS_LAST, ACC)
+        parts = parts + (rectified_part(x[i], bias[i : i + 1], RELU, NORMALIZED, layout.ACC),)
+    return to_planes(parts, BEFORE, AFTER, layout)
 
 
 @triton.jit
@@ -118,26 +114,12 @@ def row_maxima(
     w,
     H,
     W,
-    C: tl.constexpr,
     RELU: tl.constexpr,
-    LRN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    REST: tl.constexpr,
-    KW: tl.constexpr,
-    SW: tl.constexpr,
-    DW: tl.constexpr,
-    PADDED: tl.constexpr,
+    lrn: tl.constexpr,
+    pool: tl.constexpr,
+    layout: tl.constexpr,
     R: tl.constexpr,
     EXCHANGED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    ACC: tl.constexpr,
 ):
     """For V channels of each of R windows from column w on: the maximum over their columns of row h, its number kw.
 
@@ -145,44 +127,46 @@ def row_maxima(
     columns, and the next column comes from the next lane. Where a row ends before w + SW, the pointers are ``shift``
     columns earlier, so that all SW columns exist.
     """
-    START: tl.constexpr = start(K, SCALE, QUARTERS, REST) if LRN else 0.0
-    NORMALIZED: tl.constexpr = START != 0
-    VECTORS: tl.constexpr = V // VECTOR
+    LAST: tl.constexpr = layout.CHANNELS_LAST
+    KW: tl.constexpr = pool.KW
+    SW: tl.constexpr = pool.SW
+    VECTORS: tl.constexpr = layout.V // layout.VECTOR
+    BEFORE: tl.constexpr = 0 if lrn is None else lrn.BEFORE
+    AFTER: tl.constexpr = 0 if lrn is None else lrn.AFTER
+    START: tl.constexpr = 0.0 if lrn is None else start(lrn.K, lrn.SCALE, lrn.QUARTERS, lrn.REST)
     values = ()
     stride = tl.cast(H, tl.int64) * W
     for j in tl.static_range(SW if EXCHANGED else (R - 1) * SW + KW):
-        inside = (w + j * DW >= 0) & (w + j * DW < W) & (h >= 0) & (h < H) if PADDED else None
-        z = rectified(
-            *(pointers + j * DW * (C if CHANNELS_LAST else 1), bias, first),
-            inside,
-            *(stride, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST, RELU, NORMALIZED, ACC),
-        )
-        own = to_parts(z[BEFORE : BEFORE + V], VECTOR, CHANNELS_LAST)
-        if LRN:
-            sums = to_parts(window_sums(z, BEFORE + 1 + AFTER, True, START), VECTOR, CHANNELS_LAST)
+        column = w + j * pool.DW
+        inside = (column >= 0) & (column < W) & (h >= 0) & (h < H) if pool.PADDED else None
+        at = pointers + j * pool.DW * layout.PIXEL
+        z = rectified(at, bias, first, inside, stride, BEFORE, AFTER, RELU, START != 0, layout)
+        own = to_parts(z[BEFORE : BEFORE + layout.V], layout)
+        if lrn is not None:
+            sums = to_parts(window_sums(z, BEFORE + 1 + AFTER, True, START), layout)
         for i in tl.static_range(VECTORS):
             value = own[i]
-            if LRN:
-                p, _ = powers(sums[i] if START != 0 else K + SCALE * sums[i], QUARTERS, REST)
+            if lrn is not None:
+                p, _ = powers(sums[i] if START != 0 else lrn.K + lrn.SCALE * sums[i], lrn)
                 value *= p
-            if PADDED:
-                value = tl.where(inside[:, None] if CHANNELS_LAST else inside, value, float("-inf"))
+            if pool.PADDED:
+                value = tl.where(inside[:, None] if LAST else inside, value, float("-inf"))
             values = values + (value,)
     if EXCHANGED:
         for i in tl.static_range(VECTORS):
-            column = values[i]
-            for j in tl.static_range(1, 1 if PADDED else SW):
-                column = tl.where(shift == j, values[j * VECTORS + i], column)
-            values = values + (of_next_lane(column),)
+            edge = values[i]
+            for j in tl.static_range(1, 1 if pool.PADDED else SW):
+                edge = tl.where(shift == j, values[j * VECTORS + i], edge)
+            values = values + (of_next_lane(edge),)
     best = ()
     place = ()
     for r in tl.static_range(R):
         for i in tl.static_range(VECTORS):
             value = values[r * SW * VECTORS + i]
             kw = tl.zeros(value.shape, tl.int32)
-            if PADDED:
-                before = first_inside(w + r * SW, DW).to(tl.int32)
-                kw += before[:, None] if CHANNELS_LAST else before
+            if pool.PADDED:
+                before = first_inside(w + r * SW, pool.DW).to(tl.int32)
+                kw += before[:, None] if LAST else before
             for j in tl.static_range(1, KW):
                 value, kw = take(value, kw, values[(r * SW + j) * VECTORS + i], j)
             best = best + (value,)
@@ -191,7 +175,7 @@ def row_maxima(
 
 
 @triton.jit
-def forward(
+def relu_lrn_max_pool2d_forward_kernel(
     x,
     bias,
     y,
@@ -203,86 +187,59 @@ def forward(
     OW,
     rows,
     run,
-    C: tl.constexpr,
     RELU: tl.constexpr,
-    LRN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    REST: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    PADDED: tl.constexpr,
-    WITH_BIAS: tl.constexpr,
-    WITH_ARGMAX: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    lrn: tl.constexpr,
+    pool: tl.constexpr,
+    layout: tl.constexpr,
     R: tl.constexpr,
     EXCHANGED: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INDEX: tl.constexpr,
-    ACC: tl.constexpr,
 ):
     """A program walks down ``run`` rows of outputs with all its lanes; at the end of a map it goes on in another.
 
-    ``rows`` is the total for all programs.
+    ``rows`` is the total for all programs. ``bias``, ``argmax`` and ``lrn`` may be None.
     """
-    VECTORS: tl.constexpr = V // VECTOR
-    SHARED: tl.constexpr = KH - SH if DH == 1 and KH > SH else 0  # rows of a window that are also the next one's
-    PIXEL: tl.constexpr = C if CHANNELS_LAST else 1  # from a pixel to the next
-    down, down_y = tl.cast(W, tl.int64) * PIXEL, tl.cast(OW, tl.int64) * PIXEL  # from a row to the next
+    BEFORE: tl.constexpr = 0 if lrn is None else lrn.BEFORE
+    AFTER: tl.constexpr = 0 if lrn is None else lrn.AFTER
+    KH: tl.constexpr = pool.KH
+    VECTORS: tl.constexpr = layout.V // layout.VECTOR
+    SHARED: tl.constexpr = KH - pool.SH if pool.DH == 1 and KH > pool.SH else 0  # rows of a window and of the next one
+    down = tl.cast(W, tl.int64) * layout.PIXEL  # from a row of x to the next
+    down_y = tl.cast(OW, tl.int64) * layout.PIXEL
     stride_y = tl.cast(OH, tl.int64) * OW
-    row = tl.program_id(0).to(INDEX) * run
+    row = tl.program_id(0).to(layout.INDEX) * run
     end = tl.minimum(row + run, rows)
     while row < end:
-        lane = block_of_lanes(row // OH, INDEX, BLOCK)
+        lane = block_of_lanes(row // OH, layout)
         if EXCHANGED:
-            n, _, left, channel, first = lanes(
-                lane // 32 * 31 + lane % 32, batch, 1, OW + 1, C, CHANNELS, V, CHANNELS_LAST, INDEX
-            )
+            n, _, left, channel, first = lanes(lane // 32 * 31 + lane % 32, batch, 1, OW + 1, layout)
             stored = (left < OW) & (lane % 32 != 31)
         else:
-            n, _, block, channel, first = lanes(
-                lane, batch, 1, (OW + (R - 1)) // R, C, CHANNELS, V, CHANNELS_LAST, INDEX
-            )
+            n, _, block, channel, first = lanes(lane, batch, 1, (OW + (R - 1)) // R, layout)
             left = tl.minimum(block * R, OW - R)
             stored = None
         done = (row % OH).to(tl.int32)  # of the rows of these maps
-        oh = done + tl.zeros([BLOCK], tl.int32)
-        h, w = oh * SH - PH, left * SW - PW
-        shift = tl.maximum(w + SW - W, 0) if EXCHANGED and not PADDED else 0
-        at = address(n, channel, h, w - shift, C, H, W, CHANNELS_LAST)
-        to = address(n, channel, oh, left, C, OH, OW, CHANNELS_LAST)
+        oh = done + tl.zeros(lane.shape, tl.int32)
+        h, w = oh * pool.SH - pool.PH, left * pool.SW - pool.PW
+        shift = tl.maximum(w + pool.SW - W, 0) if EXCHANGED and not pool.PADDED else 0
+        at = address(n, channel, h, w - shift, H, W, layout)
+        to = address(n, channel, oh, left, OH, OW, layout)
         b = ()
-        if WITH_BIAS:
-            b = load_parts(bias + channel, first, None, 1, BEFORE, AFTER, CHANNELS, V, VECTOR, CHANNELS_LAST)
+        if bias is not None:
+            b = load_parts(bias + channel, first, None, 1, BEFORE, AFTER, layout)
         values = ()
         places = ()
         for i in tl.static_range(SHARED):
             best, place = row_maxima(
-                *(x + at + i * down, b, first, shift, h + i, w, H, W, C),
-                *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
-                *(KW, SW, DW, PADDED, R, EXCHANGED, CHANNELS_LAST, V, VECTOR, ACC),
+                x + at + i * down, b, first, shift, h + i, w, H, W, RELU, lrn, pool, layout, R, EXCHANGED
             )
             values = values + best
             places = places + place
         last = tl.minimum(row + (OH - done), end)
         while row < last:
             for i in tl.static_range(SHARED, KH):
+                below = opaque(at + i * pool.DH * down, layout.CHANNELS_LAST)
                 best, place = row_maxima(
-                    *(x + opaque(at + i * DH * down, CHANNELS_LAST), b, first, shift, h + i * DH, w, H, W, C),
-                    *(RELU, LRN, CHANNELS, BEFORE, AFTER, SCALE, K, QUARTERS, REST),
-                    *(KW, SW, DW, PADDED, R, EXCHANGED, CHANNELS_LAST, V, VECTOR, ACC),
+                    x + below, b, first, shift, h + i * pool.DH, w, H, W, RELU, lrn, pool, layout, R, EXCHANGED
                 )
                 values = values + best
                 places = places + place
@@ -291,29 +248,30 @@ def forward(
                 argmaxima = ()
                 for v in tl.static_range(r * VECTORS, r * VECTORS + VECTORS):
                     value, k = values[v], places[v]
-                    if PADDED:
-                        above = first_inside(h, DH).to(tl.int32) * KW
-                        k += above[:, None] if CHANNELS_LAST else above
+                    if pool.PADDED:
+                        above = first_inside(h, pool.DH).to(tl.int32) * pool.KW
+                        k += above[:, None] if layout.CHANNELS_LAST else above
                     for i in tl.static_range(1, KH):
-                        value, k = take(value, k, values[i * R * VECTORS + v], i * KW + places[i * R * VECTORS + v])
-                    if LRN:
-                        value = value * unscaled(K, SCALE, QUARTERS, REST)
+                        at_place = i * pool.KW + places[i * R * VECTORS + v]
+                        value, k = take(value, k, values[i * R * VECTORS + v], at_place)
+                    if lrn is not None:
+                        value = value * unscaled(lrn.K, lrn.SCALE, lrn.QUARTERS, lrn.REST)
                     maxima = maxima + (value,)
                     argmaxima = argmaxima + (k,)
-                pixel = opaque(to, CHANNELS_LAST) + r * PIXEL
-                store_parts(y + pixel, maxima, first, stored, stride_y, CHANNELS, V, CHANNELS_LAST)
-                if WITH_ARGMAX:
-                    store_parts(argmax + pixel, argmaxima, first, stored, stride_y, CHANNELS, V, CHANNELS_LAST)
+                pixel = opaque(to, layout.CHANNELS_LAST) + r * layout.PIXEL
+                store_parts(y + pixel, maxima, first, stored, stride_y, layout)
+                if argmax is not None:
+                    store_parts(argmax + pixel, argmaxima, first, stored, stride_y, layout)
             values = values[(KH - SHARED) * R * VECTORS :]
             places = places[(KH - SHARED) * R * VECTORS :]
             row += 1
-            h += SH
-            at += SH * down
+            h += pool.SH
+            at += pool.SH * down
             to += down_y
 
 
 @triton.jit
-def backward(
+def relu_lrn_max_pool2d_backward_kernel(
     dy,
     x,
     bias,
@@ -326,92 +284,70 @@ def backward(
     OH,
     OW,
     splits,
-    C: tl.constexpr,
     RELU: tl.constexpr,
-    LRN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    QUARTERS: tl.constexpr,
-    REST: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    POOL: tl.constexpr,
-    WITH_BIAS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    V: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INDEX: tl.constexpr,
-    ACC: tl.constexpr,
+    lrn: tl.constexpr,
+    pool: tl.constexpr,
+    layout: tl.constexpr,
 ):
     """A lane does one block in the images split, split + splits, ... and leaves its sums of dx, for the bias, in sums.
 
-    They have the shape (splits, rows, columns, C).
+    They have the shape (splits, rows, columns, C). ``bias``, ``argmax`` (no pooling) and ``lrn`` may be None.
     """
+    BEFORE: tl.constexpr = 0 if lrn is None else lrn.BEFORE
+    AFTER: tl.constexpr = 0 if lrn is None else lrn.AFTER
     REACH: tl.constexpr = BEFORE + AFTER
-    PIXEL: tl.constexpr = C if CHANNELS_LAST else 1  # from a pixel to the next
-    NORMALIZED: tl.constexpr = LRN and start(K, SCALE, QUARTERS, REST) != 0
-    rows, columns = (H + (PH + SH - 1)) // SH, (W + (PW + SW - 1)) // SW
-    lane = block_of_lanes(tl.program_id(0), INDEX, BLOCK)
-    split, oh, ow, channel, first = lanes(lane, splits, rows, columns, C, CHANNELS, V, CHANNELS_LAST, INDEX)
+    V: tl.constexpr = layout.V
+    SH: tl.constexpr = pool.SH
+    SW: tl.constexpr = pool.SW
+    NORMALIZED: tl.constexpr = lrn is not None and start(lrn.K, lrn.SCALE, lrn.QUARTERS, lrn.REST) != 0
+    # Outside of the map d = 0, but s**-beta need not be finite.
+    UNBOUNDED: tl.constexpr = lrn is not None and (lrn.K <= 0 or lrn.SCALE < 0)
+    rows, columns = (H + (pool.PH + SH - 1)) // SH, (W + (pool.PW + SW - 1)) // SW
+    lane = block_of_lanes(tl.program_id(0), layout)
+    split, oh, ow, channel, first = lanes(lane, splits, rows, columns, layout)
     b = ()
-    if WITH_BIAS:
-        b = load_parts(bias + channel, first, None, 1, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST)
+    if bias is not None:
+        b = load_parts(bias + channel, first, None, 1, REACH, REACH, layout)
     stride = tl.cast(H, tl.int64) * W
-    top, left = oh * SH - PH, ow * SW - PW
-    at = address(split, channel, top, left, C, H, W, CHANNELS_LAST)
-    to = address(split, channel, oh, ow, C, OH, OW, CHANNELS_LAST)
-    total = (tl.zeros([BLOCK], ACC),) * V
+    top, left = oh * SH - pool.PH, ow * SW - pool.PW
+    at = address(split, channel, top, left, H, W, layout)
+    to = address(split, channel, oh, ow, OH, OW, layout)
+    total = (tl.zeros(lane.shape, layout.ACC),) * V
     images = batch  # left to do
     while images > 0:
         mine = split < images
-        if POOL:
-            window = opaque(to, CHANNELS_LAST)
+        if argmax is not None:
+            window = opaque(to, layout.CHANNELS_LAST)
             windows = load_windows(
-                *(dy + window, argmax + window, first, oh, ow, mine, OH, OW),
-                *(KH, KW, SH, SW, DH, DW, AFTER, BEFORE, C, CHANNELS, V, VECTOR, CHANNELS_LAST),
+                dy + window, argmax + window, first, oh, ow, mine, OH, OW, AFTER, BEFORE, pool, layout
             )
-        block = opaque(at, CHANNELS_LAST)
+        block = opaque(at, layout.CHANNELS_LAST)
         for i in tl.static_range(SH):
             for j in tl.static_range(SW):
                 h, w = top + i, left + j
                 inside = mine & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                pixel = block + tl.cast(W, tl.int64) * (i * PIXEL) + j * PIXEL
-                if POOL:
-                    d = gradient(
-                        windows, i, j, KH, KW, SH, SW, DH, DW, BLOCK, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC
-                    )
+                pixel = block + tl.cast(W, tl.int64) * (i * layout.PIXEL) + j * layout.PIXEL
+                if argmax is not None:
+                    d = gradient(windows, i, j, AFTER, BEFORE, pool, layout)
                 else:
-                    d = load_parts(dy + pixel, first, inside, stride, AFTER, BEFORE, CHANNELS, V, VECTOR, CHANNELS_LAST)
-                d = to_planes(d, AFTER, BEFORE, V, VECTOR, CHANNELS_LAST, ACC)
-                z = rectified(
-                    *(x + pixel, b, first, inside, stride, REACH, REACH, CHANNELS, V, VECTOR, CHANNELS_LAST),
-                    *(RELU, NORMALIZED, ACC),
-                )
-                if LRN:
-                    d = normalize_backward(d, z, first, V, BEFORE, AFTER, SCALE, K, QUARTERS, REST, CHANNELS)
+                    d = load_parts(dy + pixel, first, inside, stride, AFTER, BEFORE, layout)
+                d = to_planes(d, AFTER, BEFORE, layout)
+                z = rectified(x + pixel, b, first, inside, stride, REACH, REACH, RELU, NORMALIZED, layout)
+                if lrn is not None:
+                    d = normalize_backward(d, z, first, lrn, layout)
                 out = ()
                 new_total = ()
                 for c in tl.static_range(V):
                     value = tl.where(z[REACH + c] <= 0, 0.0, d[c]) if RELU else d[c]
                     out = out + (value,)
-                    if LRN and (K <= 0 or SCALE < 0):  # outside of the map d = 0, but s**-beta need not be finite
+                    if UNBOUNDED:
                         value = tl.where(inside, value, 0.0)
                     new_total = new_total + (total[c] + value,)
-                store_planes(dx + pixel, out, first, inside, stride, CHANNELS, VECTOR, CHANNELS_LAST)
+                store_planes(dx + pixel, out, first, inside, stride, layout)
                 total = new_total
         images -= splits
-        at += splits * C * stride
-        to += splits * C * (tl.cast(OH, tl.int64) * OW)
-    if WITH_BIAS:
-        to = address(split, channel, oh, ow, C, rows, columns, True)
-        store_planes(sums + to, total, first, None, 1, CHANNELS, VECTOR, CHANNELS_LAST)
+        at += splits * layout.C * stride
+        to += splits * layout.C * (tl.cast(OH, tl.int64) * OW)
+    if bias is not None:
+        at_sums = ((split.to(tl.int64) * rows + oh) * columns + ow) * layout.C + channel
+        store_planes(sums + at_sums, total, first, None, 1, layout)

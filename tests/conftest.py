@@ -18,7 +18,7 @@ from fastcnn.models import convnet
 if TYPE_CHECKING:
     from places import Place
 
-pytest.register_assert_rewrite("places", "operators", "operator_promises", "kernel_promises")
+pytest.register_assert_rewrite("places", "operators", "operator_promises", "kernel_promises", "narrow")
 
 settings.register_profile(
     "fastcnn",

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from narrow import assert_readable
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -61,8 +62,8 @@ def right(x: Tensor) -> Tensor:
     return FF.local_response_norm(x, LRN.size, LRN.alpha, LRN.beta, LRN.k)
 
 
-def text_of(*tables: object) -> str:
-    console = Console(width=200)
+def text_of(*tables: object, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(*tables)
     return capture.get()
@@ -357,6 +358,29 @@ def test_summary_says_what_the_ratios_are_against() -> None:
     add_ratios(rows)
     line = next(line for line in text_of(*report.summaries(rows)).splitlines() if "bf16" in line)
     assert line.split() == ["bf16", "channels_last", "15.0x", "fp32", "4.0x", "1.50x", "60%"]
+
+
+RESULTS = Path(__file__).parent.parent / "benchmarks/results"
+
+
+@pytest.mark.parametrize(
+    "file", sorted(RESULTS.glob("amd*/**/*.json")), ids=lambda file: str(file.relative_to(RESULTS))
+)
+def test_tables_are_readable_at_80_columns(file: Path) -> None:
+    rows = report.read_rows(json.loads(file.read_text()))
+    tables = (*report.tables(rows), *report.summaries(rows))
+    narrow, wide = (text_of(*tables, width=width) for width in (80, 400))
+    assert_readable(
+        narrow, *{row.provider for row in rows}, *{f"{row.op} {row.mode}, input {row.shape}" for row in rows}
+    )
+    assert {word for word in narrow.split() if "─" not in word} == {word for word in wide.split() if "─" not in word}
+
+
+def test_columns_too_many_for_a_line_stand_below_each_other() -> None:
+    rows = [row("torch.eager", 2.0, q1_ms=1.0, q3_ms=2.0, gb_per_s=12.3, saved_bytes=4560000)]
+    for width, expected in ((80, [["2.00", "50%", "12.3", "4.6"]]), (40, [["2.00", "50%"], ["12.3", "4.6"]])):
+        lines = map(str.split, text_of(*report.tables(rows), width=width).splitlines())
+        assert [line[1:] for line in lines if line[0:1] == ["torch.eager"]] == expected
 
 
 def test_bandwidth_is_bytes_over_time(monkeypatch: pytest.MonkeyPatch) -> None:

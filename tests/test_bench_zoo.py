@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrow import assert_readable
 from rich.console import Console
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
@@ -90,8 +91,8 @@ def result_of(case: ZooCase, **ms: float | None) -> ZooResult:
     return ZooResult(case, rows)
 
 
-def text_of(*results: ZooResult) -> str:
-    console = Console(width=200)
+def text_of(*results: ZooResult, width: int = 200) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(zoo_table(results))
     return capture.get()
@@ -291,6 +292,17 @@ def test_worst_comes_first_and_is_summed_up() -> None:
     ]
     order = [line.split()[5] for line in text_of(*results).splitlines() if "px, batch" in line]
     assert order == ["3,", "2,", "4,", "1,"]
+
+
+def test_table_is_readable_at_80_columns() -> None:
+    slow = {"fastcnn": 1234.5, "fastcnn_plain": 1234.5, "eager": 4321.0, "channels_last": 4321.0, "compile": 1234.5}
+    right = result_of(zoo_case("mobilenet_v3_large", batch=16, size=224, threads=16), **slow)
+    lost = result_of(zoo_case("squeezenet1_0", "training", size=224), **dict.fromkeys(slow))
+    for row in lost.rows:
+        row.failure = "cannot run: RuntimeError: no such layer"
+    shown = text_of(right, lost, width=80)
+    assert_readable(shown, "mobilenet_v3_large", "squeezenet1_0", "inference", "training", "threads")
+    assert_readable(shown, "channels", "compile", "1234.50", "3.5x", "cannot", "no such layer")
 
 
 # The file

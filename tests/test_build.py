@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_unknown_cuda_architecture_fails_and_says_what_there_is(tmp_path):
 @needs_nvcc
 def test_cuda_library_needs_neither_a_gpu_nor_a_cuda_build_of_torch(tmp_path):
     """It loads and registers its ops beside a CPU build, given the one symbol of torch's CUDA half that it uses."""
-    (library,) = (ROOT / "fastcnn").glob(f"_C_cuda*{sysconfig.get_config_var('EXT_SUFFIX')}")
+    library = ROOT / "fastcnn" / "_C_cuda.abi3.so"
     (tmp_path / "half.c").write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }")
     subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "half.c", "-o", tmp_path / "half.so"], check=True)
     code = f"""
@@ -85,7 +85,7 @@ if not module.driver_version():
 @pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="x86-64 and objdump")
 def test_only_the_kernels_of_a_capability_have_its_instructions():
     """A function that all compilations share may be linked from any, and must run on every machine."""
-    (library,) = (ROOT / "fastcnn").glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+    library = ROOT / "fastcnn" / "_C.abi3.so"
     command = ["objdump", "-d", "--no-show-raw-insn", library]
     found, function = {}, ""
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -114,7 +114,19 @@ def test_wheel_holds_every_package_under_fastcnn(pure_wheel):
     assert set(sources) <= set(names)
     assert not [n for n in names if n.startswith("kernels/")]
     assert [n for n in names if n.startswith("fastcnn/data/photographs/") and n.endswith(".jpg")]
-    assert "fastcnn/faster.json" in names
+    assert {"fastcnn/faster.json", "fastcnn/py.typed"} <= set(names)
+
+
+def test_source_distribution_holds_what_a_build_needs(tmp_path):
+    result = setup_py("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = [ROOT / "csrc", ROOT / "kernels", ROOT / "fastcnn"]
+    sources = [p for folder in folders for p in folder.rglob("*") if p.is_file() and p.suffix not in (".so", ".pyc")]
+    assert {p.relative_to(ROOT).as_posix() for p in sources} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 def test_without_cpp_the_package_works_and_says_so_once(pure_wheel, tmp_path):
@@ -142,7 +154,6 @@ print(fastcnn.__file__)
     # the wheel's files, and nothing of an editable install of the source tree
     isolate = f"""
 import sys
-import sysconfig
 sys.path.insert(0, {str(tmp_path)!r})
 sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
 """

@@ -6,25 +6,29 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from narrow import assert_readable
 from typer.testing import CliRunner, Result
 
 import fastcnn
-from fastcnn.bench.environment import convolution_precision
+from fastcnn.bench.environment import convolution_precision, environment
 from fastcnn.cli import app
 from fastcnn.ops import select_conv2d_relu
-from fastcnn.ops.register import what_runs
+from fastcnn.ops.register import IMPLEMENTATIONS, what_runs
 
 HAS_CPU = "cpu" in fastcnn.backends.available()
 BEST = "cpu" if HAS_CPU else "reference"
+COMMAND_NEEDS = ("typer", "rich")
+OTHERS = ("matplotlib", "numpy", "onnx", "onnxruntime", "PIL", "safetensors", "torchinfo", "torchvision", "triton")
 TINY = ["--shape", "2,4,7,7", "--repeats", "2", "--providers", f"fastcnn.{BEST}", "--providers", "torch.eager"]
 
 
-def fastcnn_command(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+def fastcnn_command(*arguments: object, columns: int = 200) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": str(columns), "TERM": "dumb"})
 
 
 # info
@@ -37,6 +41,16 @@ def test_info_says_what_is_here_and_what_runs() -> None:
         assert expected in result.output
     for why_not in filter(None, fastcnn.backends.status().values()):
         assert why_not.split()[0] in result.output
+
+
+def test_info_is_readable_at_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"/{'folder/' * 20}_C.so"
+    monkeypatch.setattr(fastcnn.backends, "_C", None)
+    monkeypatch.setattr(fastcnn.backends, "_why_no_cpu", f"{path}: undefined symbol")
+    shown = fastcnn_command("info", columns=80).stdout
+    titles = ("what runs on cpu", "the C++ library", "the CUDA library")
+    assert_readable(shown, *titles, *environment(), *fastcnn.backends.NAMES, *IMPLEMENTATIONS)
+    assert path in "".join(shown.split())
 
 
 @pytest.mark.usefixtures("best_backend")
@@ -109,15 +123,49 @@ def test_module_runs_as_a_command() -> None:
     assert "bench" in done.stdout
 
 
+def without(modules: Sequence[str], code: str) -> subprocess.CompletedProcess[str]:
+    """A new process where none of these modules can be imported."""
+    lines = ("import sys", f"sys.modules.update(dict.fromkeys({modules}))", code)
+    return subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+
+
+def test_library_needs_only_torch() -> None:
+    code = """
+import torch, fastcnn, fastcnn.functional as FF
+x = torch.randn(2, 4, 9, 9, requires_grad=True)
+FF.max_pool2d(x, 3, stride=2).sum().backward()
+torch.testing.assert_close(FF.max_pool2d(x, 3, stride=2), torch.nn.functional.max_pool2d(x, 3, stride=2))
+fast = fastcnn.optimize(torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.ReLU()))
+fast(x)
+print(fast.fastcnn_report)
+"""
+    done = without([*COMMAND_NEEDS, *OTHERS], code)
+    assert done.returncode == 0, done.stderr
+    assert "Conv2d -> ReLU runs as conv2d + relu" in done.stdout
+
+
+@pytest.mark.parametrize("missing", COMMAND_NEEDS)
+def test_command_says_what_it_needs(missing: str) -> None:
+    done = without([missing], "from fastcnn.__main__ import main; main()")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == 'fastcnn: the command needs typer and rich: pip install "fastcnn[cli]"\n'
+
+
+def test_command_hides_no_other_missing_module() -> None:
+    done = without(["fastcnn.predict"], "from fastcnn.__main__ import main; main()")
+    assert "ModuleNotFoundError" in done.stderr
+    assert "pip install" not in done.stderr
+
+
 # bench kernels
 
 
 def test_bench_prints_tables_and_writes_files(tmp_path: Path) -> None:
-    result = fastcnn_command("bench", "kernels", *TINY, "--format", "NCHW", "--dtype", "fp32", "--out", tmp_path)
+    options = ("--format", "NCHW", "--dtype", "fp32", "--out", tmp_path)
+    result = fastcnn_command("bench", "kernels", *TINY, *options, columns=80)
     assert result.exit_code == 0, result.output
-    assert "relu_lrn_max_pool2d forward+backward, input (2, 4, 7, 7)" in result.output
-    assert "how many times faster" in result.output
-    assert f"{torch.get_num_threads()} threads" in result.output
+    titles = ("relu_lrn_max_pool2d forward+backward, input (2, 4, 7, 7)", "how many times faster")
+    assert_readable(result.stdout, *titles, f"fastcnn.{BEST}", f"{torch.get_num_threads()} threads")
     assert (tmp_path / "kernels.json").exists()
 
 
@@ -191,11 +239,10 @@ def test_bench_models_prints_tables_and_writes_files(tmp_path: Path, monkeypatch
     monkeypatch.setattr("fastcnn.bench.network_workload.MATMUL", 64)
     who = ("--providers", "fastcnn", "--providers", "torch.eager", "--model", "alexnet", "--model", "vgg16-features")
     options = ("--size", 67, "--batch", 2, "--dtype", "fp32", "--repeats", 1, "--out", tmp_path)
-    result = fastcnn_command("bench", "models", *who, *options)
+    result = fastcnn_command("bench", "models", *who, *options, columns=80)
     assert result.exit_code == 0, result.output
-    for title in ("alexnet inference, input (2, 3, 67, 67)", "alexnet training step", "vgg16-features input gradient"):
-        assert title in result.output
-    assert "matrix product" in result.output
+    titles = ("alexnet inference, input (2, 3, 67, 67)", "alexnet training step", "vgg16-features input gradient")
+    assert_readable(result.stdout, *titles, *who[1:4:2], "matrix product", "resident")
     document = json.loads((tmp_path / "models.json").read_text())
     assert [r["failure"] for r in document["rows"]] == [None] * 6
     assert all(r["images_per_s"] and r["vs_eager"] and r["gflop_per_s"] for r in document["rows"])

@@ -127,8 +127,9 @@ def test_architectures_are_compiled_side_by_side():
 
 
 def test_table_has_a_section_for_each_kernel():
-    row = Row("Triton", "lrn: forward", "AlexNet conv1", "bf16", "NCHW", "sm_90", 40, 0, 128, "16 B x 2", "2 B x 1", "")
+    about = "Triton", "lrn: lrn_forward_kernel", "AlexNet conv1", "bf16", "NCHW", "sm_90"
+    row = Row(*about, 40, 0, 128, "16 B x 2", "2 B x 1", "")
     text = table([row, replace(row, arch="sm_80"), replace(row, language="CUDA")])
     assert text.count("\n## ") == 2
     assert text.count("| AlexNet conv1 | bf16 | NCHW | sm_90 | 40 | 0 | 128 | 16 B x 2 | 2 B x 1 |  |") == 2
-    assert "## lrn: forward (CUDA)" in text
+    assert "## lrn: lrn_forward_kernel (CUDA)" in text

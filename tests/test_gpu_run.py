@@ -368,7 +368,7 @@ def test_kernels_compiled_here_are_found_by_triton_elsewhere(tmp_path: Path) -> 
 
     run(tmp_path / "here")
     kernels = cache.kernels(tmp_path / "here")
-    assert list(kernels.values()) == ["forward"]
+    assert list(kernels.values()) == ["max_pool2d_forward_kernel"]
     cache.pack(tmp_path / "here", tmp_path / "archive")
     shutil.rmtree(tmp_path / "here")
     cache.unpack(tmp_path / "archive", tmp_path / "there")
@@ -394,7 +394,7 @@ def test_libraries_taken_along_fit_only_the_same_sources_and_python(tmp_path: Pa
     (tmp_path / "libraries").mkdir()
     for manifest, environment in (
         (None, {"FASTCNN_BUILD_CPP": "1"}),
-        ({**carry._fingerprint(), "python": "another"}, {"FASTCNN_BUILD_CPP": "1"}),
+        ({**carry._fingerprint(), "platform": "another"}, {"FASTCNN_BUILD_CPP": "1"}),
         (carry._fingerprint(), {"FASTCNN_BUILD_CPP": "0", "FASTCNN_BUILD_CUDA": "0"}),
     ):
         if manifest is not None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from narrow import assert_readable
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import fastcnn
-from fastcnn import models, predict
+from fastcnn import cli, models, predict
 from fastcnn.cli import app
 from fastcnn.models import PREPROCESSINGS
 from fastcnn.models.summary import layer_table
@@ -25,8 +27,8 @@ LABELS = ["astronaut", "cat [tabby]", "coffee", "rocket"]
 SIZE = 64
 
 
-def fastcnn_command(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+def fastcnn_command(*arguments: object, columns: int = 200) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": str(columns), "TERM": "dumb"})
 
 
 def assert_refused(result: Result, *said: str) -> None:
@@ -93,6 +95,16 @@ def test_table_with_labels(command: list[object], network: torch.nn.Module, tmp_
     ]
     assert "116 tensors from" in result.output
     assert "preprocessing: caffe" in result.output
+
+
+def test_long_labels_are_readable_at_80_columns() -> None:
+    words, chained = " ".join(LABELS * 5), "-".join(LABELS * 5).replace(" ", "")
+    table = predict._table([predict.Guess(12345, words, 0.5), predict.Guess(67890, chained, 0.25)])
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table)
+    assert_readable(capture.get(), "12345", "67890", "probability", "0.5000", "0.2500")
+    assert chained in "".join(capture.get().replace("0.2500", "").split())
 
 
 @pytest.mark.parametrize("pictures", [1, 2])
@@ -235,12 +247,25 @@ def test_info_of_a_model() -> None:
     best = "cpu" if "cpu" in fastcnn.backends.available() else "reference"
     result = fastcnn_command("info", "--model", "alexnet")
     assert result.exit_code == 0, result.output
-    for expected in ("features.conv1", "96x55x55", "60,965,224", f"relu_lrn_max_pool2d ({best})", "105,705,600"):
+    for expected in ("features.conv1", "96x55x55", "60,965,224", "105,705,600", "what runs on cpu"):
         assert expected in result.output
+    assert re.search(rf"relu_lrn_max_pool2d +{best}", result.output)
     told = json.loads(fastcnn_command("info", "--model", "alexnet", "--json").output)
     assert told["parameters"] == 60_965_224
     assert told["layers"][0]["runs"]["cpu"].startswith("oneDNN" if best == "cpu" else "reference")
     assert_refused(fastcnn_command("info", "--model", "lenet"), "--model", "'lenet'", "alexnet, alexnet_bn")
+
+
+@pytest.mark.parametrize("name", models.list_models())
+def test_layers_of_every_model_are_readable_at_80_columns(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(cli, "_devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(cli, "_runs", lambda operator, device: "the fastest of cuDNN, triton, cuda")
+    shown = fastcnn_command("info", "--model", name, columns=80).stdout
+    lines, rows = [line.split() for line in shown.splitlines()], layer_table(name)
+    for row in rows:
+        counts = [f"{count:,}" for count in (row.parameters, row.multiply_adds) if count]
+        assert [row.name, row.kind, "x".join(map(str, row.output)), *counts] in lines
+    assert_readable(shown, "multiply-adds", "what runs on cuda", *{row.operator or "torch" for row in rows})
 
 
 def test_info_of_a_model_without_torchinfo(monkeypatch: pytest.MonkeyPatch) -> None:

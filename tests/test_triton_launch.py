@@ -29,7 +29,7 @@ class Kernel:
 
 
 def launch(run, x=None, programs=7):
-    launching.launch(Kernel(run), programs, torch.empty(1) if x is None else x, 3, BLOCK=64, num_warps=4)
+    launching.launch(Kernel(run), programs, torch.empty(1) if x is None else x, BLOCK=64, num_warps=4)
 
 
 def raises(error):
@@ -77,13 +77,13 @@ def test_an_error_in_compilation_names_the_kernel():
     pytest.importorskip("triton")
     from tools.machine_code.compiled import compiling
 
-    name = r"fastcnn\.kernels\.lrn\.forward_far \(1 programs of 4 warps\)"
+    name = r"fastcnn\.kernels\.lrn\.lrn_forward_far_kernel \(1 programs of 4 warps\)"
     x = torch.empty(1, device="meta")
     with (
         contextlib.nullcontext() if backends.INTERPRETING else compiling(90),
         pytest.raises(RuntimeError, match=f"Triton kernel {name}"),
     ):
-        launching.launch(launching.kernels("lrn").forward_far, 1, x, num_warps=4)
+        launching.launch(launching.kernels("lrn").lrn_forward_far_kernel, 1, x, num_warps=4)
 
 
 # -- graph capture ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
-#include "../conv2d_relu.h"
-
 #include "../arguments.h"
+#include "../conv2d_relu.h"
 #include "parallel.h"
 
 namespace fastcnn {

@@ -1,6 +1,5 @@
-#include "direct_convolution.h"
-
 #include "../arguments.h"
+#include "direct_convolution.h"
 #include "parallel.h"
 
 namespace fastcnn {

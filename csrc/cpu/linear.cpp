@@ -62,7 +62,8 @@ void run(const LinearTask& task, int64_t begin, int64_t end, void*) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t first = unit * kOutputs, last = std::min(first + kOutputs, task.outputs);
         if (last - first == kOutputs) multiply<kOutputs, vectors, T>(task, first);
-        else for (int64_t o = first; o < last; ++o) multiply<1, vectors, T>(task, o);
+        else
+          for (int64_t o = first; o < last; ++o) multiply<1, vectors, T>(task, o);
       }
     };
     static_assert(LinearTask::kVectors == 4);

@@ -90,9 +90,8 @@ struct Backward {
     if (!task.relu && !task.lrn) return copy<A>(tile, dy, sink);  // x may be absent
     const RectifiedSource<T> x = rows.x(image, row);
     const auto masked = [&, relu = task.relu](int64_t r) FASTCNN_INLINE_LAMBDA {
-      return [to = sink(r), relu](int64_t i, Vec<A> dx, Vec<A> x) FASTCNN_INLINE_LAMBDA {
-        to(i, relu ? (x <= 0 ? Vec<A>{} : dx) : dx);
-      };
+      return [to = sink(r), relu](int64_t i, Vec<A> dx, Vec<A> x)
+                 FASTCNN_INLINE_LAMBDA { to(i, relu ? (x <= 0 ? Vec<A>{} : dx) : dx); };
     };
     if (task.lrn) return rows.lrn.backward(tile, x, dy, masked);
     const int64_t runs = tile.runs(), n = tile.run();

@@ -66,11 +66,11 @@ struct RectifiedSource {
 
   FASTCNN_INLINE auto operator()(int64_t r) const {
     const A* b = bias + x.tile.first_channel(r);
-    return [from = x(r), b, one = broadcast(*b), many = x.tile.channels_last, low = broadcast(floor)](
-               int64_t i) FASTCNN_INLINE_LAMBDA {
-      const Vec<A> v = from(i) + (many ? load(b + i) : one);
-      return v < low ? low : v;
-    };
+    return [from = x(r), b, one = broadcast(*b), many = x.tile.channels_last, low = broadcast(floor)](int64_t i)
+               FASTCNN_INLINE_LAMBDA {
+                 const Vec<A> v = from(i) + (many ? load(b + i) : one);
+                 return v < low ? low : v;
+               };
   }
 };
 

@@ -11,9 +11,9 @@ namespace fastcnn {
 struct WinogradTask {
   Shape shape;  // of x
   int64_t out_h, out_w, outputs, groups, padding[2];
-  bool relu, pool;  // pool: the maximum of each whole tile
+  bool relu, pool;                          // pool: the maximum of each whole tile
   const float *x, *weight, *bias, *addend;  // weight: transformed; addend: as out, dense; bias, addend: may be null
-  const uint8_t* x_mask;           // null, or a bit for each element of x: whether it counts
+  const uint8_t* x_mask;                    // null, or a bit for each element of x: whether it counts
   float* out;
   int64_t out_stride;              // elements from pixel to pixel
   uint8_t* out_mask;               // null, or a bit for each element before pooling: whether ReLU passes the gradient

@@ -15,19 +15,19 @@ namespace {
 
 constexpr int kBlock = 128;  // threads: 2 x 2 warps
 constexpr int kPixels = 128, kOutputs = 64, kStages = 3;
-constexpr int kWords = 16;       // of 4 bytes, a step of k
-constexpr int kStride = 20;      // of the rows in shared memory: no two lanes of a fragment share a bank
+constexpr int kWords = 16;   // of 4 bytes, a step of k
+constexpr int kStride = 20;  // of the rows in shared memory: no two lanes of a fragment share a bank
 constexpr int kStage = (kPixels + kOutputs) * kStride;
 constexpr int kTileStride = kOutputs + 4;  // of the results, which take the place of the stages
 
 struct Arguments {
   const void *x, *weight, *bias;
   void* out;
-  int64_t pixels, area;  // of the output, in all and of an image
-  int H, W, C, O, OW;    // C and O of a group
-  int channels, outputs; // of all groups
+  int64_t pixels, area;   // of the output, in all and of an image
+  int H, W, C, O, OW;     // C and O of a group
+  int channels, outputs;  // of all groups
   int groups, kh, kw, sh, sw, ph, pw, dh, dw;
-  int k, row;            // elements of a window, and of a row of weights
+  int k, row;  // elements of a window, and of a row of weights
   int64_t output_tiles;
   bool vectors_out;
   Divisor by_channels, by_kw;

@@ -1,5 +1,4 @@
 #include "device.h"
-
 #include "simt.cuh"
 
 namespace fastcnn::cuda {

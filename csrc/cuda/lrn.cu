@@ -28,8 +28,8 @@ void launch_lrn_backward(const char* name, const TailTask& task, Stream stream) 
       with_rectified(task, [&](auto rectified) {
         Arguments a = arguments(task);
         const Launch shape = share_out_pixels(a, task);
-        launch<&lrn_backward<decltype(t), channels_last, length, beta, rectified>>(
-            name, shape.grid, shape.block, bytes_of_sums(a, length), stream, a);
+        launch<&lrn_backward<decltype(t), channels_last, length, beta, rectified>>(name, shape.grid, shape.block,
+                                                                                   bytes_of_sums(a, length), stream, a);
       });
     });
   });
@@ -46,9 +46,7 @@ void lrn(const TailTask& task, Stream stream) {
   });
 }
 
-int64_t lrn_terms(const TailTask& task) {
-  return task.lrn && !fast::takes(task) ? task.shape.elements() : 0;
-}
+int64_t lrn_terms(const TailTask& task) { return task.lrn && !fast::takes(task) ? task.shape.elements() : 0; }
 
 void lrn_backward(const TailTask& task, Stream stream) {
   if (empty(task)) return;

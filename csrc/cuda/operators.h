@@ -11,7 +11,7 @@
 
 namespace fastcnn::cuda {
 
-#define FASTCNN_DECLARE(op)        \
+#define FASTCNN_DECLARE(op)         \
   void op(const TailTask&, Stream); \
   void op##_backward(const TailTask&, Stream);
 FASTCNN_TAIL_OPERATORS(FASTCNN_DECLARE)

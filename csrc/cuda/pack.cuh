@@ -10,15 +10,25 @@ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 template <int bytes>
 struct Word;
 template <>
-struct Word<1> { using type = uint8_t; };
+struct Word<1> {
+  using type = uint8_t;
+};
 template <>
-struct Word<2> { using type = uint16_t; };
+struct Word<2> {
+  using type = uint16_t;
+};
 template <>
-struct Word<4> { using type = uint32_t; };
+struct Word<4> {
+  using type = uint32_t;
+};
 template <>
-struct Word<8> { using type = uint2; };
+struct Word<8> {
+  using type = uint2;
+};
 template <>
-struct Word<16> { using type = uint4; };
+struct Word<16> {
+  using type = uint4;
+};
 
 // n elements moved in accesses of 16 bytes, or in one where they are fewer. p must be aligned to that.
 template <typename T, int n>

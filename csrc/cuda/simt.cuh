@@ -34,7 +34,7 @@ struct Device {
 
 #if defined(FASTCNN_SIMT_EMULATOR)
 
-inline constexpr int kThreads = 64;  // of a block: few, that small inputs have several
+inline constexpr int kThreads = 64;                   // of a block: few, that small inputs have several
 inline constexpr unsigned kMostInY = simt::kMostInY;  // few, that grids are folded
 inline Device device() { return {2, 2 * kThreads}; }  // smaller than most inputs, that threads go round
 
@@ -229,10 +229,12 @@ FASTCNN_DEVICE void load_if(bool exists, const void* p, uint32_t* words) {
     asm("{.reg .pred e; setp.ne.u32 e, %2, 0; @e ld.global.b32 %0, [%1];}" : "+r"(words[0]) : "l"(address), "r"(e));
   } else if constexpr (bytes == 8) {
     asm("{.reg .pred e; setp.ne.u32 e, %3, 0; @e ld.global.v2.b32 {%0, %1}, [%2];}"
-        : "+r"(words[0]), "+r"(words[1]) : "l"(address), "r"(e));
+        : "+r"(words[0]), "+r"(words[1])
+        : "l"(address), "r"(e));
   } else {
     asm("{.reg .pred e; setp.ne.u32 e, %5, 0; @e ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
-        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]) : "l"(address), "r"(e));
+        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+        : "l"(address), "r"(e));
   }
 }
 // The element at p if it exists, otherwise any value; without a branch.
@@ -256,9 +258,7 @@ FASTCNN_DEVICE T load_if(bool exists, const T* p) {
   }
 }
 // Byte i of the result is the byte of b:a, from 0 to 7, that digit i of the selector names.
-FASTCNN_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
-}
+FASTCNN_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 #endif
 
 // Of the block, in a grid that folded_grid() made.
@@ -424,7 +424,7 @@ FASTCNN_DEVICE void copy_async_16(void* shared, const void* global, bool exists)
   [[maybe_unused]] const int bytes = exists ? 16 : 0;
   FASTCNN_SM80("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
-FASTCNN_DEVICE void commit_copies() { FASTCNN_SM80("cp.async.commit_group;" ::: "memory"); }
+FASTCNN_DEVICE void commit_copies() { FASTCNN_SM80("cp.async.commit_group;" :: : "memory"); }
 // Until at most so many of this thread's groups of copies are under way.
 template <int groups_left>
 FASTCNN_DEVICE void wait_for_copies() {
@@ -442,10 +442,9 @@ FASTCNN_DEVICE uint32_t round_to_tf32(uint32_t x) {
 // columns 2 * t and 2 * t + 1.
 template <typename T>
 FASTCNN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#define FASTCNN_MMA(shape)                                                                                        \
-  FASTCNN_SM80("mma.sync.aligned." shape ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"             \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define FASTCNN_MMA(shape)                                                                                          \
+  FASTCNN_SM80("mma.sync.aligned." shape ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), \
+               "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (std::is_same_v<T, Half>) FASTCNN_MMA("m16n8k16.row.col.f32.f16.f16");
   else if constexpr (std::is_same_v<T, BFloat16>) FASTCNN_MMA("m16n8k16.row.col.f32.bf16.bf16");
   else FASTCNN_MMA("m16n8k8.row.col.f32.tf32.tf32");

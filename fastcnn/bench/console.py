@@ -9,7 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .report import setting
 
-_NARROWEST = 148  # columns that the tables need; where there is no terminal rich would take 80
 _Case = TypeVar("_Case")
 
 
@@ -36,8 +35,6 @@ def tracked(cases: Sequence[_Case]) -> Iterator[_Case]:
 def print_tables(header: dict[str, Any], tables: Sequence[RenderableType]) -> None:
     """Under a line that says what the figures were taken on."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _NARROWEST)
     console.print(setting(header), "", markup=False)
     for table in tables:
         console.print(table)

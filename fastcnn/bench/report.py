@@ -4,20 +4,23 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from .cases import ANY_FORMAT
+from .cases import ANY_FORMAT, Case
 from .environment import environment
 from .rows import FP32, Row
+
+_Column = tuple[str, Callable[[Row], str]]  # its heading, and what it shows of a row
 
 
 def report(rows: Sequence[Row], *, command: str, source: str, device: str = "cpu") -> dict[str, Any]:
@@ -65,7 +68,7 @@ def tables(rows: Sequence[Row]) -> list[RenderableType]:
     Below it is what failed, and why.
     """
     titles = _grouped(rows, lambda row: f"{row.layer or row.op} {row.mode}, input {row.shape}")
-    return [_table(title, members) for title, members in titles.items()]
+    return [Group(_Figures(title, members), *_notes(members)) for title, members in titles.items()]
 
 
 def _grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
@@ -77,32 +80,61 @@ def _grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[R
 
 def new_table(title: str, *columns: str) -> Table:
     """An empty table whose first column has the names of its rows."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 1, 0, 0)
+    table.add_column("", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _table(title: str, rows: list[Row]) -> RenderableType:
-    cells = [{name: figure(row) for name, figure in _COLUMNS.items()} for row in rows]
-    columns = [name for name in _COLUMNS if any(row[name] for row in cells)]
-    table = new_table(title, *columns)
-    notes, phases = [], []
-    for case, members in groupby(zip(rows, cells, strict=True), key=lambda pair: pair[0].case):
-        mapped = ", mapped" if case.memory == "mapped" else ""
-        format = "" if case.format == ANY_FORMAT else f" {case.format}"
-        table.add_row(f"{case.dtype}{format}{mapped}", style="cyan")
-        for row, figures in members:
-            shown = [figures[name] for name in columns] if row.median_ms else [_missing(row)]
-            table.add_row(f"  {row.provider}", *shown, style="bold" if is_ours(row) else "")
-            if row.failure is not None:
-                failed = "" if row.failure.startswith("not installed") else "failed: "
-                notes.append(f"{row.provider}, {case.dtype}{format}: {failed}{row.failure}")
-            if row.forward_ms is not None:
-                parts = f"forward {row.forward_ms:.0f}, backward {row.backward_ms:.0f}, update {row.update_ms:.0f} ms"
-                phases.append(f"  {row.provider}: {parts}")
-    return Group(table, *(Text(line, style="dim") for line in phases), *(Text(note, style="red") for note in notes))
+@dataclass
+class _Figures:
+    """A table of rows; where it is too wide, groups of its columns stand below each other."""
+
+    title: str
+    rows: list[Row]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.title, style="bold")
+        columns: list[_Column] = []
+        for group in _COLUMNS:
+            more = [(name, figure) for name, figure in group.items() if any(map(figure, self.rows))]
+            width = Measurement.get(console, options.update(max_width=1000), self._table(columns + more)).maximum
+            if columns and width > options.max_width:
+                yield self._table(columns)
+                yield ""
+                columns = []
+            columns += more
+        yield self._table(columns)
+
+    def _table(self, columns: list[_Column]) -> Table:
+        table = new_table("", *(name for name, _ in columns))
+        for case, members in groupby(self.rows, key=lambda row: row.case):
+            mapped = ", mapped" if case.memory == "mapped" else ""
+            table.add_row(f"{_dtype_and_format(case)}{mapped}", style="cyan")
+            for row in members:
+                shown = [figure(row) for _, figure in columns] if row.median_ms else [_missing(row)]
+                table.add_row(f"  {row.provider}", *shown, style="bold" if is_ours(row) else "")
+        return table
+
+
+def _dtype_and_format(case: Case) -> str:
+    return case.dtype if case.format == ANY_FORMAT else f"{case.dtype} {case.format}"
+
+
+def _notes(rows: Sequence[Row]) -> list[RenderableType]:
+    """What stands below a table: the parts of training steps, then what failed and why."""
+    lines = []
+    for row in rows:
+        if row.forward_ms is not None:
+            parts = f"forward {row.forward_ms:.0f}, backward {row.backward_ms:.0f}, update {row.update_ms:.0f} ms"
+            lines.append(Text(f"  {row.provider}: {parts}", style="dim"))
+    for row in rows:
+        if row.failure is not None:
+            failed = "" if row.failure.startswith("not installed") else "failed: "
+            lines.append(Text(f"{row.provider}, {_dtype_and_format(row.case)}: {failed}{row.failure}", style="red"))
+    return ["", *lines] if lines else []
 
 
 def is_ours(row: Row) -> bool:
@@ -140,22 +172,28 @@ def _megabytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e6:.1f}"
 
 
-# Those of which no row of a table has a figure are left out.
-_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "images/s": lambda row: number(row.images_per_s),
-    "median ms": lambda row: number(row.median_ms, 2),
-    "spread": _spread,
-    "vs eager": lambda row: ratio(row.vs_eager),
-    "vs compile": lambda row: ratio(row.vs_compile),
-    "GB/s": lambda row: number(row.gb_per_s),
-    "of copy": _of_copy,
-    "GFLOP/s": lambda row: number(row.gflop_per_s, 0),
-    "of mm": lambda row: _quotient(row.gflop_per_s, row.matmul_gflop_per_s),
-    "saved MB": lambda row: _megabytes(row.saved_bytes),
-    "of eager's": lambda row: _quotient(row.saved_vs_eager, 1),
-    "peak MB": lambda row: number(row.peak_bytes and row.peak_bytes / 1e6, 0),
-    "resident MB": lambda row: number(row.resident_bytes and row.resident_bytes / 1e6, 0),
-}
+# Groups that stay together. Columns of which no row of a table has a figure are left out.
+_COLUMNS: tuple[dict[str, Callable[[Row], str]], ...] = (
+    {
+        "images/s": lambda row: number(row.images_per_s),
+        "median\nms": lambda row: number(row.median_ms, 2),
+        "spread": _spread,
+        "vs\neager": lambda row: ratio(row.vs_eager),
+        "vs\ncompile": lambda row: ratio(row.vs_compile),
+    },
+    {
+        "GB/s": lambda row: number(row.gb_per_s),
+        "of\ncopy": _of_copy,
+        "GFLOP/s": lambda row: number(row.gflop_per_s, 0),
+        "of\nmm": lambda row: _quotient(row.gflop_per_s, row.matmul_gflop_per_s),
+    },
+    {
+        "saved\nMB": lambda row: _megabytes(row.saved_bytes),
+        "of\neager's": lambda row: _quotient(row.saved_vs_eager, 1),
+        "peak\nMB": lambda row: number(row.peak_bytes and row.peak_bytes / 1e6, 0),
+        "resident\nMB": lambda row: number(row.resident_bytes and row.resident_bytes / 1e6, 0),
+    },
+)
 
 
 def summaries(rows: Sequence[Row]) -> list[Table]:
@@ -167,7 +205,7 @@ def summaries(rows: Sequence[Row]) -> list[Table]:
 
 
 def _summary(shape: str, rows: list[Row]) -> Table:
-    columns = ("than eager", "than compile", "than our fp32", "of copy, mapped")
+    columns = ("than\neager", "than\ncompile", "than our\nfp32", "of copy,\nmapped")
     table = new_table(f"fastcnn: how many times faster, input {shape}", *columns)
     for title, members in _grouped(rows, lambda row: f"{row.op} {row.mode}").items():
         lines = []

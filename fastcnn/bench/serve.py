@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 from torch import Tensor
 
@@ -150,13 +150,13 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return sorted(values)[math.ceil(percent / 100 * len(values)) - 1]
 
 
-def serve_tables(rows: Sequence[ServeRow]) -> list[Table]:
+def serve_tables(rows: Sequence[ServeRow]) -> list[Group]:
     """One table for each network, batch and dtype; in it the providers under each number of clients."""
     titles = dict.fromkeys((row.model, row.batch, row.size, row.dtype) for row in rows)
     return [_table([row for row in rows if (row.model, row.batch, row.size, row.dtype) == title]) for title in titles]
 
 
-def _table(rows: list[ServeRow]) -> Table:
+def _table(rows: list[ServeRow]) -> Group:
     first = rows[0]
     title = f"{first.model} serving, batch {first.batch}, {first.size} px, {first.dtype}"
     table = new_table(title, "images/s", "p50 ms", "p90 ms", "p99 ms", "calls")
@@ -170,6 +170,4 @@ def _table(rows: list[ServeRow]) -> Table:
             cells = [*figures, str(row.calls)] if row.failure is None else [missing]
             table.add_row(f"  {row.provider}", *cells, style="bold" if row.provider == "fastcnn" else "")
     notes = dict.fromkeys(f"{row.provider}: {row.failure}" for row in rows if row.failure is not None)
-    if notes:
-        table.caption, table.caption_justify = Text("\n".join(notes), style="red"), "left"
-    return table
+    return Group(table, *(Text(note, style="red") for note in notes))

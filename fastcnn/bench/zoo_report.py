@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
 from .report import new_table, number, ratio, report, write_json
@@ -18,7 +18,7 @@ _COLUMNS = {
     "fastcnn": "fastcnn",
     "fastcnn plain": "plain",
     "torch.eager": "eager",
-    "torch.eager channels_last": "channels_last",
+    "torch.eager channels_last": "channels\nlast",
     "torch.compile": "compile",
 }
 
@@ -62,7 +62,7 @@ def is_done(result: ZooResult | None, providers: Sequence[str]) -> bool:
     return same and {row.provider for row in result.rows} >= set(providers)
 
 
-def zoo_table(results: Sequence[ZooResult]) -> Table:
+def zoo_table(results: Sequence[ZooResult]) -> Group:
     """Medians in ms, a line for each case, the worst ratio first; below it what failed."""
 
     def order(result: ZooResult) -> tuple[bool, float]:
@@ -70,8 +70,8 @@ def zoo_table(results: Sequence[ZooResult]) -> Table:
 
     shown = [name for name in _COLUMNS if any(row.provider == name for result in results for row in result.rows)]
     with_plain = "fastcnn plain" in shown
-    ratios = ["faster eager / fastcnn", *(["/ plain"] if with_plain else [])]
-    table = new_table("zoo, median ms", *(_COLUMNS[name] for name in shown), *ratios)
+    ratios = ["ratio", *(["of\nplain"] if with_plain else [])]
+    table = new_table("zoo, median ms; ratio: the faster eager / fastcnn", *(_COLUMNS[name] for name in shown), *ratios)
     for result in sorted(results, key=order):
         rows = {row.provider: row for row in result.rows}
         cells = [_cell(rows.get(name)) for name in shown]
@@ -80,15 +80,16 @@ def zoo_table(results: Sequence[ZooResult]) -> Table:
             cells.append(ratio(result.ratio("fastcnn plain")))
         table.add_row(str(result.case), *cells)
     notes = dict.fromkeys(note for result in results for note in _notes(result))
-    if notes:
-        table.caption, table.caption_justify = Text("\n".join(notes), style="red"), "left"
-    return table
+    return Group(table, *(Text(note, style="red") for note in notes))
 
 
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    return number(row.median_ms, 2) if row.failure is None else f"[red]{row.failure.partition(':')[0]}[/red]"
+    if row.failure is None:
+        return number(row.median_ms, 2)
+    kind = row.failure.partition(":")[0].replace(" ", "\n")  # so that columns stay narrow
+    return f"[red]{kind}[/red]"
 
 
 def _notes(result: ZooResult) -> Iterator[str]:

@@ -1,9 +1,8 @@
 """What :func:`fastcnn.optimize` found in a model, and what became of it."""
 
+import textwrap
 from dataclasses import dataclass, field, replace
-
-from rich.console import Console
-from rich.table import Table
+from itertools import groupby
 
 
 class NoGraph(Exception):
@@ -22,7 +21,8 @@ class Entry:
 
 @dataclass
 class Report:
-    """What runs fused, what runs as it is, and why. It fills as calls of new kinds come; its ``str()`` is a table.
+    """What runs fused, what runs as it is, and why. It fills as calls of new kinds come; its ``str()`` tells all of
+    it, in lines of 80 characters.
 
     Args:
         layers: the layers that :func:`fastcnn.optimize` may fuse; they count until a graph has shown what becomes
@@ -61,10 +61,13 @@ class Report:
                 self.graphs.append(entry)
 
     def __str__(self) -> str:
-        table = Table("where", "what", "runs as", "left alone because", box=None)
-        for entry in self.entries:
-            table.add_row(entry.where, entry.what, entry.now, entry.why_not)
-        console = Console(width=160, color_system=None)
-        with console.capture() as capture:
-            console.print(f"{len(self.replaced)} replaced, {len(self.left)} left alone", table, sep="\n", markup=False)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        lines = [f"{len(self.replaced)} replaced, {len(self.left)} left alone"]
+        for (what, now, why_not), entries in groupby(self.entries, lambda e: (e.what, e.now, e.why_not)):
+            lines += _wrapped(f"{what} runs as {now}" if now else f"{what} is left alone: {why_not}")
+            lines += [line for entry in entries for line in _wrapped(f"  {entry.where}")]
+        return "\n".join(lines)
+
+
+def _wrapped(line: str) -> list[str]:
+    """Lines of 80 characters, names whole."""
+    return textwrap.wrap(line, 80, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)

@@ -2,11 +2,13 @@
 
 import copy
 import random
+from collections import OrderedDict
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from narrow import assert_readable
 from promises import FORMATS, assert_bitwise, ident, in_format, leaf, randn, recorded_calls
 from torch import nn
 
@@ -244,6 +246,18 @@ def test_report_is_a_readable_table():
     assert "no ReLU is called on its output alone" in text
     assert "not called" not in text
     assert str(fastcnn.optimize(model, example_inputs=(X,)).fastcnn_report) == text
+
+
+def test_report_is_readable_at_80_columns():
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.LocalResponseNorm(5), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.Tanh()]
+    deep = nn.Sequential(*layers)
+    for _ in range(6):
+        deep = nn.Sequential(OrderedDict(features=deep))
+    fast = fastcnn.optimize(deep)
+    fast(X)
+    places = [place for entry in fast.fastcnn_report.entries for place in entry.where.split(" + ")]
+    assert len(places) == 5
+    assert_readable(str(fast.fastcnn_report), *places, "MaxPool2d runs as", "Conv2d is left alone: no ReLU")
 
 
 def test_example_inputs_leave_no_trace():

@@ -10,10 +10,10 @@ constexpr size_t kShared = 64 << 10;  // more than the 48 KiB that need no permi
 
 struct Calibration {
   int iterations;
-  const uint4* data;   // of the loads
-  int64_t vectors;     // of 16 bytes, in data: a power of two
-  long long* cycles;   // one per block
-  unsigned* sink;      // nothing is ever written to it
+  const uint4* data;  // of the loads
+  int64_t vectors;    // of 16 bytes, in data: a power of two
+  long long* cycles;  // one per block
+  unsigned* sink;     // nothing is ever written to it
 };
 
 enum class Kind { ffma, imad, fmnmx, fsetp_sel, prmt, hmnmx2_bf16, vhmnmx_bf16, mufu, lds };
@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kBlock, 2) issue(const Calibration c) {
   unsigned* const words = dynamic_shared<unsigned>();
   unsigned v[kChains];
   for (int i = 0; i < kChains; ++i) {
-    const int word = i * kBlock + threadIdx.x;  // each lane has a bank of its own, and words that hold their own address
+    const int word =
+        i * kBlock + threadIdx.x;  // each lane has a bank of its own, and words that hold their own address
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(words + word));
     if constexpr (kind == Kind::lds) words[word] = address;
     v[i] = kind == Kind::lds ? address : __float_as_uint(1.0f + threadIdx.x + i);
@@ -75,9 +76,11 @@ __global__ void __launch_bounds__(kBlock, 2) loads(const Calibration c) {
       const long long start = clock64();
       unsigned x, y, z, w;
       asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(c.data + (at & (c.vectors - 1))) : "memory");
+                   : "=r"(x), "=r"(y), "=r"(z), "=r"(w)
+                   : "l"(c.data + (at & (c.vectors - 1)))
+                   : "memory");
       all ^= x ^ y ^ z ^ w;
-      asm volatile("" :: "r"(all) : "memory");  // not before the load has arrived
+      asm volatile("" ::"r"(all) : "memory");  // not before the load has arrived
       cycles += clock64() - start + (all & 0);
     }
     if (threadIdx.x == 0) c.cycles[blockIdx.x] = cycles;
@@ -107,9 +110,9 @@ void launch_issue(const char* name, int blocks, Stream stream, const Calibration
 
 // Starts the kernel of this name; the message of an error, or null.
 extern "C" __attribute__((visibility("default"))) const char* calibrate(const char* name, int blocks, int threads,
-                                                                       int iterations, const void* data,
-                                                                       int64_t vectors, void* cycles, void* sink,
-                                                                       void* stream) noexcept {
+                                                                        int iterations, const void* data,
+                                                                        int64_t vectors, void* cycles, void* sink,
+                                                                        void* stream) noexcept {
   using namespace fastcnn::cuda;
   static std::string message;
   const Calibration c{iterations, static_cast<const uint4*>(data), vectors, static_cast<long long*>(cycles),

@@ -26,17 +26,13 @@ _KERNELS = ROOT / "fastcnn" / "kernels"  # where an installation has them
 _LIMIT = 60 * 2**20  # bytes of the folder
 
 
-def _suffix() -> str:
-    return sysconfig.get_config_var("EXT_SUFFIX")
-
-
 def _fingerprint() -> dict[str, str]:
-    """Of what the libraries are built from and for: they run where it is the same."""
+    """Of what the libraries are built from and for: they run where it is the same, whatever the Python."""
     digest = hashlib.sha256()
     for file in sorted([*(ROOT / "csrc").rglob("*"), ROOT / "setup.py"]):
         if file.is_file():
             digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
-    return {"sources": digest.hexdigest(), "python": _suffix()}
+    return {"sources": digest.hexdigest(), "platform": sysconfig.get_platform()}
 
 
 def _pip_install(**environment: str) -> None:
@@ -81,7 +77,7 @@ def make(arch: str) -> None:
 
     _MANIFEST.unlink(missing_ok=True)
     _pip_install(FASTCNN_BUILD_CPP="1", FASTCNN_BUILD_CUDA="1", FASTCNN_CUDA_ARCHS=arch)
-    for library in (ROOT / "fastcnn").glob(f"_C*{_suffix()}"):
+    for library in (ROOT / "fastcnn").glob("_C*.so"):
         subprocess.run(["strip", "--strip-debug", "-o", _LIBRARIES / library.name, library], check=True)
     _MANIFEST.write_text(json.dumps(_fingerprint()))
     tell("libraries")

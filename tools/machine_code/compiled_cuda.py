@@ -22,9 +22,9 @@ _DTYPES = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32", "double":
 _NAME = re.compile(r"(?:void )?fastcnn::cuda::(fast::|general::)?(?:\(anonymous namespace\)::)?(\w+)<(\w+)(.*?)>\(")
 # What a kernel's template arguments are, after the dtype.
 _ARGUMENTS = {
-    "general::forward": ("channels_last", "LRN"),
-    "general::terms": ("channels_last", "pool"),
-    "general::backward": ("channels_last", "LRN", "pool"),
+    "general::relu_lrn": ("channels_last", "LRN"),
+    "general::lrn_terms": ("channels_last", "pool"),
+    "general::tail_backward": ("channels_last", "LRN", "pool"),
     "general::pool": ("channels_last", "LRN"),
     "general::tail": ("channels_last",),
     "fast::lrn": ("channels_last", "", "beta", "bias or ReLU"),

@@ -25,7 +25,7 @@ std::map<const void*, std::string>& names() {  // of the kernels, by what the ho
   return names;
 }
 int multiprocessors;
-py::list* launches;  // where they are noted, if at all
+py::list* launches;                          // where they are noted, if at all
 const std::map<std::string, size_t>* sizes;  // of the arguments, by name
 
 auto three(dim3 d) { return py::make_tuple(d.x, d.y, d.z); }
@@ -67,7 +67,8 @@ double nanoseconds(const std::string& op, const TailTask& described, const std::
 
 }  // namespace
 
-// -- what the kernels' files call of CUDA's runtime ---------------------------------------------------------------------
+// -- what the kernels' files call of CUDA's runtime
+// ---------------------------------------------------------------------
 
 extern "C" {
 

@@ -5,9 +5,9 @@
 #include <cmath>
 #include <optional>
 
+#include "../../relu_lrn_max_pool2d.h"
 #include "../divisor.cuh"
 #include "../pack.cuh"
-#include "../../relu_lrn_max_pool2d.h"
 
 namespace fastcnn::cuda::fast {
 
@@ -27,8 +27,8 @@ struct Arguments {
   float start, half_start, factor, twice_beta;
   // A run is the channels of a thread. In channels_last a block has lanes for several of them.
   int runs, runs_per_group, runs_per_block, pixels_per_block;
-  int units;     // of all images: pixels, or what a thread has in their place
-  int channels;  // that a thread goes through, in the tail's backward in NCHW
+  int units;                                         // of all images: pixels, or what a thread has in their place
+  int channels;                                      // that a thread goes through, in the tail's backward in NCHW
   Divisor by_pixels, by_columns, by_rows, by_group;  // of an image, of a row, of a column, of a group's runs
 };
 

@@ -34,8 +34,8 @@ FASTCNN_DEVICE bool any_nan(const float (&v)[n]) {
 template <typename T, bool channels_last, Beta beta>
 FASTCNN_DEVICE float element(const Arguments& a, const T* image, int pixel, int c) {
   const auto at = [&](int channel) {
-    const int64_t offset = channels_last ? static_cast<int64_t>(pixel) * a.C + channel
-                                         : static_cast<int64_t>(channel) * a.H * a.W + pixel;
+    const int64_t offset =
+        channels_last ? static_cast<int64_t>(pixel) * a.C + channel : static_cast<int64_t>(channel) * a.H * a.W + pixel;
     const float v = cuda::widen(image[offset]) + (a.bias ? static_cast<const float*>(a.bias)[channel] : -0.0f);
     return max_or_nan(v, a.lowest);
   };
@@ -293,7 +293,7 @@ inline constexpr int kBackward = channels_last && beta == Beta::none ? kThreads 
 // blocks are at the same places of their windows. Each gradient is added where its place is, in the order of places.
 template <typename T, bool channels_last, int length, int K, Beta beta, bool rectified>
 __global__ void __launch_bounds__(kBackward<channels_last, beta>, kResidentNarrow / kBackward<channels_last, beta>)
-pool_backward(const Arguments a) {
+    pool_backward(const Arguments a) {
   constexpr int around = beta == Beta::none ? 0 : 2, count = length + 2 * around;
   using X = Span<T, channels_last, length, 2 * around>;
   const Place<channels_last> place(a);

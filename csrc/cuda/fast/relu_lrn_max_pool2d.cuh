@@ -176,12 +176,12 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_planes(const Arguments a) {
     const bool mine = ow < a.OW && lane < lanes && beyond == unit;
     const T* const image = static_cast<const T*>(a.x) + n * a.image;
     const int column = (run * length - 2) * stride + min(2 * ow, a.W - 1);  // of the first plane, a neighbour
-    const bool wide = (K == 3 && sizeof(T) == 2) || 2 * ow + 1 < a.W;  // no window of 3 begins in the last column
+    const bool wide = (K == 3 && sizeof(T) == 2) || 2 * ow + 1 < a.W;       // no window of 3 begins in the last column
     const int64_t to = n * a.out_image + static_cast<int64_t>(run) * length * out_stride + ow;
     // Three columns of y / factor.
     const auto load = [&](int h, float (&y)[3][length]) {
       Columns<T, length + 4> x(image, column + min(h, a.H - 1) * a.W, wide, planes, neighbours,
-                              std::integral_constant<int, length>());
+                               std::integral_constant<int, length>());
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         rectify.apply(x.value[j]);
@@ -232,9 +232,7 @@ __global__ void __launch_bounds__(kNarrow, 3) tail_planes(const Arguments a) {
 
 // Of shared memory: sums of eight channels of each lane, totals of each warp, and biases.
 inline constexpr int kTotals = kNarrow / 32 * 8 * 33;  // where they begin
-inline int floats_of_tail_backward(int channels) {
-  return kTotals + kNarrow / 32 * channels + channels + 8;
-}
+inline int floats_of_tail_backward(int channels) { return kTotals + kNarrow / 32 * channels + channels + 8; }
 
 // A thread has a block of 2 x 2 elements that begins where a window does, and goes through `channels` channels of it:
 // what the windows of channels share stays in registers. Dividing a group among blocks costs each of them four channels

@@ -78,8 +78,8 @@ struct Span {
   // p: the thread's first channel. Neighbours that do not exist are 0; without `here` nothing exists. In vectors, what
   // does not exist is `otherwise`, or `beside` where it is a neighbour.
   template <int count>
-  FASTCNN_DEVICE Span(const T* p, const Planes<false, count>& planes, Neighbours exist, bool here = true,
-                      uint32_t = 0, uint32_t = 0) {
+  FASTCNN_DEVICE Span(const T* p, const Planes<false, count>& planes, Neighbours exist, bool here = true, uint32_t = 0,
+                      uint32_t = 0) {
     const T* const first = around ? opaque(p - planes.offset[around]) : p;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {

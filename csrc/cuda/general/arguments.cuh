@@ -62,8 +62,8 @@ inline Arguments arguments(const TailTask& task, int run) {
   a.x = task.x, a.bias = task.bias, a.dy = task.dy;
   a.out = task.out, a.argmax = task.argmax, a.partials = task.partials, a.terms = task.terms;
   a.group = static_cast<int>(shape.C / task.lrn.groups);
-  a.vectors = shape.channels_last && a.group % run == 0 && aligned(a.x) && aligned(a.dy) && aligned(a.out) &&
-              aligned(a.argmax);
+  a.vectors =
+      shape.channels_last && a.group % run == 0 && aligned(a.x) && aligned(a.dy) && aligned(a.out) && aligned(a.argmax);
   a.runs_per_group = (a.group + run - 1) / run;
   a.runs = a.runs_per_group * static_cast<int>(task.lrn.groups);
   if (task.lrn) {

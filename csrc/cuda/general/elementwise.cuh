@@ -23,7 +23,7 @@ FASTCNN_DEVICE int run_of_thread(const Arguments& a) {
 }
 
 template <typename T, bool channels_last, bool normalized>
-__global__ void __launch_bounds__(kThreads, 1) forward(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, 1) relu_lrn(const Arguments a) {
   const int index = run_of_thread<channels_last>(a);
   if (index >= a.runs) return;
   const Run run(a, index, kRun<T>);
@@ -63,7 +63,7 @@ using Gradient = std::conditional_t<pooled, PoolGradient<T, channels_last>, Tens
 
 // The terms of LRN's backward for any window, laid out like x.
 template <typename T, bool channels_last, bool pooled>
-__global__ void __launch_bounds__(kThreads, 1) terms(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, 1) lrn_terms(const Arguments a) {
   using A = Compute<T>;
   const int index = run_of_thread<channels_last>(a);
   if (index >= a.runs) return;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) terms(const Arguments a) {
 }
 
 template <typename T, bool channels_last, bool normalized, bool pooled>
-__global__ void __launch_bounds__(kThreads, 1) backward(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, 1) tail_backward(const Arguments a) {
   using A = Compute<T>;
   const int index = run_of_thread<channels_last>(a);
   A sums[kRun<T>] = {};
@@ -104,7 +104,7 @@ template <typename T, bool channels_last, bool normalized>
 void launch_forward(const char* name, const TailTask& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
   const Launch shape = share_out(a, channels_last, a.pixels, 0);
-  launch<&forward<T, channels_last, normalized>>(name, shape.grid, shape.block, 0, stream, a);
+  launch<&relu_lrn<T, channels_last, normalized>>(name, shape.grid, shape.block, 0, stream, a);
 }
 
 constexpr int kBiasWaves = 1;  // few sums for the second stage
@@ -114,10 +114,10 @@ void launch_backward(const char* name, const TailTask& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
   const Launch shape = share_out(a, channels_last, a.pixels, task.shape.W, task.dbias ? kBiasWaves : 4);
   if constexpr (normalized) {
-    launch<&terms<T, channels_last, pooled>>(name, shape.grid, shape.block, 0, stream, a);
+    launch<&lrn_terms<T, channels_last, pooled>>(name, shape.grid, shape.block, 0, stream, a);
   }
   const size_t shared = task.partials ? kThreads * kRun<T> * sizeof(Compute<T>) : 0;
-  launch<&backward<T, channels_last, normalized, pooled>>(name, shape.grid, shape.block, shared, stream, a);
+  launch<&tail_backward<T, channels_last, normalized, pooled>>(name, shape.grid, shape.block, shared, stream, a);
 }
 
 }  // namespace fastcnn::cuda::general

@@ -44,9 +44,8 @@ struct Input {
   FASTCNN_DEVICE void load(const T* x, A (&v)[kLength]) const {
 #pragma unroll
     for (int i = 0; i < kLength; ++i) v[i] = 0;
-    load_run<channels_last, kLength>(a, x, a.pixels, run, [&](int i, T element) {
-      v[i] = rectified(widen(element) + bias[i]);
-    });
+    load_run<channels_last, kLength>(a, x, a.pixels, run,
+                                     [&](int i, T element) { v[i] = rectified(widen(element) + bias[i]); });
   }
   // Any channel of the group.
   FASTCNN_DEVICE A at(const T* x, int c) const {

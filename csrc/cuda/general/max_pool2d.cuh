@@ -94,12 +94,10 @@ struct PoolGradient {
   FASTCNN_DEVICE void gather(const Argmax* argmax, A (&g)[kLength]) const {
     for_each_source([&](int64_t from, int place) {
       bool mine[kLength] = {};
-      load_run<channels_last, kLength>(a, argmax + from, a.out_pixels, run, [&](int i, Argmax element) {
-        mine[i] = static_cast<int>(element) == place;
-      });
-      load_run<channels_last, kLength>(a, static_cast<const T*>(a.dy) + from, a.out_pixels, run, [&](int i, T element) {
-        g[i] += mine[i] ? widen(element) : A(0);
-      });
+      load_run<channels_last, kLength>(a, argmax + from, a.out_pixels, run,
+                                       [&](int i, Argmax element) { mine[i] = static_cast<int>(element) == place; });
+      load_run<channels_last, kLength>(a, static_cast<const T*>(a.dy) + from, a.out_pixels, run,
+                                       [&](int i, T element) { g[i] += mine[i] ? widen(element) : A(0); });
     });
   }
 };

@@ -10,9 +10,9 @@ inline constexpr int kSharedBytes = 40 << 10;
 
 struct Strip {
   Arguments a;
-  int rows, columns;            // of outputs, a strip
+  int rows, columns;  // of outputs, a strip
   int row_strips, column_strips;
-  int slots, width, channels;   // of the ring: rows, their pixels, their channels
+  int slots, width, channels;  // of the ring: rows, their pixels, their channels
 };
 
 template <typename T, bool channels_last>
@@ -112,8 +112,7 @@ void launch_tail(const char* name, const TailTask& task, Stream stream) {
   Strip s{};
   if (!plan<T>(task, s)) return launch_pool<T, channels_last, true>(name, task, stream);
   const unsigned p = s.a.pixels_per_block, r = s.a.runs_per_block;
-  const dim3 grid =
-      folded_grid(std::min<int64_t>(s.a.units, std::numeric_limits<int>::max()), (s.a.runs + r - 1) / r);
+  const dim3 grid = folded_grid(std::min<int64_t>(s.a.units, std::numeric_limits<int>::max()), (s.a.runs + r - 1) / r);
   const size_t shared = size_t{sizeof(Compute<T>)} * s.slots * s.width * s.channels;
   launch<&tail<T, channels_last>>(name, grid, channels_last ? dim3(r, p) : dim3(p, r), shared, stream, s);
 }

@@ -12,6 +12,7 @@ from .. import outputs
 from ..aten import conv2d_relu as aten
 from ..gpu_convolution import check_tensors, precision, weight_rows
 from .launch import cdiv, index_dtype, kernels, launch
+from .parameters import Convolution
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCK = 256  # bytes of the bit mask, of 8 elements each, a program works on
@@ -109,9 +110,13 @@ def forward(
     launch(
         kernels("conv2d_relu").conv2d_relu_kernel,
         cdiv(pixels, config.pixels) * cdiv(channels, config.outputs) * conv.groups,
-        *(x, rows, bias, y, pixels, *x.shape[2:], *y.shape[2:]),
-        *(conv.groups, weight.shape[1], channels, *weight.shape[2:]),
-        *(*conv.stride, *conv.padding, *conv.dilation, rows.shape[1]),
+        *(x, rows, bias, y),
+        P=pixels,
+        **dict(zip(("H", "W", "OH", "OW"), (*x.shape[2:], *y.shape[2:]), strict=True)),
+        conv=Convolution(
+            *(conv.groups, weight.shape[1], channels, *weight.shape[2:]),
+            *(*conv.stride, *conv.padding, *conv.dilation, rows.shape[1]),
+        ),
         CHANNELS_LAST=is_channels_last(x),
         INDEX=index_dtype(max(x.numel(), y.numel())),
         PRECISION=precision(x.dtype),
@@ -131,7 +136,8 @@ def bias_relu(y: Tensor, bias: Tensor | None, with_mask: bool, *, rectify: bool)
         launch(
             kernels("conv2d_relu").bias_relu_kernel,
             cdiv(y.numel(), 8 * _BLOCK),
-            *(y, bias, mask if with_mask else None, y.numel()),
+            *(y, bias, mask if with_mask else None),
+            SIZE=y.numel(),
             OC=y.shape[1],
             AREA=1 if is_channels_last(y) else y.shape[2] * y.shape[3],
             RECTIFY=rectify,
@@ -148,7 +154,8 @@ def mask_backward(dy: Tensor, mask: Tensor) -> Tensor:
     launch(
         kernels("conv2d_relu").mask_backward_kernel,
         cdiv(dy.numel(), 8 * _BLOCK),
-        *(dy, mask, dz, dy.numel()),
+        *(dy, mask, dz),
+        SIZE=dy.numel(),
         INDEX=index_dtype(dy.numel()),
         BLOCK=_BLOCK,
         num_warps=4,
@@ -174,7 +181,11 @@ def relu_backward(dy: Tensor, y: Tensor, channels_last: bool, with_bias: bool) -
     launch(
         kernels("conv2d_relu").relu_backward_kernel,
         sums * (cdiv(o, columns) if channels_last else o),
-        *(dy, y, dz, partial, count, o, h * w, steps),
+        *(dy, y, dz, partial),
+        N=count,
+        OC=o,
+        AREA=h * w,
+        STEPS=steps,
         CHANNELS_LAST=channels_last,
         INDEX=index_dtype(dy.numel()),
         BLOCK_ROWS=rows,
@@ -186,7 +197,9 @@ def relu_backward(dy: Tensor, y: Tensor, channels_last: bool, with_bias: bool) -
         launch(
             kernels("conv2d_relu").bias_gradient_kernel,
             cdiv(o, 32),
-            *(partial, db, sums, o),
+            *(partial, db),
+            ROWS=sums,
+            OC=o,
             BLOCK_ROWS=32,
             BLOCK_O=32,
             num_warps=4,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from ...memory_format import is_channels_last
+from .parameters import Layout
 
 _NOTHING = contextlib.nullcontext()
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -22,8 +24,8 @@ def kernels(op: str) -> Any:
     return importlib.import_module(f"fastcnn.kernels.{op}")
 
 
-def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: Any) -> None:
-    """Run ``programs`` of ``kernel``, on the device of its first argument and that device's current stream.
+def launch(kernel: Any, programs: int, *tensors: Tensor | None, num_warps: int, **parameters: Any) -> None:
+    """Run ``programs`` of ``kernel``, on the device of its first tensor and that device's current stream.
 
     Raises:
         torch.OutOfMemoryError: there is no memory for it.
@@ -31,13 +33,14 @@ def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **constants: 
     """
     if programs == 0:
         return
-    x = args[0]
+    x = tensors[0]
+    assert x is not None
     with _on_device_of(x):
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         try:
             with _relaxed_capture() if capturing else _NOTHING:
                 # Versions of Triton differ in the default of enable_fp_fusion; a fused multiply-add only rounds less.
-                kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)
+                kernel[(programs,)](*tensors, **parameters, num_warps=num_warps, enable_fp_fusion=True)
         except Exception as error:
             kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
             name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
@@ -89,11 +92,18 @@ def capability(x: Tensor) -> tuple[int, int]:
     return major, minor
 
 
-def acc_dtype(dtype: torch.dtype) -> Any:
-    """Triton's name of the dtype in which tensors of ``dtype`` are computed."""
+def layout(x: Tensor, channels: int, share: tuple[int, int], block: int, lanes: int) -> Layout:
+    """How ``lanes`` lanes, ``block`` of them a program, share out a tensor like ``x``.
+
+    Args:
+        channels: of a group.
+        share: how many of them a lane owns, and how many it loads at once.
+    """
     import triton.language as tl
 
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    last = is_channels_last(x)
+    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    return Layout(x.shape[1], channels, *share, x.shape[1] if last else 1, last, block, index_dtype(lanes), acc)
 
 
 def cdiv(a: int, b: int) -> int:

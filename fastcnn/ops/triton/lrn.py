@@ -1,14 +1,13 @@
 """Launchers of the LRN kernels."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...memory_format import dense, is_channels_last, output_format
 from ...params import LRNParams, check_same, opmath
 from ..outputs import empty_output
-from .launch import acc_dtype, cdiv, index_dtype, kernels, launch, vector
+from .launch import cdiv, kernels, launch, layout, vector
+from .parameters import LRN
 
 # Lanes of a program, warps that they are spread over, and about how many channels a lane owns.
 # The first is for channels_last, the second for NCHW; the others are what a GPU test checks too.
@@ -19,24 +18,16 @@ BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 16), (128, 4, 24), (256, 8, 8)]
 LONGEST_NEAR = 16
 
 
-def window_of(lrn: LRNParams, channels: int) -> dict[str, Any]:
-    """The parameters of the normalization as the kernels take them; ``channels`` of the input, not 0."""
-    channels //= lrn.groups
+def parameters(lrn: LRNParams, channels: int) -> LRN:
+    """Of the normalization, as the kernels take them; ``channels`` of a group, not 0."""
     quarters = int(max(-32, min(32, 4 * lrn.beta)))
-    return {
-        "CHANNELS": channels,
-        "BEFORE": min(lrn.size // 2, channels - 1),
-        "AFTER": min((lrn.size - 1) // 2, channels - 1),
-        "SCALE": lrn.alpha / lrn.size,
-        "K": lrn.k,
-        "QUARTERS": quarters,
-        "REST": lrn.beta - quarters / 4,
-    }
+    before, after = min(lrn.size // 2, channels - 1), min((lrn.size - 1) // 2, channels - 1)
+    return LRN(before, after, lrn.alpha / lrn.size, lrn.k, quarters, lrn.beta - quarters / 4)
 
 
-def is_near(window: dict[str, Any]) -> bool:
-    """Whether this window of :func:`window_of` fits into registers."""
-    return window["BEFORE"] + 1 + window["AFTER"] <= LONGEST_NEAR
+def is_near(lrn: LRN) -> bool:
+    """Whether a window fits into registers."""
+    return lrn.BEFORE + 1 + lrn.AFTER <= LONGEST_NEAR
 
 
 def share(x: Tensor, channels: int, most: int) -> tuple[int, int]:
@@ -51,43 +42,35 @@ def share(x: Tensor, channels: int, most: int) -> tuple[int, int]:
     return vectors * width, width
 
 
-def _run(x: Tensor, window: dict[str, Any], config: tuple[int, int, int], kernel: Any, *args: Any) -> None:
-    """Launch one of the near kernels."""
+def _run(kernel: str, x: Tensor, lrn: LRN, channels: int, config: tuple[int, int, int], *tensors: Tensor) -> None:
+    """Launch one of the near kernels, whose windows fit into registers."""
     block, num_warps, most = config
-    channels, channels_last = window["CHANNELS"], is_channels_last(x)
     v, width = share(x, channels, most)
     pixels = x.numel() // x.shape[1]
     parts = x.shape[1] // channels * cdiv(channels, v)
+    last = is_channels_last(x)
     launch(
-        kernel,
-        cdiv(pixels * parts, block) if channels_last else cdiv(pixels, block) * parts,
-        *args,
-        pixels,
-        pixels // x.shape[0],
-        C=x.shape[1],
-        CHANNELS_LAST=channels_last,
-        V=v,
-        VECTOR=width,
-        BLOCK=block,
-        INDEX=index_dtype(pixels * parts if channels_last else pixels * parts // min(parts, block)),
-        ACC=acc_dtype(x.dtype),
+        getattr(kernels("lrn"), kernel),
+        cdiv(pixels * parts, block) if last else cdiv(pixels, block) * parts,
+        *tensors,
+        pixels=pixels,
+        S=pixels // x.shape[0],
+        lrn=lrn,
+        layout=layout(x, channels, (v, width), block, pixels * parts if last else pixels * parts // min(parts, block)),
         num_warps=num_warps,
-        **window,
     )
 
 
-def _run_far(x: Tensor, window: dict[str, Any], kernel: Any, *args: Any, **constants: Any) -> None:
-    stride = 1 if is_channels_last(x) else x[0, 0].numel()
-    before, after = window["BEFORE"], window["AFTER"]
-    constants |= {name: window[name] for name in ("CHANNELS", "SCALE", "K", "QUARTERS", "REST")}
+def _run_far(kernel: str, x: Tensor, lrn: LRN, channels: int, *tensors: Tensor | None) -> None:
     launch(
-        kernel,
+        getattr(kernels("lrn"), kernel),
         cdiv(x.numel(), 256),
-        *(*args, x.numel(), stride, before, after),
-        BLOCK=256,
-        ACC=acc_dtype(x.dtype),
+        *tensors,
+        elements=x.numel(),
+        stride=1 if is_channels_last(x) else x[0, 0].numel(),
+        lrn=lrn,
+        layout=layout(x, channels, (1, 1), 256, x.numel()),
         num_warps=4,
-        **constants,
     )
 
 
@@ -95,11 +78,13 @@ def forward(x: Tensor, lrn: LRNParams, *, config: tuple[int, int, int] | None = 
     x, y = dense(x, output_format(x)), empty_output(x)
     if x.numel() == 0:
         return y
-    window = window_of(lrn, x.shape[1])
+    channels = x.shape[1] // lrn.groups
+    window = parameters(lrn, channels)
     if is_near(window):
-        _run(x, window, config or FORWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").forward, x, y)
+        config = config or FORWARD_CONFIGS[not is_channels_last(x)]
+        _run("lrn_forward_kernel", x, window, channels, config, x, y)
     else:
-        _run_far(x, window, kernels("lrn").forward_far, x, x, y, GRADIENT=False)
+        _run_far("lrn_forward_far_kernel", x, window, channels, x, None, y)
     return y
 
 
@@ -108,11 +93,13 @@ def backward(dy: Tensor, x: Tensor, lrn: LRNParams, *, config: tuple[int, int, i
     dy, x, dx = dense(dy, output_format(x)), dense(x, output_format(x)), empty_output(x)
     if x.numel() == 0:
         return dx
-    window = window_of(lrn, x.shape[1])
+    channels = x.shape[1] // lrn.groups
+    window = parameters(lrn, channels)
     if is_near(window):
-        _run(x, window, config or BACKWARD_CONFIGS[not is_channels_last(x)], kernels("lrn").backward, dy, x, dx)
+        config = config or BACKWARD_CONFIGS[not is_channels_last(x)]
+        _run("lrn_backward_kernel", x, window, channels, config, dy, x, dx)
     else:
         terms = torch.empty_like(x, dtype=opmath(x.dtype))
-        _run_far(x, window, kernels("lrn").forward_far, x, dy, terms, GRADIENT=True)
-        _run_far(x, window, kernels("lrn").backward_far, dy, x, terms, dx)
+        _run_far("lrn_forward_far_kernel", x, window, channels, x, dy, terms)
+        _run_far("lrn_backward_far_kernel", x, window, channels, dy, x, terms, dx)
     return dx

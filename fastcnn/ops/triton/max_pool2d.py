@@ -9,7 +9,8 @@ from ...memory_format import dense, format_of, is_channels_last, output_format
 from ...params import PoolParams, check_same, pooled_size
 from .. import outputs
 from ..outputs import empty_output
-from .launch import acc_dtype, cdiv, index_dtype, kernels, launch, vector
+from .launch import cdiv, kernels, launch, layout, vector
+from .parameters import Pool
 
 # Lanes of a program, warps that they are spread over, and most channels of a lane in NCHW. The first is for
 # channels_last, the second for NCHW; the others are what a GPU test checks too.
@@ -17,10 +18,10 @@ FORWARD_CONFIGS = [(128, 4, 8), (128, 4, 4), (256, 4, 8), (256, 8, 8)]
 BACKWARD_CONFIGS = [(128, 4, 8), (128, 4, 16), (64, 2, 8), (256, 8, 8)]
 
 
-def pooling_of(pool: PoolParams) -> dict[str, int]:
-    """The parameters of the pooling as the kernels take them."""
+def parameters(pool: PoolParams, padded: bool = False) -> Pool:
+    """Of the pooling, as the kernels take them."""
     (kh, kw), (sh, sw), (ph, pw), (dh, dw), _ = pool.op_args()
-    return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw}
+    return Pool(kh, kw, sh, sw, ph, pw, dh, dw, padded)
 
 
 def is_near(pool: PoolParams) -> bool:
@@ -39,24 +40,20 @@ def is_inside(pool: PoolParams, size: Sequence[int], out: Sequence[int]) -> bool
 
 
 def _run(
-    kernel: Any, config: tuple[int, int, int], x: Tensor, items: int, *args: Any, channels_last: bool, **constants: Any
+    kernel: str, config: tuple[int, int, int], x: Tensor, items: int, *tensors: Tensor | None, **parameters: Any
 ) -> None:
     """Launch a kernel over ``items`` places in each map of ``x``, at which it reads vectors of the channels."""
-    (block, num_warps, most), channels = config, x.shape[1]
-    v = vector(channels, x) if channels_last else min(channels, most)
+    (block, num_warps, most), channels, last = config, x.shape[1], is_channels_last(x)
+    v = vector(channels, x) if last else min(channels, most)
     lanes = x.shape[0] * cdiv(channels, v) * items
     launch(
-        kernel,
+        getattr(kernels("max_pool2d"), kernel),
         cdiv(lanes, block),
-        *args,
-        C=channels,
-        CHANNELS_LAST=channels_last,
-        V=v,
-        BLOCK=block,
-        INDEX=index_dtype(lanes),
-        ACC=acc_dtype(x.dtype),
+        *tensors,
+        batch=x.shape[0],
+        layout=layout(x, channels, (v, v if last else 1), block, lanes),
         num_warps=num_warps,
-        **constants,
+        **parameters,
     )
 
 
@@ -64,20 +61,20 @@ def forward(
     x: Tensor, pool: PoolParams, with_argmax: bool, *, config: tuple[int, int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     y, argmax = outputs.pooled(x, pool, with_argmax)
-    channels_last = is_channels_last(x)
-    (h, w), (oh, ow), pooling = x.shape[2:], y.shape[2:], pooling_of(pool)
+    x = dense(x, output_format(x))
+    (h, w), (oh, ow), last = x.shape[2:], y.shape[2:], is_channels_last(x)
     _run(
-        kernels("max_pool2d").forward,
-        config or FORWARD_CONFIGS[not channels_last],
+        "max_pool2d_forward_kernel",
+        config or FORWARD_CONFIGS[not last],
         x,
         oh * ow,
-        *(dense(x, output_format(x)), y, argmax, x.shape[0], h, w, oh, ow),
-        channels_last=channels_last,
-        UNROLL=pooling["KH"] * pooling["KW"] <= 32,
-        PADDED=not is_inside(pool, (h, w), (oh, ow)),
-        WITH_ARGMAX=with_argmax,
-        **({} if channels_last else {"maxnreg": 96}),  # left alone, ptxas uses fewer, and has fewer loads in flight
-        **pooling,
+        *(x, y, argmax if with_argmax else None),
+        H=h,
+        W=w,
+        OH=oh,
+        OW=ow,
+        pool=parameters(pool, padded=not is_inside(pool, (h, w), (oh, ow))),
+        **({} if last else {"maxnreg": 96}),  # left alone, ptxas uses fewer, and has fewer loads in flight
     )
     return y, argmax
 
@@ -96,16 +93,17 @@ def backward(
     expected = pooled_size(size, *pool.op_args())
     if [oh, ow] != expected:
         raise RuntimeError(f"max_pool2d_backward(): expected grad of size {expected}, got {[oh, ow]}")
-    dx, pooling = outputs.unpooled(dy, size, channels_last), pooling_of(pool)
-    near, module = is_near(pool), kernels("max_pool2d")
-    blocks = cdiv(h + pooling["PH"], pooling["SH"]) * cdiv(w + pooling["PW"], pooling["SW"])
+    dx, window, near = outputs.unpooled(dy, size, channels_last), parameters(pool), is_near(pool)
     _run(
-        module.backward if near else module.backward_far,
+        "max_pool2d_backward_kernel" if near else "max_pool2d_backward_far_kernel",
         config or BACKWARD_CONFIGS[not channels_last],
         dx,
-        blocks if near else h * w,
-        *(dense(dy, format), dense(argmax, format), dx, dy.shape[0], h, w, oh, ow),
-        channels_last=channels_last,
-        **pooling,
+        cdiv(h + window.PH, window.SH) * cdiv(w + window.PW, window.SW) if near else h * w,
+        *(dense(dy, format), dense(argmax, format), dx),
+        H=h,
+        W=w,
+        OH=oh,
+        OW=ow,
+        pool=window,
     )
     return dx

@@ -1,17 +1,17 @@
 """Launchers of the kernels of an AlexNet stage's tail."""
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import reference
 from ...memory_format import dense, is_channels_last, output, output_format
-from ...params import LRNParams, PoolParams, TailParams, check_bias, check_same, opmath
+from ...params import PoolParams, TailParams, check_bias, check_same, opmath
 from .. import outputs
 from . import lrn, max_pool2d
-from .launch import acc_dtype, capability, cdiv, index_dtype, kernels, launch, processors
+from .launch import capability, cdiv, kernels, launch, layout, processors
+from .parameters import LRN, Pool
 
 # Lanes of a program, warps that they are spread over, and about how many channels a lane owns; forward also, how many
 # neighbouring outputs where their windows overlap, in channels_last, and how many programs a multiprocessor runs. For
@@ -36,24 +36,18 @@ def _bias(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return (bias if bias.dtype == x.dtype else bias.to(opmath(x.dtype))).contiguous()
 
 
-def _constants(x: Tensor, tail: TailParams, most: int) -> dict[str, Any] | None:
-    """What both kernels take; None where a window is too large to unroll. ``most`` is that of ``lrn.share``."""
-    channels, pool = x.shape[1], tail.pool or PoolParams(1)
-    window = lrn.window_of(tail.lrn or LRNParams(1), channels)
-    if not lrn.is_near(window) or not max_pool2d.is_near(pool):
+def _channels(x: Tensor, tail: TailParams) -> int:
+    """Of a group."""
+    return x.shape[1] // (tail.lrn.groups if tail.lrn else 1)
+
+
+def _parameters(tail: TailParams, channels: int, padded: bool = False) -> tuple[LRN | None, Pool] | None:
+    """As the kernels take them; None where a window is too large to unroll. ``channels`` of a group."""
+    window = lrn.parameters(tail.lrn, channels) if tail.lrn else None
+    pool = tail.pool or PoolParams(1)
+    if (window and not lrn.is_near(window)) or not max_pool2d.is_near(pool):
         return None
-    v, width = lrn.share(x, window["CHANNELS"], most)
-    return {
-        "C": channels,
-        "RELU": tail.relu,
-        "LRN": tail.lrn is not None,
-        "CHANNELS_LAST": is_channels_last(x),
-        "V": v,
-        "VECTOR": width,
-        "ACC": acc_dtype(x.dtype),
-        **window,
-        **max_pool2d.pooling_of(pool),
-    }
+    return window, max_pool2d.parameters(pool, padded)
 
 
 def _registers(lanes: int) -> int:
@@ -73,34 +67,41 @@ def forward(
     y, argmax = outputs.pooled(x, tail.pool, with_argmax)
     if y.numel() == 0:
         return y, argmax
-    block, num_warps, most, r, programs = config or FORWARD_CONFIGS[_config(x)]
-    constants = _constants(x, tail, most)
-    if constants is None:
+    (h, w), (oh, ow), channels = x.shape[2:], y.shape[2:], _channels(x, tail)
+    padded = tail.pool is not None and not max_pool2d.is_inside(tail.pool, (h, w), (oh, ow))
+    parameters = _parameters(tail, channels, padded)
+    if parameters is None:
         return _in_steps(x, bias, tail, with_argmax)
-    (h, w), (oh, ow) = x.shape[2:], y.shape[2:]
-    channels, kw, sw, dw = (constants[name] for name in ("CHANNELS", "KW", "SW", "DW"))
-    exchanged = not is_channels_last(x) and kw == sw + 1 and dw == 1
-    if exchanged or kw <= sw or dw > 1 or ow < r:
+    window, pool = parameters
+    block, num_warps, most, r, programs = config or FORWARD_CONFIGS[_config(x)]
+    share = lrn.share(x, channels, most)
+    exchanged = not is_channels_last(x) and pool.KW == pool.SW + 1 and pool.DW == 1
+    if exchanged or pool.KW <= pool.SW or pool.DW > 1 or ow < r:
         r = 1
     columns = ow + 1 if exchanged else cdiv(ow, r)
-    lanes = x.shape[0] * x.shape[1] // channels * cdiv(channels, constants["V"]) * columns
+    lanes = x.shape[0] * x.shape[1] // channels * cdiv(channels, share[0]) * columns
     blocks = cdiv(lanes, block // 32 * 31 if exchanged else block)
     rows = blocks * oh
     run = cdiv(rows, programs * processors(x.device))
     launch(
-        kernels("relu_lrn_max_pool2d").forward,
+        kernels("relu_lrn_max_pool2d").relu_lrn_max_pool2d_forward_kernel,
         cdiv(rows, run),
-        *(dense(x, output_format(x)), x if bias is None else bias, y, argmax, x.shape[0], h, w, oh, ow, rows, run),
-        PADDED=tail.pool is not None and not max_pool2d.is_inside(tail.pool, (h, w), (oh, ow)),
-        WITH_BIAS=bias is not None,
-        WITH_ARGMAX=argmax.numel() > 0,
+        *(dense(x, output_format(x)), bias, y, argmax if argmax.numel() else None),
+        batch=x.shape[0],
+        H=h,
+        W=w,
+        OH=oh,
+        OW=ow,
+        rows=rows,
+        run=run,
+        RELU=tail.relu,
+        lrn=window,
+        pool=pool,
+        layout=layout(x, channels, share, block, max(blocks * block, rows + run)),
         R=r,
         EXCHANGED=exchanged,
-        BLOCK=block,
-        INDEX=index_dtype(max(blocks * block, rows + run)),
         num_warps=num_warps,
         maxnreg=_registers(32 * num_warps * programs),
-        **constants,
     )
     return y, argmax
 
@@ -154,32 +155,37 @@ def backward(
     if tail.pool is not None:
         check_same("relu_lrn_max_pool2d_backward", "argmax", argmax, expected[1])
     kernel_bias, format, dx = _bias(bias, x), output_format(x), outputs.empty_output(x)
-    block, num_warps, most = config or BACKWARD_CONFIGS[_config(x)]
-    constants = _constants(x, tail, most) if x.numel() else {}
-    if constants is None:
+    if x.numel() == 0:
+        return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
+    channels = _channels(x, tail)
+    parameters = _parameters(tail, channels)
+    if parameters is None:
         return _backward_in_steps(dy, x, bias, argmax, tail)
+    window, pool = parameters
+    block, num_warps, most = config or BACKWARD_CONFIGS[_config(x)]
+    share = lrn.share(x, channels, most)
     resident = 384 if tail.lrn is None else 256  # lanes that a multiprocessor runs at once
-    rows = columns = splits = 0
-    if constants:
-        rows = cdiv(x.shape[2] + constants["PH"], constants["SH"])
-        columns = cdiv(x.shape[3] + constants["PW"], constants["SW"])
-        channels = constants["CHANNELS"]
-        lanes = rows * columns * x.shape[1] // channels * cdiv(channels, constants["V"])
-        splits = _splits(x.shape[0], lanes, resident * processors(x.device))
-    sums = x.new_empty((splits * rows * columns, x.shape[1]) if bias is not None else 0, dtype=opmath(x.dtype))
-    if constants:
-        launch(
-            kernels("relu_lrn_max_pool2d").backward,
-            cdiv(splits * lanes, block),
-            *(dense(dy, format), dense(x, format), x if kernel_bias is None else kernel_bias),
-            *(argmax if tail.pool is None else dense(argmax, format), dx, sums),
-            *(x.shape[0], *x.shape[2:], *dy.shape[2:], splits),
-            POOL=tail.pool is not None,
-            WITH_BIAS=bias is not None,
-            BLOCK=block,
-            INDEX=index_dtype(splits * lanes),
-            num_warps=num_warps,
-            maxnreg=_registers(resident),
-            **constants,
-        )
-    return dx, sums if bias is None else sums.sum(0).to(bias.dtype)
+    (h, w), (oh, ow) = x.shape[2:], dy.shape[2:]
+    rows, columns = cdiv(h + pool.PH, pool.SH), cdiv(w + pool.PW, pool.SW)
+    lanes = rows * columns * x.shape[1] // channels * cdiv(channels, share[0])
+    splits = _splits(x.shape[0], lanes, resident * processors(x.device))
+    sums = x.new_empty((splits * rows * columns, x.shape[1]), dtype=opmath(x.dtype)) if bias is not None else None
+    launch(
+        kernels("relu_lrn_max_pool2d").relu_lrn_max_pool2d_backward_kernel,
+        cdiv(splits * lanes, block),
+        *(dense(dy, format), dense(x, format), kernel_bias),
+        *(None if tail.pool is None else dense(argmax, format), dx, sums),
+        batch=x.shape[0],
+        H=h,
+        W=w,
+        OH=oh,
+        OW=ow,
+        splits=splits,
+        RELU=tail.relu,
+        lrn=window,
+        pool=pool,
+        layout=layout(x, channels, share, block, splits * lanes),
+        num_warps=num_warps,
+        maxnreg=_registers(resident),
+    )
+    return dx, x.new_empty(0) if sums is None or bias is None else sums.sum(0).to(bias.dtype)
