@@ -1,8 +1,8 @@
 """Where operators run, and how a promise is spread over operators and places.
 
 A promise is a test of ``operator_promises.py`` or ``kernel_promises.py``, marked ``@over(...)``. The folders that keep
-it (``ops``, ``interpreter``, ``gpu``, ``simt``) import it into their ``test_promises.py``, which says in ``HERE`` which
-places they have; ``conftest.py`` then makes a test of it for each place, each case of each operator in
+it (``ops``, ``arm``, ``interpreter``, ``gpu``, ``simt``) import it into their ``test_promises.py``, which says in
+``HERE`` which places they have; ``conftest.py`` then makes a test of it for each place, each case of each operator in
 ``operators.py``, each dtype and each memory format.
 """
 
