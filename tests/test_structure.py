@@ -145,3 +145,17 @@ OPTIONAL = {
     "conv2d_relu": {"fastcnn/ops/cudnn/conv2d_relu.py"},
     "relu_lrn_max_pool2d": {"csrc/relu_lrn_max_pool2d_op.h", *CUDA},
 }
+
+
+def test_a_profiler_can_tell_triton_kernels_apart():
+    """Each that is launched has a name of its own, which says what it does."""
+    launchers = (ROOT / "fastcnn/ops/triton").glob("*.py")
+    launched = {name for file in launchers for name in re.findall(r"\w+_kernel\b", file.read_text())}
+    defined = [
+        node.name
+        for file in (ROOT / "kernels").glob("*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    ]
+    assert len(defined) > 10
+    assert sorted(defined) == sorted(launched)
