@@ -30,13 +30,9 @@ struct uint3 {
 };
 template <typename T, int n>
 struct VectorType;
-#define FASTCNN_VECTOR_TYPES(name, T)            \
-  struct alignas(2 * sizeof(T)) name##2 {        \
-    T x, y;                                      \
-  };                                             \
-  struct alignas(4 * sizeof(T)) name##4 {        \
-    T x, y, z, w;                                \
-  };
+#define FASTCNN_VECTOR_TYPES(name, T)                \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; }; \
+  struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; };
 FASTCNN_VECTOR_TYPES(float, float)
 FASTCNN_VECTOR_TYPES(uint, unsigned)
 

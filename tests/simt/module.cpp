@@ -13,9 +13,9 @@
 namespace {
 
 namespace py = pybind11;
+using fastcnn::ConvTask;
 using fastcnn::DType;
 using fastcnn::TailTask;
-using fastcnn::ConvTask;
 using fastcnn::cuda::Ints;
 
 // Memory of exactly this size, at `offset` from an address every alignment divides. Outputs start as 0xff: NaN, or no
@@ -87,7 +87,7 @@ PYBIND11_MODULE(FASTCNN_MODULE, m) {
   py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
   py::class_<ConvTask>(m, "ConvTask").def(py::init(&conv_task));
   m.def("conv2d_relu", &conv2d_relu);
-#define FASTCNN_DEFINE(op)                  \
+#define FASTCNN_DEFINE(op)                 \
   m.def(#op, &forward<fastcnn::cuda::op>); \
   m.def(#op "_backward", &backward<fastcnn::cuda::op##_backward>);
   FASTCNN_TAIL_OPERATORS(FASTCNN_DEFINE)

@@ -1,8 +1,7 @@
 // Kernels with known bugs, which the emulator must find, each beside what it should have been; and one kernel for each
 // built-in that the operators may use.
-#include "planted.h"
-
 #include "../../csrc/cuda/simt.cuh"
+#include "planted.h"
 
 namespace {
 
@@ -55,9 +54,7 @@ __global__ void shared_overrun(const Arguments a) {
   a.y[threadIdx.x] = shared[threadIdx.x + 1];
 }
 
-__global__ void misaligned(const Arguments a) {
-  *reinterpret_cast<float4*>(a.y) = *reinterpret_cast<float4*>(a.x + 1);
-}
+__global__ void misaligned(const Arguments a) { *reinterpret_cast<float4*>(a.y) = *reinterpret_cast<float4*>(a.x + 1); }
 
 template <bool missing>
 __global__ void exchange_in_warp(const Arguments a) {
