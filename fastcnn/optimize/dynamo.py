@@ -11,6 +11,7 @@ import os
 import re
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo import config, eval_frame, maybe_mark_dynamic, optimize
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.exc import TorchDynamoException
-from torch._dynamo.utils import warn_once_cache
+from torch._dynamo.utils import guard_failures, warn_once_cache
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_state
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
@@ -62,6 +63,8 @@ def compiled(backend: Backend, has_new_shapes: Callable[[tuple[Any, ...], dict[s
     if not hasattr(context, "callback"):  # TORCHDYNAMO_DISABLE
         return function
     inner: Callable[..., Any] = context.callback  # type: ignore[assignment]
+    guards: list[Any] = []
+    weakref.finalize(function, _forget, code, guards).atexit = False
 
     def callback(frame: Any, *state: Any) -> Any:
         """Called for a frame that no graph fits."""
@@ -83,6 +86,7 @@ def compiled(backend: Backend, has_new_shapes: Callable[[tuple[Any, ...], dict[s
             raise NoGraph("it calls a function with functools.lru_cache, which a graph would call every time")
         if found.guarded_code is None:
             raise NoGraph(is_off() or getattr(found, "skip_reason", None) or "TorchDynamo skipped it")
+        guards.append(found.guarded_code.guard_manager)
         return found
 
     callback._torchdynamo_orig_backend = inner  # type: ignore[attr-defined]
@@ -92,6 +96,20 @@ def compiled(backend: Backend, has_new_shapes: Callable[[tuple[Any, ...], dict[s
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return module._call_impl(*args, **kwargs)
+
+
+def _forget(code: types.CodeType, guards: list[Any]) -> None:
+    """Free what TorchDynamo made for a function that is gone: its graphs, and their guards.
+
+    It lets go of guards only when all that they watch is gone, and torch's own functions never are: a megabyte a model.
+    """
+    guard_failures.pop(code, None)
+    eval_frame.reset_code(code)
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        _, called, *_ = finalizer.peek() or (None, None)
+        watching = getattr(getattr(called, "func", None), "__self__", None)
+        if any(getattr(watching, "guard_manager", None) is manager for manager in guards):
+            finalizer.detach()
 
 
 @contextlib.contextmanager
@@ -138,7 +156,7 @@ def _reason(error: BaseException) -> str:
 def sees_every_call() -> bool:
     """Whether something is on that has to see what the module itself calls: tracing, transforms, global hooks."""
     return bool(
-        torch.compiler.is_compiling()
+        _is_compiling()
         or torch.jit.is_tracing()
         or fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._are_functorch_transforms_active()
@@ -149,6 +167,19 @@ def sees_every_call() -> bool:
         or module_state._global_backward_hooks
         or module_state._global_backward_pre_hooks
     )
+
+
+def _is_compiling() -> bool:
+    """Whether this thread makes a graph; of torch's functions, the first is only for frames that are traced."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    # True in every thread while one makes a graph, under the lock.
+    if not torch.compiler.is_compiling() or not compile_lock.acquire(blocking=False):
+        return False
+    try:
+        return torch.compiler.is_compiling()
+    finally:
+        compile_lock.release()
 
 
 def is_off() -> str:

@@ -170,7 +170,11 @@ class _FirstRun(fx.Interpreter):
                 cat, channel = joined[node]
                 new[node].kwargs = {**new[node].kwargs, "out": buffers[cat], "first": channel}
         graph.lint()
-        return fx.GraphModule(self.module, graph).forward
+        # Not a GraphModule, whose source torch would keep forever.
+        code = graph.python_code("self")
+        names = dict(code.globals)
+        exec(code.src, names)
+        return partial(names["forward"], self.module)
 
     def _joined(self) -> Iterator[tuple[fx.Node, tuple[fx.Node, int]]]:
         """Convolutions that can write into the concatenation of their outputs: which, and from which channel on."""
