@@ -34,6 +34,8 @@ if X86:
 CSRC = ROOT / "csrc"
 ARCHITECTURES = ("75", "80", "90", "100", "120")
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
+PYTHON_TARGET = "0x030a0000"  # the stable ABI of Python 3.10
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # a Python that has no stable ABI
 
 
 def find_compiler():
@@ -118,6 +120,7 @@ class Writer:
         self.module_flags = [
             f"-isystem {sysconfig.get_paths()['include']}",
             "-Wno-missing-field-initializers",
+            *([] if FREE_THREADED else [f"-DPy_LIMITED_API={PYTHON_TARGET}"]),
             _define("FASTCNN_TORCH_VERSION", torch.__version__),
         ]
         undefined = ["-undefined dynamic_lookup"] if sys.platform == "darwin" else []
@@ -182,8 +185,8 @@ def _define(name, value):
 LIBRARIES = [*(["fastcnn._C"] if COMPILER else []), *(["fastcnn._C_cuda"] if NVCC else [])]
 
 setup(
-    ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in LIBRARIES],
+    ext_modules=[Extension(name, sources=[], py_limited_api=not FREE_THREADED) for name in LIBRARIES],
     cmdclass={"build_ext": BuildWithNinja},
     # One wheel for this version of Python and all later ones; without libraries, for any platform too.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARIES else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARIES and not FREE_THREADED else {},
 )

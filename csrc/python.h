@@ -1,7 +1,7 @@
-// For the Python modules: they keep to Python's stable ABI, so that one build of them serves every Python from 3.10 on.
+// For the Python modules: they keep to Python's stable ABI (setup.py defines Py_LIMITED_API), so that one build of them
+// serves every Python from 3.10 on.
 #pragma once
 
-#define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
 #include <exception>
