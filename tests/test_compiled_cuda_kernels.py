@@ -26,7 +26,7 @@ def built():
 
 def test_every_kernel_is_there(built):
     functions = {kernel.parts[0] for kernel in built}
-    kernel = re.compile(r"^__global__ void (?:__launch_bounds__\([^;{]*?\)\s)?(\w+)\(const", re.MULTILINE)
+    kernel = re.compile(r"^__global__ void (?:__launch_bounds__\([^;{]*?\)\s+)?(\w+)\(const", re.MULTILINE)
     defined = set()
     for file in (*SOURCES.rglob("*.cu"), *SOURCES.rglob("*.cuh")):
         where = "" if file.parent == SOURCES else f"{file.parent.name}::"

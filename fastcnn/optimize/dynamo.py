@@ -156,7 +156,7 @@ def _reason(error: BaseException) -> str:
 def sees_every_call() -> bool:
     """Whether something is on that has to see what the module itself calls: tracing, transforms, global hooks."""
     return bool(
-        _is_compiling()
+        torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._are_functorch_transforms_active()
@@ -167,19 +167,6 @@ def sees_every_call() -> bool:
         or module_state._global_backward_hooks
         or module_state._global_backward_pre_hooks
     )
-
-
-def _is_compiling() -> bool:
-    """Whether this thread makes a graph; of torch's functions, the first is only for frames that are traced."""
-    if torch.compiler.is_dynamo_compiling():
-        return True
-    # True in every thread while one makes a graph, under the lock.
-    if not torch.compiler.is_compiling() or not compile_lock.acquire(blocking=False):
-        return False
-    try:
-        return torch.compiler.is_compiling()
-    finally:
-        compile_lock.release()
 
 
 def is_off() -> str:
