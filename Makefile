@@ -21,7 +21,7 @@ GPU_OUT = $(if $(filter file,$(origin OUT)),,--out $(OUT))
 CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test arm bench gpu gpu-carry kernels roofline readme lint wheel package clean
+.PHONY: help setup test arm soak bench gpu gpu-carry kernels roofline readme lint wheel package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -36,7 +36,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f)
 	touch $@
 
 # The threads of one process wait without spinning, which would keep the others from running.
-test arm: export OMP_WAIT_POLICY := passive
+test arm soak: export OMP_WAIT_POLICY := passive
 test arm: PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8
 test: setup  ## run the whole test suite
 	$(PYTEST)
@@ -45,7 +45,6 @@ test: setup  ## run the whole test suite
 arm: setup  ## test the C++ kernels on an emulated ARM machine; Debian's g++-aarch64-linux-gnu and qemu-user are needed
 	$(PYTEST) tests/arm
 
-soak: export OMP_WAIT_POLICY := passive
 soak: setup  ## make 100,000 calls of all sizes from threads that come and go: do memory and caches stay bounded?
 	$(BIN)/python -m tools.soak
 

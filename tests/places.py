@@ -154,6 +154,32 @@ def over(
     return mark
 
 
+# What is the same whatever runs in the ops, by the reason.
+LEFT_TO_OPS = {
+    "tracers, transforms and autograd see the same ops, whatever runs in them: tests/ops": [
+        "compile_without_graph_break",
+        "compile_with_inductor",
+        "export_with_gradients",
+        "autocast_keeps_the_dtype_of_the_input",
+        "vmap",
+        "vmap_of_backward",
+        "func_transforms_nest",
+        "double_backward_is_that_of_torch",
+        "gradcheck_and_gradgradcheck",
+        "checkpointing_and_retained_graphs",
+        "change_in_place_before_backward",
+        "layer_survives_pickling_and_deepcopy",
+        "meta_tensors_have_shape_and_strides",
+    ],
+    "arguments are checked before there is a backend: tests/ops": [
+        "wrong_rank_raises_as_torch",
+        "other_dtypes_raise",
+        "sparse_input_raises",
+        "input_that_is_no_tensor_raises_as_torch",
+    ],
+}
+
+
 def leave_out(module: dict[str, Any], reasons: dict[str, Sequence[str]]) -> None:
     """Of the promises that a folder imported, those that it does not keep, by the reason."""
     for name in itertools.chain(*reasons.values()):

@@ -11,7 +11,7 @@ from ...params import ConvParams
 from .. import outputs
 from ..aten import conv2d_relu as aten
 from ..gpu_convolution import check_tensors, precision, weight_rows
-from .launch import cdiv, index_dtype, kernels, launch
+from .launch import cdiv, index_dtype, kernels, launch, sizes
 from .parameters import Convolution
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -112,7 +112,7 @@ def forward(
         cdiv(pixels, config.pixels) * cdiv(channels, config.outputs) * conv.groups,
         *(x, rows, bias, y),
         P=pixels,
-        **dict(zip(("H", "W", "OH", "OW"), (*x.shape[2:], *y.shape[2:]), strict=True)),
+        **sizes(x, y),
         conv=Convolution(
             *(conv.groups, weight.shape[1], channels, *weight.shape[2:]),
             *(*conv.stride, *conv.padding, *conv.dilation, rows.shape[1]),

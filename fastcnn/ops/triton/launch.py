@@ -92,6 +92,11 @@ def capability(x: Tensor) -> tuple[int, int]:
     return major, minor
 
 
+def sizes(x: Tensor, y: Tensor) -> dict[str, int]:
+    """Height and width of the maps of an operator's input and output, by the names that kernels have for them."""
+    return dict(zip(("H", "W", "OH", "OW"), (*x.shape[2:], *y.shape[2:]), strict=True))
+
+
 def layout(x: Tensor, channels: int, share: tuple[int, int], block: int, lanes: int) -> Layout:
     """How ``lanes`` lanes, ``block`` of them a program, share out a tensor like ``x``.
 

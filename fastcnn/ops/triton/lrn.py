@@ -1,5 +1,7 @@
 """Launchers of the LRN kernels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ def share(x: Tensor, channels: int, most: int) -> tuple[int, int]:
     return vectors * width, width
 
 
-def _run(kernel: str, x: Tensor, lrn: LRN, channels: int, config: tuple[int, int, int], *tensors: Tensor) -> None:
+def _run(kernel: Any, x: Tensor, lrn: LRN, channels: int, config: tuple[int, int, int], *tensors: Tensor) -> None:
     """Launch one of the near kernels, whose windows fit into registers."""
     block, num_warps, most = config
     v, width = share(x, channels, most)
@@ -50,7 +52,7 @@ def _run(kernel: str, x: Tensor, lrn: LRN, channels: int, config: tuple[int, int
     parts = x.shape[1] // channels * cdiv(channels, v)
     last = is_channels_last(x)
     launch(
-        getattr(kernels("lrn"), kernel),
+        kernel,
         cdiv(pixels * parts, block) if last else cdiv(pixels, block) * parts,
         *tensors,
         pixels=pixels,
@@ -61,9 +63,9 @@ def _run(kernel: str, x: Tensor, lrn: LRN, channels: int, config: tuple[int, int
     )
 
 
-def _run_far(kernel: str, x: Tensor, lrn: LRN, channels: int, *tensors: Tensor | None) -> None:
+def _run_far(kernel: Any, x: Tensor, lrn: LRN, channels: int, *tensors: Tensor | None) -> None:
     launch(
-        getattr(kernels("lrn"), kernel),
+        kernel,
         cdiv(x.numel(), 256),
         *tensors,
         elements=x.numel(),
@@ -82,9 +84,9 @@ def forward(x: Tensor, lrn: LRNParams, *, config: tuple[int, int, int] | None = 
     window = parameters(lrn, channels)
     if is_near(window):
         config = config or FORWARD_CONFIGS[not is_channels_last(x)]
-        _run("lrn_forward_kernel", x, window, channels, config, x, y)
+        _run(kernels("lrn").lrn_forward_kernel, x, window, channels, config, x, y)
     else:
-        _run_far("lrn_forward_far_kernel", x, window, channels, x, None, y)
+        _run_far(kernels("lrn").lrn_forward_far_kernel, x, window, channels, x, None, y)
     return y
 
 
@@ -97,9 +99,9 @@ def backward(dy: Tensor, x: Tensor, lrn: LRNParams, *, config: tuple[int, int, i
     window = parameters(lrn, channels)
     if is_near(window):
         config = config or BACKWARD_CONFIGS[not is_channels_last(x)]
-        _run("lrn_backward_kernel", x, window, channels, config, dy, x, dx)
+        _run(kernels("lrn").lrn_backward_kernel, x, window, channels, config, dy, x, dx)
     else:
         terms = torch.empty_like(x, dtype=opmath(x.dtype))
-        _run_far("lrn_forward_far_kernel", x, window, channels, x, dy, terms)
-        _run_far("lrn_backward_far_kernel", x, window, channels, dy, x, terms, dx)
+        _run_far(kernels("lrn").lrn_forward_far_kernel, x, window, channels, x, dy, terms)
+        _run_far(kernels("lrn").lrn_backward_far_kernel, x, window, channels, dy, x, terms, dx)
     return dx

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...memory_format import dense, format_of, is_channels_last, output_format
+from ...memory_format import dense, is_channels_last, output_format
 from ...params import PoolParams, check_same, pooled_size
 from .. import outputs
 from ..outputs import empty_output
-from .launch import cdiv, kernels, launch, layout, vector
+from .launch import cdiv, kernels, launch, layout, sizes, vector
 from .parameters import Pool
 
 # Lanes of a program, warps that they are spread over, and most channels of a lane in NCHW. The first is for
@@ -40,14 +40,14 @@ def is_inside(pool: PoolParams, size: Sequence[int], out: Sequence[int]) -> bool
 
 
 def _run(
-    kernel: str, config: tuple[int, int, int], x: Tensor, items: int, *tensors: Tensor | None, **parameters: Any
+    kernel: Any, config: tuple[int, int, int], x: Tensor, items: int, *tensors: Tensor | None, **parameters: Any
 ) -> None:
     """Launch a kernel over ``items`` places in each map of ``x``, at which it reads vectors of the channels."""
     (block, num_warps, most), channels, last = config, x.shape[1], is_channels_last(x)
     v = vector(channels, x) if last else min(channels, most)
     lanes = x.shape[0] * cdiv(channels, v) * items
     launch(
-        getattr(kernels("max_pool2d"), kernel),
+        kernel,
         cdiv(lanes, block),
         *tensors,
         batch=x.shape[0],
@@ -62,18 +62,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     y, argmax = outputs.pooled(x, pool, with_argmax)
     x = dense(x, output_format(x))
-    (h, w), (oh, ow), last = x.shape[2:], y.shape[2:], is_channels_last(x)
+    last = is_channels_last(x)
     _run(
-        "max_pool2d_forward_kernel",
+        kernels("max_pool2d").max_pool2d_forward_kernel,
         config or FORWARD_CONFIGS[not last],
         x,
-        oh * ow,
+        y.shape[2] * y.shape[3],
         *(x, y, argmax if with_argmax else None),
-        H=h,
-        W=w,
-        OH=oh,
-        OW=ow,
-        pool=parameters(pool, padded=not is_inside(pool, (h, w), (oh, ow))),
+        **sizes(x, y),
+        pool=parameters(pool, padded=not is_inside(pool, x.shape[2:], y.shape[2:])),
         **({} if last else {"maxnreg": 96}),  # left alone, ptxas uses fewer, and has fewer loads in flight
     )
     return y, argmax
@@ -88,22 +85,20 @@ def backward(
     *,
     config: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    (h, w), (oh, ow), format = size, dy.shape[2:], format_of(channels_last)
+    (h, w), out = size, list(dy.shape[2:])
     check_same("max_pool2d_backward", "argmax", argmax, empty_output(dy, dtype=outputs.argmax_dtype(pool)))
     expected = pooled_size(size, *pool.op_args())
-    if [oh, ow] != expected:
-        raise RuntimeError(f"max_pool2d_backward(): expected grad of size {expected}, got {[oh, ow]}")
+    if out != expected:
+        raise RuntimeError(f"max_pool2d_backward(): expected grad of size {expected}, got {out}")
     dx, window, near = outputs.unpooled(dy, size, channels_last), parameters(pool), is_near(pool)
+    format, module = output_format(dx), kernels("max_pool2d")
     _run(
-        "max_pool2d_backward_kernel" if near else "max_pool2d_backward_far_kernel",
-        config or BACKWARD_CONFIGS[not channels_last],
+        module.max_pool2d_backward_kernel if near else module.max_pool2d_backward_far_kernel,
+        config or BACKWARD_CONFIGS[not is_channels_last(dx)],
         dx,
         cdiv(h + window.PH, window.SH) * cdiv(w + window.PW, window.SW) if near else h * w,
         *(dense(dy, format), dense(argmax, format), dx),
-        H=h,
-        W=w,
-        OH=oh,
-        OW=ow,
+        **sizes(dx, dy),
         pool=window,
     )
     return dx

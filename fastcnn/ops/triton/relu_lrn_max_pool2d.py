@@ -10,7 +10,7 @@ from ...memory_format import dense, is_channels_last, output, output_format
 from ...params import PoolParams, TailParams, check_bias, check_same, opmath
 from .. import outputs
 from . import lrn, max_pool2d
-from .launch import capability, cdiv, kernels, launch, layout, processors
+from .launch import capability, cdiv, kernels, launch, layout, processors, sizes
 from .parameters import LRN, Pool
 
 # Lanes of a program, warps that they are spread over, and about how many channels a lane owns; forward also, how many
@@ -67,8 +67,8 @@ def forward(
     y, argmax = outputs.pooled(x, tail.pool, with_argmax)
     if y.numel() == 0:
         return y, argmax
-    (h, w), (oh, ow), channels = x.shape[2:], y.shape[2:], _channels(x, tail)
-    padded = tail.pool is not None and not max_pool2d.is_inside(tail.pool, (h, w), (oh, ow))
+    (oh, ow), channels = y.shape[2:], _channels(x, tail)
+    padded = tail.pool is not None and not max_pool2d.is_inside(tail.pool, x.shape[2:], y.shape[2:])
     parameters = _parameters(tail, channels, padded)
     if parameters is None:
         return _in_steps(x, bias, tail, with_argmax)
@@ -88,10 +88,7 @@ def forward(
         cdiv(rows, run),
         *(dense(x, output_format(x)), bias, y, argmax if argmax.numel() else None),
         batch=x.shape[0],
-        H=h,
-        W=w,
-        OH=oh,
-        OW=ow,
+        **sizes(x, y),
         rows=rows,
         run=run,
         RELU=tail.relu,
@@ -165,8 +162,7 @@ def backward(
     block, num_warps, most = config or BACKWARD_CONFIGS[_config(x)]
     share = lrn.share(x, channels, most)
     resident = 384 if tail.lrn is None else 256  # lanes that a multiprocessor runs at once
-    (h, w), (oh, ow) = x.shape[2:], dy.shape[2:]
-    rows, columns = cdiv(h + pool.PH, pool.SH), cdiv(w + pool.PW, pool.SW)
+    rows, columns = cdiv(x.shape[2] + pool.PH, pool.SH), cdiv(x.shape[3] + pool.PW, pool.SW)
     lanes = rows * columns * x.shape[1] // channels * cdiv(channels, share[0])
     splits = _splits(x.shape[0], lanes, resident * processors(x.device))
     sums = x.new_empty((splits * rows * columns, x.shape[1]), dtype=opmath(x.dtype)) if bias is not None else None
@@ -176,10 +172,7 @@ def backward(
         *(dense(dy, format), dense(x, format), kernel_bias),
         *(None if tail.pool is None else dense(argmax, format), dx, sums),
         batch=x.shape[0],
-        H=h,
-        W=w,
-        OH=oh,
-        OW=ow,
+        **sizes(x, dy),
         splits=splits,
         RELU=tail.relu,
         lrn=window,
