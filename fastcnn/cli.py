@@ -15,6 +15,7 @@ from rich.table import Table
 from . import backends
 from .bench.cli import bench
 from .bench.environment import environment
+from .export import export
 from .models import list_models
 from .models.summary import LayerRow, layer_table
 from .ops.register import IMPLEMENTATIONS, what_runs
@@ -23,6 +24,7 @@ from .predict import predict
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(bench, name="bench")
 app.command()(predict)
+app.command()(export)
 
 
 @app.callback()

@@ -17,10 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from .models import PREPROCESSINGS, Preprocessing, create_model, list_models, load_weights
+from .models import PREPROCESSINGS, Preprocessing, WeightsReport, create_model, list_models, load_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+ModelOptions = Annotated[list[str] | None, typer.Option(help="Of the model, such as lrn_groups=1; may be repeated.")]
 
 
 class ImageError(ValueError):
@@ -120,9 +123,7 @@ def predict(
     preprocessing: Annotated[
         str | None, typer.Option(help=f"{', '.join(PREPROCESSINGS)}; the model's own if not given.")
     ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Of the model, such as lrn_groups=1; may be repeated.")
-    ] = None,
+    option: ModelOptions = None,
     plot_to: Annotated[Path | None, typer.Option("--plot", help="Save pictures and bars to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -135,15 +136,12 @@ def predict(
         raise typer.BadParameter(
             f"{preprocessing!r} is none of {', '.join(PREPROCESSINGS)}", param_hint="--preprocessing"
         )
-    network = build_model(model, _options(option), input_size=size, num_classes=number)
+    network = build_model(model, options_of(option), input_size=size, num_classes=number)
     for package in ("PIL", "matplotlib") if plot_to else ("PIL",):
         if importlib.util.find_spec(package) is None:
             raise typer.BadParameter(f"{package} is not installed: pip install fastcnn[models]")
     pictures = _read_images(images)
-    try:
-        report = load_weights(network, weights)
-    except (RuntimeError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error), param_hint="--weights") from None
+    report = load(network, weights)
     prepare = PREPROCESSINGS[preprocessing] if preprocessing else network.preprocessing
     assert isinstance(prepare, Preprocessing)
     guesses = [classify(network, picture, top=top, labels=names, preprocessing=prepare) for picture in pictures]
@@ -179,7 +177,15 @@ def build_model(name: str, options: dict[str, Any], **common: Any) -> nn.Module:
     return network.to_empty(device="cpu").eval()
 
 
-def _options(given: list[str] | None) -> dict[str, Any]:
+def load(network: nn.Module, weights: Path) -> WeightsReport:
+    """Load a file of weights, or an error of the command line; the network takes the settings of an ONNX file."""
+    try:
+        return load_weights(network, weights, adapt=weights.suffix.lower() == ".onnx")
+    except (RuntimeError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error), param_hint="--weights") from None
+
+
+def options_of(given: list[str] | None) -> dict[str, Any]:
     """``name=value``, where a value is a Python literal or else a string."""
     options = {}
     for text in given or []:

@@ -18,7 +18,9 @@ from fastcnn.models import convnet
 if TYPE_CHECKING:
     from places import Place
 
-pytest.register_assert_rewrite("places", "operators", "operator_promises", "kernel_promises", "narrow")
+pytest.register_assert_rewrite(
+    "places", "operators", "operator_promises", "kernel_promises", "narrow", "models.onnx_graphs"
+)
 
 settings.register_profile(
     "fastcnn",

@@ -1,30 +1,18 @@
 """Other people's weights: torch, safetensors and ONNX files into a model, all of them or none."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..params import LRNParams
-from .match import Match, match
-from .onnx_graph import OnnxGraph, read_onnx
-from .preprocessing import CAFFE
+from .errors import GraphError, WeightsError
 
-
-class WeightsError(RuntimeError):
-    """A file that cannot be read, or does not fit the model.
-
-    Attributes:
-        mismatches: what does not fit, a line each; empty if the file could not be read.
-    """
-
-    def __init__(self, message: str, mismatches: list[str] | None = None) -> None:
-        self.mismatches = mismatches or []
-        super().__init__(message + "".join(f"\n  {line}" for line in self.mismatches))
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,7 +28,8 @@ class WeightsReport:
         colours: the order of the channels that the weights expect, "RGB" or "BGR"; None if the file does not tell.
         mean: the mean to subtract, in this order, on the scale of ``pixels``; None if the file does not tell.
         pixels: the range of the pixels before that, as text; None if the file does not tell.
-        notes: where colours and mean are known from; what the file does to the image itself.
+        verified: ||a - b|| / ||b|| of the model's output and onnxruntime's; None if that was not asked for.
+        notes: where colours and mean are known from; what the file does to images and logits itself.
     """
 
     path: Path
@@ -51,6 +40,7 @@ class WeightsReport:
     colours: str | None = None
     mean: tuple[float, ...] | None = None
     pixels: str | None = None
+    verified: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -62,70 +52,90 @@ class WeightsReport:
         lines.append(
             f"mean: {self.mean or 'the file does not tell'}" + f", of pixels {self.pixels}" * bool(self.pixels)
         )
+        if self.verified is not None:
+            lines.append(
+                f"verified: the output differs from onnxruntime's by {self.verified:.1e}, relative to its norm"
+            )
         return "\n  ".join([*lines, *(f"note: {line}" for line in self.notes)])
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> WeightsReport:
+def load_weights(
+    model: nn.Module, path: str | os.PathLike[str], *, adapt: bool = False, verify: bool = False
+) -> WeightsReport:
     """Load a file of weights into a model, strictly: every tensor of both must have a counterpart of its shape.
 
     Args:
-        model: one of :func:`create_model`, or any other whose keys (torch, safetensors) or layers (ONNX) are those of
+        model: one of :func:`create_model`, or any other whose keys (torch, safetensors) or graph (ONNX) are those of
             the file.
         path: by its suffix, ``.safetensors``, ``.onnx``, or otherwise a ``state_dict`` saved by :func:`torch.save`,
             which is read with ``weights_only=True``: a file that holds other objects is refused, not run. A
             ``state_dict`` under the key "state_dict", "model_state_dict" or "model" is found, and the prefix "module."
             of DistributedDataParallel removed.
 
-            The layers of an ONNX graph are matched in graph order with the model's modules in their order; kinds,
-            shapes, groups, strides and paddings in front must agree. Then the model is set to compute what the graph
-            computes: LRN parameters (and ``groups=1``: ONNX has no others) are taken over, and whether pools round up
-            and how many zeros are behind the image, where that matters for images of ``model.input_size``. Where the
-            model scales the input of a layer, as the paper's dropout does, the weights are divided by that factor. For
-            graphs converted from Caffe, ``model.preprocessing`` becomes Caffe's. LRN must be the operator LRN:
-            graphs that write it as arithmetic are refused.
+            An ONNX graph is walked from its output to the image, beside the graph of what the model's forward calls in
+            evaluation mode (on no data: nothing is computed). The operations must be the same in the same order, and
+            so must be their settings: padding, strides, dilation, groups, rounding of pools, epsilon, LRN. Where the
+            file takes images of one size only, padding and rounding may differ as long as they do not matter at that
+            size; where it leaves the size open, that is ``model.input_size``, if the model has one. Biases that the
+            file leaves out are 0, and dropout is not compared.
+        adapt: ONNX: give the model the file's settings where it has others. Further, where one of the two multiplies
+            the input of a layer by a factor, as the paper's dropout does, that goes into the weights; and a softmax at
+            the end of the file and arithmetic with the image at its beginning may be missing in the model: the report
+            says so. The model then is as the file *between* them.
+        verify: ONNX: also run both on a random image, the file in onnxruntime, and compare. Costs a forward in each,
+            loading the file into onnxruntime, and memory for it and for a copy of the model's old weights.
 
     Returns:
         What was read and changed, a :class:`WeightsReport`. Tensors are converted to the dtype and device of the model.
+        For graphs converted from Caffe, ``model.preprocessing`` becomes Caffe's.
 
     Raises:
         WeightsError: the file is of another format, truncated, or does not fit; the message lists every mismatch. A
             RuntimeError, as of ``load_state_dict``. The model is then exactly as it was.
         FileNotFoundError: there is no such file.
-        ImportError: the package onnx or safetensors is missing (``fastcnn[models]`` brings both).
+        ImportError: the package onnx or safetensors is missing (``fastcnn[models]`` brings both), or onnxruntime with
+            ``verify``.
+        ValueError: ``adapt`` or ``verify`` for a file that is not ONNX.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_weights(): there is no file {path}")
     format = {".onnx": "ONNX", ".safetensors": "safetensors"}.get(path.suffix.lower(), "torch")
-    content = _read(path, format)
-    if isinstance(content, OnnxGraph):
-        found = match(model, content.steps)
-        mismatches = content.problems + found.mismatches
-    else:
-        found = Match(content)
-        mismatches = _missing(model.state_dict(), content)
-    mismatches += _misfits(model.state_dict(), found.state)
+    if format == "ONNX":
+        from .onnx_files import load_onnx  # takes longer to import than all of this
+
+        return load_onnx(model, path, adapt=adapt, verify=verify)
+    for option, value in (("adapt", adapt), ("verify", verify)):
+        if value:
+            raise ValueError(f"load_weights(): {option}={value} needs an ONNX file, but got {path}")
+    reader = _read_safetensors if format == "safetensors" else _read_torch
+    state = read(reader, path, format, "load_weights")
+    own = model.state_dict()
+    refuse(path, missing(own, state) + misfits(own, state))
+    load(model, state)
+    return WeightsReport(path, format, len(state))
+
+
+def read(reader: Callable[[Path], T], path: Path, format: str, function: str) -> T:
+    try:
+        return reader(path)
+    except ImportError as error:
+        raise ImportError(f"{function}(): {error}") from None
+    except GraphError as error:
+        raise WeightsError(f"{function}(): {path} is not supported:", str(error).splitlines()) from error
+    except Exception as error:  # each reader raises what it likes for a broken file
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise WeightsError(f"{function}(): {path} cannot be read as a file of {format} weights: {reason}") from error
+
+
+def refuse(path: Path, mismatches: list[str]) -> None:
     if mismatches:
         raise WeightsError(f"load_weights(): {path} does not fit the model:", mismatches)
+
+
+def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     counters = {key: value for key, value in model.state_dict().items() if _may_be_missing(key)}
-    model.load_state_dict({**counters, **found.state})
-    found.change_model()
-    report = WeightsReport(path, format, len(found.state), found.lrn, found.changes)
-    if isinstance(content, OnnxGraph):
-        _tell_images(model, content, report)
-    return report
-
-
-def _read(path: Path, format: str) -> OnnxGraph | dict[str, Tensor]:
-    try:
-        if format == "ONNX":
-            return read_onnx(path)
-        return _read_safetensors(path) if format == "safetensors" else _read_torch(path)
-    except ImportError as error:
-        raise ImportError(f"load_weights(): {error}") from None
-    except Exception as error:  # each reader raises what it likes for a broken file
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise WeightsError(f"load_weights(): {path} cannot be read as a file of {format} weights: {reason}") from error
+    model.load_state_dict({**counters, **state})
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -155,14 +165,14 @@ def _may_be_missing(key: str) -> bool:
     return key.endswith("num_batches_tracked")
 
 
-def _missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+def missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """The keys that only one of them has, a line each."""
     missing = [key for key in own if key not in state and not _may_be_missing(key)]
     lines = [f"{key} is missing in the file; it is {tuple(own[key].shape)} in the model" for key in missing]
     return lines + [f"{key} {tuple(state[key].shape)} is in the file only" for key in state if key not in own]
 
 
-def _misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     """The tensors that both have and that cannot be copied, a line each."""
     lines = []
     for key in (key for key in own if key in state):
@@ -174,15 +184,3 @@ def _misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str
         elif ours.is_meta:
             lines.append(f"{key} of the model is on the meta device, and can take no values")
     return lines
-
-
-def _tell_images(model: nn.Module, graph: OnnxGraph, report: WeightsReport) -> None:
-    """What the images should be, as far as it is known."""
-    if graph.image_steps:
-        report.notes.append(f"the file does this to the image, and the model does not: {'; '.join(graph.image_steps)}")
-    elif graph.producer == "onnx-caffe2" and not graph.steps[0].name.startswith("gpu_"):
-        report.colours, report.mean, report.pixels = CAFFE.colours, CAFFE.mean, "0 to 255"
-        report.notes.append("colours and mean are not in the file: they are Caffe's, from which it was converted")
-        if hasattr(model, "preprocessing"):
-            model.preprocessing = CAFFE  # type: ignore[assignment]
-            report.changes.append("preprocessing became Caffe's")
