@@ -83,10 +83,13 @@ class _Writer:
         return key
 
     def add(self, node: Node, kind: str, *constants: str, **attributes: Any) -> None:
-        self._add(kind, [*(self.names[before] for before in node.inputs), *constants], [self.names[node]], attributes)
+        inputs, output = [*(self.names[before] for before in node.inputs), *constants], self.names[node]
+        self._add(kind, inputs, [output], attributes, self._name(node) if node is self.output else output)
 
-    def _add(self, kind: str, inputs: list[str], outputs: list[str], attributes: dict[str, Any]) -> None:
-        self.nodes.append(self.onnx.helper.make_node(kind, inputs, outputs, outputs[0], **attributes))
+    def _add(
+        self, kind: str, inputs: list[str], outputs: list[str], attributes: dict[str, Any], name: str = ""
+    ) -> None:
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, outputs, name or outputs[0], **attributes))
 
     def weighted(self, node: Node) -> None:
         attributes = {**_window(node), "group": node.settings["groups"]} if node.kind == "Conv" else {"transB": 1}
