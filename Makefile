@@ -21,7 +21,7 @@ GPU_OUT = $(if $(filter file,$(origin OUT)),,--out $(OUT))
 CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test arm soak bench gpu gpu-carry kernels roofline readme lint wheel package clean
+.PHONY: help setup test arm soak fuzz bench gpu gpu-carry kernels roofline readme lint wheel package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -47,6 +47,9 @@ arm: setup  ## test the C++ kernels on an emulated ARM machine; Debian's g++-aar
 
 soak: setup  ## make 100,000 calls of all sizes from threads that come and go: do memory and caches stay bounded?
 	$(BIN)/python -m tools.soak
+
+fuzz: setup  ## break 2,000 small ONNX files: each is refused, or computes what onnxruntime computes
+	$(BIN)/python -m tools.fuzz_onnx
 
 bench: setup  ## check kernels and AlexNet on photographs, time them beside PyTorch, write results/
 	$(BIN)/fastcnn bench kernels --input photographs --quick --out $(OUT)
