@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from .graph.module import build
 from .graph.node import nodes_of
 from .graph.onnxruntime import Runtime, difference
 from .graph.read import OnnxGraph, read_onnx
-from .graph.trace import evaluating, trace
+from .graph.trace import Traced, evaluating, trace
+from .graph.write import onnx_model
 from .preprocessing import CAFFE
 from .weights import WeightsReport, load, misfits, missing, read, refuse
 
@@ -150,19 +152,15 @@ def to_onnx(model: nn.Module, path: str | os.PathLike[str], *, input_size: int |
     if others:
         raise ValueError(f"to_onnx(): the model must be in float32, but has tensors in {', '.join(map(str, others))}")
     try:
-        import onnx  # noqa: F401
-
-        from .graph.write import onnx_model
-
-        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-        traced = trace(model, channels, (size, size) if isinstance(size, int) else None)
+        traced = _traced(model, (size, size) if isinstance(size, int) else None)
         file = onnx_model(traced.output, type(model).__name__, __version__).SerializeToString()
         runtime = Runtime(file)
     except GraphError as error:
         raise ValueError(f"to_onnx(): {error}") from None
     except ImportError as error:
-        raise ImportError(f"to_onnx(): {error}: pip install fastcnn[models] onnxruntime") from None
-    x = 64 * torch.randn(2, channels, *traced.size, generator=torch.Generator().manual_seed(0))
+        raise ImportError(f"to_onnx(): {error}") from None
+    channels = next(node.shape[0] for node in nodes_of(traced.output) if node.kind == "Image" and node.shape)
+    x = 64 * torch.randn(2, channels or 3, *traced.size, generator=torch.Generator().manual_seed(0))
     device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
     with evaluating(model), torch.no_grad():
         differs = difference(runtime(x), model(x.to(device)).cpu())
@@ -176,3 +174,16 @@ def to_onnx(model: nn.Module, path: str | os.PathLike[str], *, input_size: int |
     finally:
         unfinished.unlink(missing_ok=True)
     return differs
+
+
+def _traced(model: nn.Module, size: tuple[int, int] | None) -> Traced:
+    """The graph of a model, for images of as many channels as one of its convolutions takes, 3 if that is one."""
+    given = [layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    first, *others = sorted({*given} or {3}, key=lambda channels: (channels != 3, given.index(channels)))
+    try:
+        return trace(model, first, size)
+    except GraphError:
+        for channels in others:
+            with contextlib.suppress(GraphError):
+                return trace(model, channels, size)
+        raise

@@ -327,7 +327,7 @@ REFUSED = [
     (
         [CONV, node("BatchNormalization", "c each b b each", "n m v", training_mode=1)],
         {"opset": 15},
-        "BatchNormalization the_n: its output 'm' is not supported",
+        "BatchNormalization the_n: only batch norm by stored statistics of each channel is supported",
     ),
     (
         [CONV, node("BatchNormalization", "c each b b each", "n", training_mode=1)],

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .node import Node, nodes_of, same_lrn, same_number
+from ...params import LRNParams
+from .node import Node, nodes_of
 
 _WEIGHTED = ("Conv", "Gemm")
 
@@ -183,11 +184,11 @@ def _is_same(setting: str, theirs: Node, own: Node) -> bool:
     if setting == "momentum":  # of training only
         return True
     if setting == "lrn":
-        return same_lrn(a, b)
+        return _same_lrn(a, b)
     if setting == "count_include_pad":
         return a == b or (not _overhangs(theirs) and not _overhangs(own))
     if setting != "window":
-        return same_number(a, b) if isinstance(a, float) else a == b
+        return _same_number(a, b) if isinstance(a, float) else a == b
     if a == b:
         return True
     if (a.kernel, a.stride, a.dilation, a.begin) != (b.kernel, b.stride, b.dilation, b.begin):
@@ -260,3 +261,14 @@ def _tensors(found: Comparison, theirs: Node, own: Node) -> Iterator[tuple[str, 
     for name, tensor in theirs.tensors.items():
         if name not in own.tensors and (name != "bias" or tensor.any()):
             found.mismatches.append(f"{theirs}: {own} of the model has no {name}")
+
+
+def _same_number(a: float, b: float) -> bool:
+    """Whether two numbers are the same in float32, in which ONNX stores them."""
+    return bool(torch.tensor(a, dtype=torch.float32) == torch.tensor(b, dtype=torch.float32))
+
+
+def _same_lrn(a: LRNParams, b: LRNParams) -> bool:
+    return (a.size, a.groups) == (b.size, b.groups) and all(
+        _same_number(getattr(a, name), getattr(b, name)) for name in ("alpha", "beta", "k")
+    )

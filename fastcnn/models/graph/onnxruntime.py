@@ -21,7 +21,7 @@ class Runtime:
         try:
             import onnxruntime
         except ImportError:
-            raise ImportError("checking against onnxruntime needs the package onnxruntime") from None
+            raise ImportError("this needs the package onnxruntime: pip install fastcnn[models]") from None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         given: Any = str(file) if isinstance(file, Path) else file

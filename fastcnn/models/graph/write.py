@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import GraphError
 from .node import Node, nodes_of
+from .read import import_onnx
 
 OPSET, IR_VERSION = 17, 8
 
@@ -27,9 +28,7 @@ def onnx_model(output: Node, name: str, version: str) -> Any:
 
 class _Writer:
     def __init__(self, output: Node) -> None:
-        import onnx
-
-        self.onnx, self.output = onnx, output
+        self.onnx, self.output = import_onnx(), output
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
         self.names: dict[Node, str] = {}
