@@ -29,20 +29,18 @@ def load_onnx(model: nn.Module, path: Path, *, adapt: bool, verify: bool) -> Wei
     found = fit(model, graph, adapt=adapt)
     own = model.state_dict()
     report = WeightsReport(path, "ONNX", len(found.state), lrns(graph), found.lines)
-    before = {key: value.clone() for key, value in own.items()} if verify else own
+    before = {key: value.clone() for key, value in own.items()} if verify else {}
     try:
         if not found.mismatches:
             found.mismatches += missing(own, found.state)
         refuse(path, found.mismatches + misfits(own, found.state))
         load(model, found.state)
         if runtime is not None:
-            try:
-                report.verified = _verified(model, path, runtime, graph, found)
-            except WeightsError:
-                model.load_state_dict(before)
-                raise
-    except WeightsError:
+            report.verified = _verified(model, path, runtime, graph, found)
+    except Exception:
         found.changes.undo()
+        if before:
+            model.load_state_dict(before)
         raise
     _tell_images(model, graph, found, report)
     return report
@@ -60,7 +58,11 @@ def _verified(model: nn.Module, path: Path, runtime: Runtime, graph: OnnxGraph, 
     x = 64 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with evaluating(model), torch.no_grad():
         own = model(applied(found.before, x).to(parameter.device, parameter.dtype)).cpu().float()
-    differs = difference(applied(found.after, own), runtime(x))
+    try:
+        theirs = runtime(x)
+    except Exception as error:  # whatever onnxruntime raises
+        raise WeightsError(f"load_weights(): onnxruntime cannot run {path}: {error}. The model is as it was") from error
+    differs = difference(applied(found.after, own), theirs)
     allowed = {torch.float16: 1e-2, torch.bfloat16: 5e-2}.get(parameter.dtype, 1e-4)
     if not differs <= allowed:
         raise WeightsError(

@@ -220,6 +220,11 @@ def test_operators(what, tmp_path):
     assert len(network(randn(0, 3, 8, 8))) == 0
 
 
+def test_a_layer_that_a_file_uses_twice_is_one(tmp_path):
+    network = models.from_onnx(save(tmp_path / "graph.onnx", GRAPHS["the same weight twice"]))
+    assert [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)] == ["w"]
+
+
 def test_operators_of_old_opsets(tmp_path):
     nodes = [
         node("Pad", "image", "p", pads=[0, 0, 1, 0, 0, 0, 0, 1]),
@@ -365,7 +370,7 @@ def test_every_unsupported_node_is_named(tmp_path):
         models.from_onnx(path)
     assert error.value.mismatches == [
         "Sin the_s: no such operator is supported",
-        "  Elu the_e: no such operator is supported",
+        "Elu the_e: no such operator is supported",
     ]
 
 

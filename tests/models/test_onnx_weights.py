@@ -80,7 +80,7 @@ def test_what_was_changed_is_reported(tmp_path):
         "LRN features.conv1: groups 2 became 1, as in LRN n2 of the file",
         "Conv features.conv1: padding at the end (3, 3) became (0, 0), as in Conv n0 of the file",
         "MaxPool features.conv5: padding at the end (0, 0) became (1, 1), as in MaxPool n14 of the file",
-        "classifier.fc8.weight is 2 times the file's: the model scales its input by 0.5, the file does not",
+        "classifier.fc8.weight is 2 times the file's: the model scales its input by 0.5",
         "colours: BGR",
         "mean: (104.0, 117.0, 123.0), of pixels 0 to 255",
         "note: the file ends with Softmax, and the model gives what is in front of it",
@@ -205,8 +205,8 @@ def test_one_layer_of_the_model_for_two_of_the_file_is_refused(tmp_path):
 
 
 POOL = {"kernel_shape": [3, 3], "strides": [2, 2]}
+# one thing each: nodes, the model, what is said, and whether adapt=True takes it over, None if the caller has to
 OTHERS = {
-    # nodes, the model, what is said, whether adapt=True takes it over
     "epsilon": (
         [CONVOLVED, normed(epsilon=1e-3), node("Relu", "n", "y")],
         lambda: nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU()),
@@ -446,6 +446,45 @@ def test_logits_and_images_are_prepared_by_whoever_adapts(tmp_path):
     assert "the file does this to the image, and the model does not: Sub the_s " in report.notes[0]
 
 
+def test_an_image_that_goes_two_ways(tmp_path):
+    """With adapt=True, one of them cannot be left to the caller."""
+    nodes = [
+        node("Sub", "image offset", "s"),
+        node("Conv", "s w b", "c", kernel_shape=[3, 3]),
+        node("Conv", "image w b", "d", kernel_shape=[3, 3]),
+        node("Concat", "c d", "y", axis=1),
+    ]
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(), conv()
+
+        def forward(self, x):
+            return torch.cat([self.a(x), self.b(x)], 1)
+
+    refused(Network(), of_nodes(tmp_path / "graph.onnx", nodes), "Sub the_s in the file, nothing in", adapt=True)
+    nodes[2] = node("Conv", "s w b", "d", kernel_shape=[3, 3])
+    models.load_weights(Network(), of_nodes(tmp_path / "graph.onnx", nodes), adapt=True, verify=True)
+
+
+def test_factors_of_weights_that_are_used_twice(tmp_path):
+    """With adapt=True, one weight cannot make up for two factors, nor one that is no parameter for any."""
+    once = [node("Conv", "image v z", "c", **PADDED), node("Mul", "c two", "m"), node("Conv", "m v z", "d", **PADDED)]
+    tensors = {"v": randn(3, 3, 3, 3), "z": torch.zeros(3), "two": torch.tensor(2.0)}
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    path = save_graph(tmp_path / "graph.onnx", once, tensors)
+    refused(nn.Sequential(shared, shared), path, "both of two tensors of the file", adapt=True)
+    two = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1))
+    models.load_weights(two, path, adapt=True, verify=True)
+    constant = Function(nn.Conv2d(3, 3, 3, padding=1), lambda y: F.conv2d(y, tensors["v"], torch.zeros(3), padding=1))
+    refused(constant, path, "Mul the_m in the file, Conv layer in the model")
+    refused(constant, path, "cannot make up for factors", adapt=True)
+    models.load_weights(
+        constant, save_graph(path, [once[0], node("Conv", "c v z", "d", **PADDED)], tensors), verify=True
+    )
+
+
 # -- what a model may be made of --------------------------------------------------------------------------------------
 
 
@@ -464,7 +503,9 @@ class Handwritten(nn.Module):
             raise ValueError("images, please")
         x = (x - self.mean[:, None, None]) / self.std
         x = F.relu(self.conv1(x), inplace=True)
-        x = F.max_pool2d(x, 3, 2, 1)
+        same = x
+        x += 1
+        x = F.max_pool2d(same, 3, 2, 1)
         x = FF.local_response_norm(x, 3, k=2.0) if len(x) else x
         x = self.norm(self.conv2(x)).relu_()
         a, b = x.chunk(2, 1)
@@ -502,6 +543,8 @@ def test_any_code_that_calls_known_functions(prepare, tmp_path):
         (lambda self, x: self.conv(x).sigmoid(), "sigmoid()"),
         (lambda self, x: self.conv(x).flip(1), "flip()"),
         (lambda self, x: self.conv(torch.zeros_like(x)), "zeros_like()"),
+        (lambda self, x: self.conv(x).mul(2).add(1, alpha=3), "add()"),
+        (lambda self, x: torch.zeros(8, 6, 6).add_(self.conv(x)), "writes to a constant"),
         (lambda self, x: torch.zeros(1), "the output of the model does not depend on the image"),
     ],
 )

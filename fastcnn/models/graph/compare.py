@@ -13,6 +13,8 @@ from torch import Tensor
 from ...params import LRNParams
 from .node import Node, nodes_of
 
+Pair = tuple[Node, Node]  # of the file and of the model
+
 _WEIGHTED = ("Conv", "Gemm")
 
 
@@ -47,20 +49,20 @@ class Comparison:
     Attributes:
         state: the file's tensors by the model's keys.
         pairs: nodes of the file and the model that are the same operation, in the order of the file.
+        factors: by pair, how many times larger the weights have to be than the file's, as the model scales their input.
         mismatches: what no settings make the same, a line each.
         differences: the settings in which the pairs differ.
-        scaled: how many times larger than the file's weights have to be, by key, for the model scales their input.
         constants: keys of tensors whose shape does not matter, but the number of their values.
         zero: layers of the model whose bias the file leaves out.
         before, after: the file's operations on the image and on the logits that the model has not.
-        adaptable: mismatches that ``scaled``, ``before`` and ``after`` make up for, a line each.
+        adaptable: mismatches that ``factors``, ``before`` and ``after`` make up for, a line each.
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
-    pairs: list[tuple[Node, Node]] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
-    scaled: dict[str, float] = field(default_factory=dict)
+    factors: dict[Pair, float] = field(default_factory=dict)
     constants: set[str] = field(default_factory=set)
     zero: list[str] = field(default_factory=list)
     before: list[Node] = field(default_factory=list)
@@ -87,21 +89,21 @@ def compare(theirs: Node, own: Node) -> Comparison:
 class _Walk:
     def __init__(self, found: Comparison) -> None:
         self.found = found
-        self.factors: dict[tuple[Node, Node], float] = {}
-        self.seen: set[tuple[Node, Node]] = set()
+        self.image: Node | None = None  # what of the file stands for the image of the model
 
     def run(self, theirs: Node, own: Node) -> None:
+        seen: set[Pair] = set()
         # with each pair, the one of weights into which a factor of its output can go
-        stack: list[tuple[Node, Node, tuple[Node, Node] | None]] = [(theirs, own, None)]
+        stack: list[tuple[Node, Node, Pair | None]] = [(theirs, own, None)]
         while stack:
             a, b, weighted = stack.pop()
             a, b = _past_dropout(a), _past_dropout(b)
             if weighted is not None:
                 a, b = self._past_factors(a, b, weighted)
-            if (a, b) in self.seen:
+            if (a, b) in seen:
                 continue
-            self.seen.add((a, b))
-            if b.kind == "Image" and a.kind != "Image" and self._is_of_the_image(a):
+            seen.add((a, b))
+            if b.kind == "Image" and self._is_the_image(a):
                 continue
             if a.kind != b.kind or len(a.inputs) != len(b.inputs):
                 self.found.mismatches.append(f"{_shown(a)} in the file, {_shown(b)} in the model")
@@ -113,32 +115,30 @@ class _Walk:
             elif a.kind not in ("Flatten", "Reshape"):
                 weighted = None
             stack += [(x, y, weighted) for x, y in zip(a.inputs, b.inputs, strict=True)]
-        for (_, b), factor in self.factors.items():
-            if factor != 1 and "weight" in b.keys:
-                self.found.scaled[b.keys["weight"]] = factor
 
-    def _past_factors(self, a: Node, b: Node, weighted: tuple[Node, Node]) -> tuple[Node, Node]:
+    def _past_factors(self, a: Node, b: Node, weighted: Pair) -> Pair:
         if _factor(a) == _factor(b):
             return a, b
         self.found.adaptable.append(f"{_shown(a)} in the file, {_shown(b)} in the model")
-        factor = self.factors.get(weighted, 1.0)
+        factor = self.found.factors.get(weighted, 1.0)
         while (by := _factor(a)) is not None:
             factor *= by
             a = _past_dropout(a.inputs[0])
         while (by := _factor(b)) is not None:
             factor /= by
             b = _past_dropout(b.inputs[0])
-        self.factors[weighted] = factor
+        self.found.factors[weighted] = factor
         return a, b
 
-    def _is_of_the_image(self, node: Node) -> bool:
-        """Whether all that a file's node computes is a constant added to the image, or multiplied with it."""
+    def _is_the_image(self, node: Node) -> bool:
+        """Whether a node of the file may stand for the image: it, or constants added to it or multiplied with it."""
         steps = nodes_of(node)
         if any(len(step.inputs) > 1 or step.kind not in ("Image", "Add", "Sub", "Mul", "Div") for step in steps):
             return False
-        self.found.before = steps[1:]
-        self.found.adaptable += [f"{step} in the file, nothing in the model" for step in steps[1:]]
-        return True
+        if self.image is None:
+            self.image, self.found.before = node, steps[1:]
+            self.found.adaptable += [f"{step} in the file, nothing in the model" for step in steps[1:]]
+        return node is self.image
 
 
 def _after_a_mismatch(a: Node, b: Node) -> list[tuple[Node, Node]]:
@@ -221,8 +221,13 @@ def _overhangs(node: Node) -> bool:
 
 
 def _compare_tensors(found: Comparison, theirs: Node, own: Node) -> None:
+    factor = found.factors.get((theirs, own), 1.0)
     for name, tensor, value in _tensors(found, theirs, own):
         key = own.keys.get(name)
+        if key is None and name == "weight" and factor != 1:
+            found.mismatches.append(
+                f"{theirs}: its weight in the model cannot make up for factors, as it is no parameter"
+            )
         if key is None:
             same = _broadcast(tensor) == _broadcast(value)
             if not same or not torch.equal(tensor.flatten(), value.float().cpu().flatten()):
@@ -234,8 +239,8 @@ def _compare_tensors(found: Comparison, theirs: Node, own: Node) -> None:
                     f"{theirs}: its constant is {tuple(tensor.shape)} in the file and {tuple(value.shape)} in the model"
                 )
             found.constants.add(key)
-        if name == "weight" and key in found.scaled:
-            tensor = tensor * found.scaled[key]
+        if name == "weight":
+            tensor = tensor * factor if factor != 1 else tensor
         if key in found.state and not torch.equal(found.state[key], tensor):
             found.mismatches.append(f"{key} of the model would be both of two tensors of the file")
         found.state[key] = tensor

@@ -59,11 +59,11 @@ def fit(model: nn.Module, graph: OnnxGraph, *, adapt: bool) -> Fit:
     result.mismatches += [*([] if adapt else found.adaptable), *found.mismatches, *map(str, found.differences)]
     result.lines += result.changes.lines
     result.lines += [f"{name} has a bias of 0, for the file has none" for name in found.zero]
-    for key, factor in found.scaled.items():
-        by = f"{1 / factor:g}"
-        result.lines.append(
-            f"{key} is {factor:g} times the file's: the model scales its input by {by}, the file does not"
-        )
+    for (_, own), factor in found.factors.items():
+        if factor != 1:
+            name = own.keys.get("weight", str(own))
+            by = f"{1 / factor:g}"
+            result.lines.append(f"{name} is {factor:g} times the file's: the model scales its input by {by}")
     if result.changes.lines and hasattr(model, "fastcnn_report"):  # its graphs have settings as constants
         result.mismatches += [f"{line}: not after optimize(), load the weights before" for line in result.changes.lines]
     if result.mismatches and not adapt:

@@ -34,7 +34,6 @@ class _Builder:
         self.names = _names(self.nodes)
         self.root, self.graph = nn.Module(), fx.Graph()
         self.values: dict[Node, fx.Node] = {}
-        self.shared: dict[int, tuple[str, Node]] = {}  # the modules of weights, by the weight's id
 
     def run(self) -> fx.Graph:
         for node in self.nodes:
@@ -49,23 +48,15 @@ class _Builder:
         if node.kind in _FUNCTIONS:
             return _FUNCTIONS[node.kind](self, node, *(self.values[before] for before in node.inputs))
         value = self.values[node.inputs[0]]
-        layers = _LAYERS[node.kind](node)
-        weight = node.tensors.get("weight")
-        if weight is not None and id(weight) in self.shared:
-            name, first = self.shared[id(weight)]
-            same = first.settings == node.settings and all(first.tensors[k] is t for k, t in node.tensors.items())
-            if not same or len(layers) > 1:
-                raise GraphError(f"{node}: its weight is that of {first}, which differs")
-            return self.graph.call_module(name, (value,))
-        for suffix, layer in layers:
-            name = self.names[node] + suffix
-            self.root_add(name, layer)
-            value = self.graph.call_module(name, (value,))
-        if weight is not None:
-            self.shared[id(weight)] = self.names[node], node
+        shared = next((other for other in self.values if _is_shared(node, other)), None)
+        if shared is not None:
+            return self.graph.call_module(self.names[shared], (value,))
+        for suffix, layer in _LAYERS[node.kind](node):
+            self.add(self.names[node] + suffix, layer)
+            value = self.graph.call_module(self.names[node] + suffix, (value,))
         return value
 
-    def root_add(self, name: str, layer: nn.Module) -> None:
+    def add(self, name: str, layer: nn.Module) -> None:
         *path, last = name.split(".")
         parent = self.root
         for part in path:
@@ -104,6 +95,14 @@ class _Builder:
         return self.graph.call_function(torch.flatten, (value, 1))
 
 
+def _is_shared(a: Node, b: Node) -> bool:
+    """Whether one module can be both: the file uses the same constants twice."""
+    if "weight" not in a.keys or (a.kind, a.keys, a.settings) != (b.kind, b.keys, b.settings):
+        return False
+    of_layer = "window" not in a.settings or a.window.begin == a.window.end  # and none that pads in front of it
+    return of_layer and all(torch.equal(t, b.tensors[name]) for name, t in a.tensors.items())
+
+
 _FUNCTIONS: dict[str, Callable[..., fx.Node]] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _Builder.combined),
     "Concat": _Builder.concatenated,
@@ -119,9 +118,9 @@ Layers = list[tuple[str, nn.Module]]
 
 
 def _filled(layer: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """The layer with these parameters and buffers, in memory of its own."""
+    """The layer with these parameters and buffers."""
     for name, tensor in tensors.items():
-        value = tensor.clone(memory_format=torch.contiguous_format)
+        value = tensor.contiguous()
         if name in layer._parameters:
             layer.register_parameter(name, nn.Parameter(value))
         else:

@@ -106,7 +106,7 @@ def _global_pool(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
 
 
 def _mean(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
-    before, axes = r.input(node), r.list(node, attributes, "axes", 1)
+    before, axes = r.input(node), r.ints(node, attributes, "axes", 1)
     if axes is None or before.shape is None or sorted(r.axis(axis, before) for axis in axes) != [1, 2]:
         raise GraphError(f"only the mean of height and width is supported, not that of dimensions {axes}")
     pooled = make("GlobalAveragePool", before, name=name_of(node))
@@ -114,12 +114,12 @@ def _mean(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
 
 
 def _pad(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
-    before, pads = r.input(node), r.list(node, attributes, "pads", 1)
+    before, pads = r.input(node), r.ints(node, attributes, "pads", 1)
     value = attributes.get("value", 0.0) if r.opset < 11 else r.constant(node, 2)
     mode = attributes.get("mode", b"constant")
     if mode != b"constant" or pads is None:
         raise GraphError(f"its mode is {mode.decode()!r}; supported is 'constant'")
-    axes = r.list(node, attributes, "axes", 3)
+    axes = r.ints(node, attributes, "axes", 3)
     axes = list(range(len(pads) // 2)) if axes is None else axes
     if len(pads) != 2 * len(axes):
         raise GraphError(f"it has {len(pads)} paddings for {len(axes)} dimensions")
@@ -167,7 +167,7 @@ def _flatten(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
 
 
 def _reshape(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
-    before, given = r.input(node), r.list(node, attributes, "shape", 1)
+    before, given = r.input(node), r.ints(node, attributes, "shape", 1)
     if given is None:
         raise GraphError("it is given no shape")
     own = None if before.shape is None else [r.batch or BATCH, *before.shape]
@@ -186,7 +186,7 @@ def _reshape(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
 
 
 def _squeeze(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
-    before, axes = r.input(node), r.list(node, attributes, "axes", 1)
+    before, axes = r.input(node), r.ints(node, attributes, "axes", 1)
     if before.shape is None or None in before.shape:
         raise GraphError("the shape of its input is not known")
     if axes is None:
@@ -199,7 +199,7 @@ def _squeeze(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
 
 
 def _unsqueeze(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
-    before, axes = r.input(node), r.list(node, attributes, "axes", 1)
+    before, axes = r.input(node), r.ints(node, attributes, "axes", 1)
     if before.shape is None or None in before.shape or axes is None:
         raise GraphError("the shape of its input is not known")
     rank = len(before.shape) + 1 + len(axes)
@@ -225,7 +225,7 @@ def _concat(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
 
 
 def _split(r: Reader, node: Any, attributes: dict[str, Any]) -> list[Node]:
-    before, lengths = r.input(node), r.list(node, attributes, "split", 1)
+    before, lengths = r.input(node), r.ints(node, attributes, "split", 1)
     if r.axis(attributes.get("axis", 0), before) != 0 or not before.shape or before.shape[0] is None:
         raise GraphError("only a known number of channels can be split")
     channels, parts = before.shape[0], len(node.output)
@@ -245,7 +245,7 @@ def _split(r: Reader, node: Any, attributes: dict[str, Any]) -> list[Node]:
 def _slice(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
     before = r.input(node)
     starts, ends, axes, steps = (
-        r.list(node, attributes, name, i) for i, name in enumerate(("starts", "ends", "axes", "steps"), 1)
+        r.ints(node, attributes, name, i) for i, name in enumerate(("starts", "ends", "axes", "steps"), 1)
     )
     channels = before.shape[0] if before.shape else None
     if channels is None or axes is None or starts is None or ends is None or len(axes) != 1 or steps not in (None, [1]):

@@ -53,9 +53,28 @@ def read_onnx(path: Path, size: int | None = None) -> OnnxGraph:
     opset = opsets.get("", opsets.get("ai.onnx", 0))
     if opset not in OPSETS:
         raise GraphError(f"its opset is {opset}; supported are {OPSETS[0]} to {OPSETS[-1]}")
+    _check_support(model.graph)
     _load_external_data(model, path, onnx)
     _check_types(model, onnx)
     return Reader(model, opset, onnx, size).read()
+
+
+def _check_support(graph: Any) -> None:
+    """Refuse what is not supported, naming all of it."""
+    problems = [
+        f"{node.op_type} {name_of(node)}: no such operator is supported"
+        for node in graph.node
+        if node.domain not in ("", "ai.onnx") or node.op_type not in {*OPERATORS, *OF_CONSTANTS}
+    ]
+    if problems:
+        raise GraphError("\n".join(problems))
+    if graph.sparse_initializer:
+        raise GraphError("it holds sparse weights, which are not supported")
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs = [value.name for value in graph.input if value.name not in constants]
+    for what, names in (("inputs", inputs), ("outputs", [value.name for value in graph.output])):
+        if len(names) != 1:
+            raise GraphError(f"it has {len(names)} {what}, not one: {', '.join(names)}")
 
 
 def import_onnx() -> Any:
@@ -120,7 +139,6 @@ class Reader:
         self.lengths: list[int] = []  # of the symbols for what is not known
 
     def read(self) -> OnnxGraph:
-        self._check()
         for tensor in self.graph.initializer:
             self.constants[tensor.name] = self.onnx.numpy_helper.to_array(tensor)
         (given,) = (value for value in self.graph.input if value.name not in self.constants)
@@ -137,23 +155,6 @@ class Reader:
         if output.name not in self.values:
             raise GraphError(f"its output {output.name!r} does not depend on the image")
         return OnnxGraph(first, self.values[output.name], self.graph.name, self.producer, batch)
-
-    def _check(self) -> None:
-        """Refuse what is not supported, naming all of it."""
-        problems = [
-            f"{node.op_type} {name_of(node)}: no such operator is supported"
-            for node in self.graph.node
-            if node.domain not in ("", "ai.onnx") or node.op_type not in {*OPERATORS, *OF_CONSTANTS}
-        ]
-        if problems:
-            raise GraphError("\n  ".join(problems))
-        if self.graph.sparse_initializer:
-            raise GraphError("it holds sparse weights, which are not supported")
-        constants = {tensor.name for tensor in self.graph.initializer}
-        inputs = [value.name for value in self.graph.input if value.name not in constants]
-        for what, names in (("inputs", inputs), ("outputs", [value.name for value in self.graph.output])):
-            if len(names) != 1:
-                raise GraphError(f"it has {len(names)} {what}, not one: {', '.join(names)}")
 
     def _image(self, given: Any) -> tuple[int | None, tuple[int | None, ...] | None]:
         kind = given.type.tensor_type
@@ -207,7 +208,7 @@ class Reader:
             raise GraphError(f"its input {node.input[index]!r} is not a constant")
         return self.constants[node.input[index]]
 
-    def list(self, node: Any, attributes: dict[str, Any], name: str, index: int) -> list[int] | None:
+    def ints(self, node: Any, attributes: dict[str, Any], name: str, index: int) -> list[int] | None:
         """An attribute that later opsets have as an input."""
         if name in attributes:
             return list(attributes[name])
@@ -218,7 +219,7 @@ class Reader:
         value = self.constant(node, index)
         if value is None:
             raise GraphError(f"its input {index} is missing")
-        tensor = torch.from_numpy(value.copy() if not value.flags.writeable else value)
+        tensor = torch.from_numpy(value.copy())  # no two nodes share memory
         if tensor.dtype != torch.float32:
             raise GraphError(f"its input {node.input[index]!r} is {tensor.dtype}; only float32 is supported")
         return tensor

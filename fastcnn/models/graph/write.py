@@ -32,7 +32,7 @@ class _Writer:
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
         self.names: dict[Node, str] = {}
-        self.taken: set[str] = set()
+        self.taken = {"image", "logits"}
 
     def run(self, name: str, version: str) -> Any:
         helper, nodes = self.onnx.helper, nodes_of(self.output)
