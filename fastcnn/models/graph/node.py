@@ -26,7 +26,8 @@ class Window:
     ceil_mode: bool = False
 
     def check(self) -> None:
-        if min(self.kernel + self.stride + self.dilation) < 1 or min(self.begin + self.end) < 0:
+        lengths = self.kernel + self.stride + self.dilation
+        if min(lengths) < 1 or max(lengths) >= 1 << 31 or min(self.begin + self.end) < 0:
             raise GraphError(f"its window makes no sense: {self}")
         for kernel, dilation, *padding in zip(self.kernel, self.dilation, self.begin, self.end, strict=True):
             if max(padding) >= (kernel - 1) * dilation + 1 and max(padding) > 0:
