@@ -87,29 +87,25 @@ def _normal_transpose(node: Node) -> Node:
 
 
 def _normal_concat(node: Node) -> Node:
-    """LRN on each part of the channels is LRN in groups."""
-    if len(node.inputs) == 1:
-        return node.inputs[0]
-    slices = [norm.inputs[0] for norm in node.inputs if norm.kind == "LRN" and norm.inputs[0].kind == "Slice"]
-    lrns = {norm.settings["lrn"] for norm in node.inputs if norm.kind == "LRN"}
-    if len(slices) < len(node.inputs) or len(lrns) > 1 or node.settings["axis"] != 0:
+    """LRN on each of equal parts of the channels is LRN in groups."""
+    norms = node.inputs
+    if len(norms) == 1:
+        return norms[0]
+    parts = [norm.inputs[0] for norm in norms if norm.kind == "LRN" and norm.inputs[0].kind == "Slice"]
+    if len(parts) < len(norms) or node.settings["axis"] != 0 or node.shape is None:
         return node
-    (lrn,), before = lrns, slices[0].inputs[0]
-    channels = node.shape[0] if node.shape else None
-    if channels is None or channels % len(slices) or not before.shape or before.shape[0] != channels:
-        return node
-    part = channels // len(slices)
-    for i, piece in enumerate(slices):
-        if piece.inputs[0] is not before or (piece.settings["start"], piece.settings["stop"]) != (
-            i * part,
-            (i + 1) * part,
-        ):
-            return node
-    if lrn.groups != 1:
-        return node
-    return replace(
-        node.inputs[0], inputs=(before,), settings={"lrn": replace(lrn, groups=len(slices))}, shape=node.shape
+    (lrn, *other_lrns), (before, *other_inputs) = (
+        {norm.settings["lrn"] for norm in norms},
+        {p.inputs[0] for p in parts},
     )
+    size = (node.shape[0] or 0) // len(parts)
+    ranges = [(i * size, (i + 1) * size) for i in range(len(parts))]
+    is_split = [(part.settings["start"], part.settings["stop"]) for part in parts] == ranges
+    is_whole = before.shape is not None and before.shape[0] == node.shape[0]
+    if other_lrns or other_inputs or lrn.groups != 1 or not is_split or not is_whole:
+        return node
+    settings = {"lrn": replace(lrn, groups=len(parts))}
+    return replace(norms[0], inputs=(before,), settings=settings, shape=node.shape)
 
 
 def _normal_clip(node: Node) -> Node:
