@@ -84,7 +84,7 @@ def _lrn(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
         )
     alpha, beta, k = (_shortest(attributes.get(n, d)) for n, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
     # with a larger alpha, onnxruntime gives NaN: it slides the window by adding and subtracting, which cancels
-    if not (0 < alpha <= 1e6 and 0 < beta < math.inf and math.isfinite(k)):
+    if not (0 < alpha <= 1e6 and 0 < beta <= 1e3 and math.isfinite(k)):
         raise GraphError(f"alpha={alpha}, beta={beta}, bias={k} make no sense")
     return make("LRN", r.input(node), name=name_of(node), lrn=LRNParams(size, alpha, beta, k))
 
