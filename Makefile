@@ -48,8 +48,8 @@ arm: setup  ## test the C++ kernels on an emulated ARM machine; Debian's g++-aar
 soak: setup  ## make 100,000 calls of all sizes from threads that come and go: do memory and caches stay bounded?
 	$(BIN)/python -m tools.soak
 
-fuzz: setup  ## break 2,000 small ONNX files: each is refused, or computes what onnxruntime computes
-	$(BIN)/python -m tools.fuzz_onnx
+fuzz: setup  ## break 2,000 small ONNX files: each must be refused, or compute what onnxruntime computes
+	$(BIN)/python -m tools.fuzz
 
 bench: setup  ## check kernels and AlexNet on photographs, time them beside PyTorch, write results/
 	$(BIN)/fastcnn bench kernels --input photographs --quick --out $(OUT)

@@ -76,7 +76,7 @@ def _tell_images(model: nn.Module, graph: OnnxGraph, found: Fit, report: Weights
     """What the images should be, as far as it is known, and what the file computes besides the model."""
     if found.before:
         steps = "; ".join(f"{node} {_values(node.tensors['constant'])}" for node in found.before)
-        report.notes.append(f"the file does this to the image, and the model does not: {steps}")
+        report.notes.append(f"the file applies this to the image, and the model does not: {steps}")
     elif graph.producer == "onnx-caffe2" and not _is_of_caffe2(graph):
         report.colours, report.mean, report.pixels = CAFFE.colours, CAFFE.mean, "0 to 255"
         report.notes.append("colours and mean are not in the file: they are Caffe's, from which it was converted")
@@ -84,7 +84,7 @@ def _tell_images(model: nn.Module, graph: OnnxGraph, found: Fit, report: Weights
             model.preprocessing = CAFFE  # type: ignore[assignment]
             report.changes.append("preprocessing became Caffe's")
     if found.after:
-        report.notes.append(f"the file ends with {found.after[-1].kind}, and the model gives what is in front of it")
+        report.notes.append(f"the file ends with {found.after[-1].kind}; the model returns the values before it")
 
 
 def _is_of_caffe2(graph: OnnxGraph) -> bool:

@@ -81,7 +81,7 @@ def load_weights(
         adapt: ONNX: give the model the file's settings where it has others. Further, where one of the two multiplies
             the input of a layer by a factor, as the paper's dropout does, that goes into the weights; and a softmax at
             the end of the file and arithmetic with the image at its beginning may be missing in the model: the report
-            says so. The model then is as the file *between* them.
+            says so. The model then computes what the file does *between* them.
         verify: ONNX: also run both on a random image, the file in onnxruntime, and compare. Costs a forward in each,
             loading the file into onnxruntime, and memory for it and for a copy of the model's old weights.
 
@@ -117,6 +117,7 @@ def load_weights(
 
 
 def read(reader: Callable[[Path], T], path: Path, format: str, function: str) -> T:
+    """What a reader makes of a file; its errors as WeightsError, in the name of a public function."""
     try:
         return reader(path)
     except ImportError as error:
@@ -129,11 +130,13 @@ def read(reader: Callable[[Path], T], path: Path, format: str, function: str) ->
 
 
 def refuse(path: Path, mismatches: list[str]) -> None:
+    """Raise WeightsError if there are mismatches."""
     if mismatches:
         raise WeightsError(f"load_weights(): {path} does not fit the model:", mismatches)
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state that is known to fit."""
     counters = {key: value for key, value in model.state_dict().items() if _may_be_missing(key)}
     model.load_state_dict({**counters, **state})
 
@@ -166,14 +169,14 @@ def _may_be_missing(key: str) -> bool:
 
 
 def missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """The keys that only one of them has, a line each."""
+    """The keys that only one of them has, one per line."""
     missing = [key for key in own if key not in state and not _may_be_missing(key)]
     lines = [f"{key} is missing in the file; it is {tuple(own[key].shape)} in the model" for key in missing]
     return lines + [f"{key} {tuple(state[key].shape)} is in the file only" for key in state if key not in own]
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """The tensors that both have and that cannot be copied, a line each."""
+    """The tensors that both have and that cannot be copied, one per line."""
     lines = []
     for key in (key for key in own if key in state):
         ours, theirs = own[key], state[key]

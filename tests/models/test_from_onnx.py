@@ -288,12 +288,12 @@ def test_weights_in_another_file_of_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("location", "places", "said"),
     [
-        ("../weights.bin", {}, "no file of its folder"),
-        ("sub/../../weights.bin", {}, "no file of its folder"),
-        ("/etc/passwd", {}, "no file of its folder"),
-        ("link", {}, "no file of its folder"),
-        ("absent.bin", {}, "no file of its folder"),
-        (".", {}, "no file of its folder"),
+        ("../weights.bin", {}, "not a file in its folder"),
+        ("sub/../../weights.bin", {}, "not a file in its folder"),
+        ("/etc/passwd", {}, "not a file in its folder"),
+        ("link", {}, "not a file in its folder"),
+        ("absent.bin", {}, "not a file in its folder"),
+        (".", {}, "not a file in its folder"),
         ("weights.bin", {"offset": 8}, "beyond the end"),
         ("weights.bin", {"length": 1 << 40}, "beyond the end"),
         ("weights.bin", {"length": 12}, "graph.onnx"),
@@ -342,11 +342,11 @@ REFUSED = [
     ),
     ([node("Flatten", "image", "f", axis=2)], {}, "Flatten the_f: its axis is 2"),
     ([node("Reshape", "image one_row", "r")], {"shape": (2, 3, 8, 8)}, "does not leave the batch as it is"),
-    ([node("Concat", "image image", "c", axis=0)], {}, "Concat the_c: what goes across the batch"),
+    ([node("Concat", "image image", "c", axis=0)], {}, "Concat the_c: operations across the batch"),
     ([node("Transpose", "image", "t", perm=[1, 0, 2, 3])], {}, "moves the batch"),
     ([node("Softmax", "image", "y", axis=1)], {"opset": 11}, "a softmax over several dimensions"),
     ([node("Add", "image image2", "y")], {}, "image2"),
-    ([node("Div", "two image", "y")], {}, "Div the_y: a constant minus or by an output"),
+    ([node("Div", "two image", "y")], {}, "Div the_y: a constant minus an output"),
     ([node("Relu", "image", "r", nonsense=1)], {}, "nonsense"),
     ([node("Relu", "image", "r")], {"opset": 6}, "its opset is 6; supported are 7 to 25"),
     ([node("Relu", "image", "r")], {"opset": 99}, "its opset is 99"),
@@ -391,7 +391,7 @@ def test_inputs_outputs_types_and_versions(tmp_path):
     half = onnx.numpy_helper.from_array(W["w"].numpy().astype(numpy.float16), "w")
     assert "changed.onnx" in changed(lambda m: m.graph.initializer[0].CopyFrom(half))
     assert "its IR version is 0" in changed(lambda m: m.ClearField("ir_version"))
-    assert "it holds no graph" in changed(lambda m: m.ClearField("graph"))
+    assert "it contains no graph" in changed(lambda m: m.ClearField("graph"))
     assert "changed.onnx" in changed(lambda m: m.graph.node.reverse())
 
 

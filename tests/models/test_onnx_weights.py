@@ -59,7 +59,7 @@ def test_published_graphs(graph, name, options, strict, lrn, tmp_path):
     size = None if graph == "inception_v1" else model.input_size
     path = randomized(graph, tmp_path / "graph.onnx", input_size=size)
     if not strict:
-        refused(model, path, " in the file", "adapt=True would take all of this over")
+        refused(model, path, " in the file", "adapt=True would resolve all of this")
     report = models.load_weights(model, path, adapt=not strict, verify=True)
     assert_same_as_onnxruntime(model, path, 64 * randn(2, 3, model.input_size, model.input_size))
     assert report.verified < 1e-5
@@ -83,7 +83,7 @@ def test_what_was_changed_is_reported(tmp_path):
         "classifier.fc8.weight is 2 times the file's: the model scales its input by 0.5",
         "colours: BGR",
         "mean: (104.0, 117.0, 123.0), of pixels 0 to 255",
-        "note: the file ends with Softmax, and the model gives what is in front of it",
+        "note: the file ends with Softmax; the model returns the values before it",
     ):
         assert line in text
 
@@ -198,7 +198,7 @@ def test_one_layer_of_the_model_for_two_of_the_file_is_refused(tmp_path):
     first = node("Conv", "image v b", "c", kernel_shape=[1, 1])
     nodes = [first, RELU, node("Conv", "r w b", "d", kernel_shape=[1, 1])]
     path = save_graph(tmp_path / "graph.onnx", nodes, tensors)
-    refused(model, path, "0.weight of the model would be both of two tensors of the file")
+    refused(model, path, "0.weight of the model would have to hold two different tensors of the file")
     nodes[-1] = node("Conv", "r v b", "d", kernel_shape=[1, 1])
     models.load_weights(model, save_graph(tmp_path / "graph.onnx", nodes, tensors))
     assert_same_as_onnxruntime(model, tmp_path / "graph.onnx", randn(1, 3, 8, 8))
@@ -237,7 +237,7 @@ OTHERS = {
     "padding": (
         [node("Conv", "image w b", "c", kernel_shape=[3, 3], pads=[1, 0, 1, 0])],
         lambda: nn.Sequential(conv()),
-        "padding in front is (1, 0) in the file and (0, 0) in the model",
+        "padding at the start is (1, 0) in the file and (0, 0) in the model",
         True,
     ),
     "uneven padding": (
@@ -439,11 +439,11 @@ def test_logits_and_images_are_prepared_by_whoever_adapts(tmp_path):
     path = of_nodes(tmp_path / "graph.onnx", OTHERS["softmax"][0])
     report = models.load_weights(OTHERS["softmax"][1](), path, adapt=True, verify=True)
     assert report.verified < 1e-5  # with the softmax
-    assert report.notes == ["the file ends with Softmax, and the model gives what is in front of it"]
+    assert report.notes == ["the file ends with Softmax; the model returns the values before it"]
     path = of_nodes(tmp_path / "graph.onnx", OTHERS["arithmetic with the image"][0])
     report = models.load_weights(nn.Sequential(conv()), path, adapt=True, verify=True)
     assert report.verified < 1e-5
-    assert "the file does this to the image, and the model does not: Sub the_s " in report.notes[0]
+    assert "the file applies this to the image, and the model does not: Sub the_s " in report.notes[0]
 
 
 def test_an_image_that_goes_two_ways(tmp_path):
@@ -474,12 +474,12 @@ def test_factors_of_weights_that_are_used_twice(tmp_path):
     tensors = {"v": randn(3, 3, 3, 3), "z": torch.zeros(3), "two": torch.tensor(2.0)}
     shared = nn.Conv2d(3, 3, 3, padding=1)
     path = save_graph(tmp_path / "graph.onnx", once, tensors)
-    refused(nn.Sequential(shared, shared), path, "both of two tensors of the file", adapt=True)
+    refused(nn.Sequential(shared, shared), path, "two different tensors of the file", adapt=True)
     two = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1))
     models.load_weights(two, path, adapt=True, verify=True)
     constant = Function(nn.Conv2d(3, 3, 3, padding=1), lambda y: F.conv2d(y, tensors["v"], torch.zeros(3), padding=1))
     refused(constant, path, "Mul the_m in the file, Conv layer in the model")
-    refused(constant, path, "cannot make up for factors", adapt=True)
+    refused(constant, path, "cannot absorb a factor", adapt=True)
     models.load_weights(
         constant, save_graph(path, [once[0], node("Conv", "c v z", "d", **PADDED)], tensors), verify=True
     )
@@ -538,7 +538,7 @@ def test_any_code_that_calls_known_functions(prepare, tmp_path):
     ("forward", "said"),
     [
         (lambda self, x: self.conv(x) if x.sum() > 0 else x, "the model does not take images of 3x8x8: "),
-        (lambda self, x: (self.conv(x), x), "the model gives a tuple, not one tensor"),
+        (lambda self, x: (self.conv(x), x), "the model returns a tuple, not one tensor"),
         (lambda self, x: F.conv2d(x, self.conv.weight * 2, self.conv.bias), "conv2d()"),
         (lambda self, x: self.conv(x).sigmoid(), "sigmoid()"),
         (lambda self, x: self.conv(x).flip(1), "flip()"),

@@ -108,11 +108,11 @@ class Network(nn.Module):
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (torch.sigmoid, r"sigmoid\(\) of the model has no counterpart"),
+        (torch.sigmoid, r"sigmoid\(\) of the model has no known counterpart"),
         (lambda y: FF.local_response_norm(y, 4), "LRN of the model: its size 4 is even"),
         (nn.Linear(6, 2), "Gemm function of the model goes over maps"),
-        (lambda y: y.transpose(0, 1), r"transpose\(\) of the model has no counterpart"),
-        (lambda y: (y, y), "the model gives a tuple"),
+        (lambda y: y.transpose(0, 1), r"transpose\(\) of the model has no known counterpart"),
+        (lambda y: (y, y), "the model returns a tuple"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_and_nothing_is_written(function, said, tmp_path):

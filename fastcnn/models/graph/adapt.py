@@ -1,4 +1,4 @@
-"""A model's settings changed to those of a file, and back."""
+"""Give a model the settings of a file, and undo it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _WEIGHTED = ("Conv", "Gemm")
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that two nodes of a kind have not in common."""
+    """A setting in which two nodes of the same kind differ."""
 
     theirs: Node
     own: Node
@@ -31,7 +31,7 @@ class Difference:
         return f"{self.theirs}: {', '.join(parts)}, {self.own}"
 
     def parts(self) -> Iterator[tuple[str, Any, Any]]:
-        """The name of each value that is another, that of the file, and that of the model."""
+        """The name of each value that differs, its value in the file, and that in the model."""
         a, b = (node.settings[self.setting] for node in (self.theirs, self.own))
         if not is_dataclass(a):
             yield self.setting, a, b
@@ -39,7 +39,7 @@ class Difference:
         for part in fields(a):
             values = getattr(a, part.name), getattr(b, part.name)
             if values[0] != values[1]:
-                yield {"begin": "padding in front", "end": "padding at the end"}.get(part.name, part.name), *values
+                yield {"begin": "padding at the start", "end": "padding at the end"}.get(part.name, part.name), *values
 
 
 @dataclass
@@ -50,12 +50,12 @@ class Comparison:
         state: the file's tensors by the model's keys.
         pairs: nodes of the file and the model that are the same operation, in the order of the file.
         factors: by pair, how many times larger the weights have to be than the file's, as the model scales their input.
-        mismatches: what no settings make the same, a line each.
+        mismatches: what no setting could resolve, one per line.
         differences: the settings in which the pairs differ.
         constants: keys of tensors whose shape does not matter, but the number of their values.
         zero: layers of the model whose bias the file leaves out.
-        before, after: the file's operations on the image and on the logits that the model has not.
-        adaptable: mismatches that ``factors``, ``before`` and ``after`` make up for, a line each.
+        before, after: the file's operations on the image and on the logits that the model does not have.
+        adaptable: mismatches that ``factors``, ``before`` and ``after`` make up for, one per line.
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -225,13 +225,13 @@ def _compare_tensors(found: Comparison, theirs: Node, own: Node) -> None:
     for name, tensor, value in _tensors(found, theirs, own):
         key = own.keys.get(name)
         if key is None and name == "weight" and factor != 1:
-            found.mismatches.append(
-                f"{theirs}: its weight in the model cannot make up for factors, as it is no parameter"
-            )
+            found.mismatches.append(f"{theirs}: its weight in the model cannot absorb a factor, as it is no parameter")
         if key is None:
             same = _broadcast(tensor) == _broadcast(value)
             if not same or not torch.equal(tensor.flatten(), value.float().cpu().flatten()):
-                found.mismatches.append(f"{theirs}: its {name} is another than the model's, which cannot be loaded")
+                found.mismatches.append(
+                    f"{theirs}: its {name} differs from the model's, which is neither a parameter nor a buffer"
+                )
             continue
         if name == "constant":
             if _broadcast(tensor) != _broadcast(value):
@@ -242,7 +242,7 @@ def _compare_tensors(found: Comparison, theirs: Node, own: Node) -> None:
         if name == "weight":
             tensor = tensor * factor if factor != 1 else tensor
         if key in found.state and not torch.equal(found.state[key], tensor):
-            found.mismatches.append(f"{key} of the model would be both of two tensors of the file")
+            found.mismatches.append(f"{key} of the model would have to hold two different tensors of the file")
         found.state[key] = tensor
 
 

@@ -1,4 +1,4 @@
-"""What an ONNX graph computes of constants and of shapes alone, as arrays of numpy."""
+"""What an ONNX graph computes from constants and shapes alone, as arrays of numpy."""
 
 from __future__ import annotations
 

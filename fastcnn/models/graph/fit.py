@@ -1,4 +1,4 @@
-"""Where in a model the tensors of an ONNX file belong, and what else has to change in it."""
+"""Where the tensors of an ONNX file belong in a model, and what else has to change there."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Fit:
 
     Attributes:
         state: the file's tensors by the model's keys.
-        mismatches: why it does not fit, a line each.
+        mismatches: why it does not fit, one per line.
         changes: what was changed in the model's modules; to be undone if the file is not loaded.
-        lines: all that is then different in the model, for people.
+        lines: what was changed in the model, for people.
         size: height and width of images that both take.
         before, after: what the file does to the image and to the logits, and the model does not.
     """
@@ -70,7 +70,7 @@ def fit(model: nn.Module, graph: OnnxGraph, *, adapt: bool) -> Fit:
         other = fit(model, graph, adapt=True)
         other.changes.undo()
         if not other.mismatches:
-            result.mismatches.append("adapt=True would take all of this over")
+            result.mismatches.append("adapt=True would resolve all of this")
     return result
 
 

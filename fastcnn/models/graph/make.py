@@ -1,4 +1,4 @@
-"""How nodes come about."""
+"""The one function that makes nodes."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Window:
     def check(self) -> None:
         lengths = self.kernel + self.stride + self.dilation
         if min(lengths) < 1 or max(lengths) >= 1 << 31 or min(self.begin + self.end) < 0:
-            raise GraphError(f"its window makes no sense: {self}")
+            raise GraphError(f"its window is invalid: {self}")
         for kernel, dilation, *padding in zip(self.kernel, self.dilation, self.begin, self.end, strict=True):
             if max(padding) >= (kernel - 1) * dilation + 1 and max(padding) > 0:
                 raise GraphError(f"its padding is as large as its window: {self}")

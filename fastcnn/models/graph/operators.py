@@ -37,14 +37,14 @@ def _gemm(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
     if before.shape is not None and len(before.shape) != 1:
         raise GraphError(f"it takes 2 dimensions, and gets {len(before.shape) + 1}")
     if weight.dim() != 2:
-        raise GraphError(f"its weight is no matrix, but of shape {tuple(weight.shape)}")
+        raise GraphError(f"its weight is not a matrix, but has shape {tuple(weight.shape)}")
     weight = weight if _flag(attributes, "transB") else weight.t()
     alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
     tensors = {"weight": weight if alpha == 1 else weight * alpha}
     if r.constant(node, 2) is not None:
         bias = r.tensor(node, 2)
         if bias.numel() not in (1, len(weight)) or (bias.dim() == 2 and len(bias) != 1) or bias.dim() > 2:
-            raise GraphError(f"its third input is of shape {tuple(bias.shape)}")
+            raise GraphError(f"its bias has shape {tuple(bias.shape)}")
         tensors["bias"] = bias.reshape(-1).expand(len(weight)) * beta
     return make("Gemm", before, name=name_of(node), tensors=tensors, keys=r.keys(node, "weight", "bias"))
 
@@ -52,7 +52,7 @@ def _gemm(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
 def _matmul(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
     weight = r.tensor(node, 1)
     if weight.dim() != 2:
-        raise GraphError(f"its weight is no matrix, but of shape {tuple(weight.shape)}")
+        raise GraphError(f"its weight is not a matrix, but has shape {tuple(weight.shape)}")
     parts = {"tensors": {"weight": weight.t()}, "keys": r.keys(node, "weight")}
     return make("Gemm", r.input(node), name=name_of(node), **parts)
 
@@ -62,7 +62,7 @@ def _batch_norm(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
         raise GraphError("only batch norm by stored statistics of each channel is supported")
     epsilon = _shortest(attributes.get("epsilon", 1e-5))
     if not 0 <= epsilon < math.inf:
-        raise GraphError(f"epsilon={epsilon} makes no sense")
+        raise GraphError(f"its epsilon is {epsilon}")
     names = ("weight", "bias", "running_mean", "running_var")
     return make(
         "BatchNormalization",
@@ -85,7 +85,7 @@ def _lrn(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
     alpha, beta, k = (_shortest(attributes.get(n, d)) for n, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
     # with a larger alpha, onnxruntime gives NaN: it slides the window by adding and subtracting, which cancels
     if not (0 < alpha <= 1e6 and 0 < beta <= 1e3 and math.isfinite(k)):
-        raise GraphError(f"alpha={alpha}, beta={beta}, bias={k} make no sense")
+        raise GraphError(f"alpha={alpha}, beta={beta} or bias={k} is out of range")
     return make("LRN", r.input(node), name=name_of(node), lrn=LRNParams(size, alpha, beta, k))
 
 
@@ -98,7 +98,7 @@ def _average_pool(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
     before = r.input(node)
     window, include = _window(attributes, before), _flag(attributes, "count_include_pad")
     if window.dilation != (1, 1):
-        raise GraphError(f"its dilation is {window.dilation}, which torch's has not")
+        raise GraphError(f"its dilation is {window.dilation}; torch's average pool has none")
     return make("AveragePool", before, name=name_of(node), window=window, count_include_pad=include)
 
 
@@ -154,7 +154,7 @@ def _clip(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
     low, high = (-math.inf if low is None else float(low)), (math.inf if high is None else float(high))
     high = math.inf if high >= torch.finfo(torch.float32).max else high
     if not low < high:
-        raise GraphError(f"it leaves nothing between {low} and {high}")
+        raise GraphError(f"its minimum {low} is not below its maximum {high}")
     return make("Clip", r.input(node), name=name_of(node), min=low, max=high)
 
 
@@ -232,7 +232,7 @@ def _split(r: Reader, node: Any, attributes: dict[str, Any]) -> list[Node]:
     channels, parts = before.shape[0], len(node.output)
     if lengths is None:
         if attributes.get("num_outputs", parts) != parts or channels % parts:
-            raise GraphError(f"{channels} channels are not to be had from {parts} parts")
+            raise GraphError(f"{channels} channels cannot be split into {parts} equal parts")
         lengths = [channels // parts] * parts
     if sum(lengths) != channels or len(lengths) != parts:
         raise GraphError(f"{channels} channels do not split into {lengths}")
@@ -269,7 +269,7 @@ def _arithmetic(r: Reader, node: Any, attributes: dict[str, Any]) -> Node:
         return total
     place = next(i for i, name in enumerate(inputs) if name in r.values)
     if len(inputs) != 2 or (place == 1 and kind in ("Sub", "Div")):
-        raise GraphError("a constant minus or by an output is not supported")
+        raise GraphError("a constant minus an output, or divided by one, is not supported")
     constant = r.tensor(node, 1 - place)
     parts = {"tensors": {"constant": constant}, "keys": {"constant": inputs[1 - place]}}
     return make("Add" if kind == "Sum" else kind, r.input(node, place), name=name_of(node), **parts)

@@ -46,7 +46,7 @@ def read_onnx(path: Path, size: int | None = None) -> OnnxGraph:
     onnx = import_onnx()
     model = onnx.load(path, load_external_data=False)
     if not model.graph.node:
-        raise GraphError("it holds no graph")
+        raise GraphError("it contains no graph")
     if not 3 <= model.ir_version <= onnx.IR_VERSION:
         raise GraphError(f"its IR version is {model.ir_version}; supported are 3 to {onnx.IR_VERSION}")
     opsets = {opset.domain: opset.version for opset in model.opset_import}
@@ -69,7 +69,7 @@ def _check_support(graph: Any) -> None:
     if problems:
         raise GraphError("\n".join(problems))
     if graph.sparse_initializer:
-        raise GraphError("it holds sparse weights, which are not supported")
+        raise GraphError("it contains sparse weights, which are not supported")
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value.name for value in graph.input if value.name not in constants]
     for what, names in (("inputs", inputs), ("outputs", [value.name for value in graph.output])):
@@ -94,7 +94,9 @@ def _load_external_data(model: Any, path: Path, onnx: Any) -> None:
         places = {entry.key: entry.value for entry in tensor.external_data}
         file = folder / places.get("location", "")
         if not file.resolve().is_relative_to(folder) or not file.is_file():
-            raise GraphError(f"the values of {tensor.name} are in {places.get('location')!r}, no file of its folder")
+            raise GraphError(
+                f"the values of {tensor.name} are in {places.get('location')!r}, which is not a file in its folder"
+            )
         start, length = (int(places.get(key, 0)) for key in ("offset", "length"))
         if start < 0 or length < 0 or start + length > file.stat().st_size:
             raise GraphError(f"the values of {tensor.name} lie beyond the end of {places['location']!r}")
@@ -136,7 +138,7 @@ class Reader:
         self.graph, self.producer, self.opset, self.onnx = model.graph, model.producer_name, opset, onnx
         self.constants: dict[str, Any] = {}  # arrays of numpy
         self.values: dict[str, Node] = {}
-        self.lengths: list[int] = []  # of the symbols for what is not known
+        self.unknown = BATCH  # the last number that stands for a length that is not known
 
     def read(self) -> OnnxGraph:
         for tensor in self.graph.initializer:
@@ -175,12 +177,12 @@ class Reader:
         if all(value is not None or not name for name, value in zip(node.input, constants, strict=True)):
             value = evaluated(node.op_type, constants, attributes)
             if value is None:
-                raise GraphError("it computes of constants only, which is not supported")
+                raise GraphError("it takes only constants, which is not supported")
             self.constants[node.output[0]] = value
         elif node.op_type == "Shape":
             self.constants[node.output[0]] = self._shape(node, attributes)
         elif node.op_type not in OPERATORS:
-            raise GraphError("it computes of something else than constants, which is not supported")
+            raise GraphError("it takes more than constants, which is not supported")
         else:
             made = OPERATORS[node.op_type](self, node, attributes)
             made = made if isinstance(made, list) else [made]
@@ -237,10 +239,10 @@ class Reader:
         """A dimension counted from the batch on, from 0 on in one sample."""
         if axis < 0:
             if before.shape is None:
-                raise GraphError(f"which dimension {axis} is cannot be told")
+                raise GraphError(f"its axis is {axis}, and its number of dimensions is not known")
             axis += len(before.shape) + 1
         if axis < 1:
-            raise GraphError("what goes across the batch is not supported")
+            raise GraphError("operations across the batch are not supported")
         return axis - 1
 
     def _shape(self, node: Any, attributes: dict[str, Any]) -> Any:
@@ -252,7 +254,7 @@ class Reader:
         lengths = [self.batch or BATCH]
         for length in before.shape:
             if length is None:
-                self.lengths.append(0)
-                length = BATCH + len(self.lengths)
+                self.unknown += 1
+                length = self.unknown
             lengths.append(length)
         return numpy.array(lengths[attributes.get("start", 0) : attributes.get("end", len(lengths))], "int64")

@@ -30,7 +30,7 @@ def _convolved(node: Node) -> Shape:
     if weight.dim() != 4 or tuple(weight.shape[2:]) != node.window.kernel or not weight.numel():
         raise GraphError(f"its weight of shape {tuple(weight.shape)} does not fit its window")
     if groups < 1 or len(weight) % groups:
-        raise GraphError(f"{len(weight)} channels are not to be had from {groups} groups")
+        raise GraphError(f"{len(weight)} output channels cannot be divided into {groups} groups")
     shape = map_of(node, weight.shape[1] * groups)
     node.window.check()
     _check_length(node, "bias", len(weight))
@@ -40,7 +40,7 @@ def _convolved(node: Node) -> Shape:
 def _multiplied(node: Node) -> Shape | None:
     weight, shape = node.tensors["weight"], _shape(node)
     if weight.dim() != 2 or not weight.numel():
-        raise GraphError(f"its weight is no matrix, but of shape {tuple(weight.shape)}")
+        raise GraphError(f"its weight is not a matrix, but has shape {tuple(weight.shape)}")
     _check_length(node, "bias", len(weight))
     if shape is None:
         return None
@@ -61,7 +61,7 @@ def _per_channel(node: Node) -> Shape | None:
 
 def _check_length(node: Node, name: str, length: int) -> None:
     if name in node.tensors and tuple(node.tensors[name].shape) != (length,):
-        raise GraphError(f"its {name} is of shape {tuple(node.tensors[name].shape)}, not ({length},)")
+        raise GraphError(f"its {name} has shape {tuple(node.tensors[name].shape)}, not ({length},)")
 
 
 def _normalized(node: Node) -> Shape | None:

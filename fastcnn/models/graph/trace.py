@@ -148,7 +148,7 @@ class Recorder(TorchFunctionMode):
 
     def _output(self, output: Any) -> Node:
         if not isinstance(output, Tensor):
-            raise _NotFollowed(f"the model gives a {type(output).__name__}, not one tensor")
+            raise _NotFollowed(f"the model returns a {type(output).__name__}, not one tensor")
         node = self.node(output)
         if node is None:
             raise _NotFollowed("the output of the model does not depend on the image")

@@ -42,7 +42,7 @@ class _Writer:
                 self.names[node] = "image"
                 continue
             if node.kind not in _WRITERS:
-                raise GraphError(f"{node} of the model has no counterpart in ONNX that is known here")
+                raise GraphError(f"{node} of the model has no known counterpart in ONNX")
             self.names[node] = "logits" if node is self.output else self._name(node)
             _WRITERS[node.kind](self, node)
         values = [

@@ -13,14 +13,14 @@ import torch
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from tools.fuzz_onnx import BYTES, Outcome, image, in_a_process, judged
-from tools.onnx_files import FILES, MUTATIONS, mutated
+from tools.fuzz import BYTES, Outcome, image, in_a_process, judged
+from tools.fuzz_files import FILES, MUTATIONS, mutated
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_broken_files():
-    command = [sys.executable, "-m", "tools.fuzz_onnx", "--files", "100"]
+    command = [sys.executable, "-m", "tools.fuzz", "--files", "100"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0, done.stdout + done.stderr
     counts = dict(re.findall(r"(\w+ +[a-z, ]+?) +(\d+) *$", done.stdout, re.M))

@@ -1,8 +1,8 @@
-"""``make fuzz``: is a broken ONNX file refused, or computes what is loaded of it what onnxruntime computes?
+"""``make fuzz``: a broken ONNX file is refused, or the network made of it computes what onnxruntime computes.
 
-Every file is loaded in processes of their own, with a limit on time and memory: by onnxruntime, by
-:func:`fastcnn.models.from_onnx`, and by :func:`fastcnn.models.load_weights` into the network of the file before it
-broke. Where onnxruntime refuses a file or dies, ours must refuse it; where it does not, ours may.
+Every file is loaded three times, each in a process with limits on time and memory: by onnxruntime, by
+:func:`fastcnn.models.from_onnx`, and by :func:`fastcnn.models.load_weights` into the network of the
+intact file. Where onnxruntime refuses a file or dies, ours must refuse it; elsewhere ours may.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch import Tensor
 from fastcnn import models
 from fastcnn.models.graph.onnxruntime import Runtime, difference
 
-from .onnx_files import FILES, mutated
+from .fuzz_files import FILES, mutated
 
 SECONDS, BYTES = 20, 8 << 30  # of a process
 LARGEST = 1 << 22  # values of an input that is still tried

@@ -1,4 +1,4 @@
-"""Small ONNX files like those of the era's networks and their exporters, and such files after something went wrong."""
+"""Small ONNX files like those of the era's networks and exporters, and ways to break them."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -166,7 +166,7 @@ def tensorflow() -> ModelProto:
 
 FILES: dict[str, Callable[[], ModelProto]] = {f.__name__: f for f in (alexnet, inception, vgg, squeezenet, tensorflow)}
 
-# -- what goes wrong --------------------------------------------------------------------------------------------------
+# -- ways to break them ------------------------------------------------------------------------------------------------
 
 
 def bytes_flipped(model: ModelProto, rng: random.Random) -> bytes:
