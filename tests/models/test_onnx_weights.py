@@ -264,6 +264,18 @@ OTHERS = {
         "padding at the end is (1, 1) in the file and (2, 2) in the model",
         True,
     ),
+    "padding on the other side": (
+        [node("Conv", "image w b", "c", kernel_shape=[3, 3], pads=[1, 1, 0, 0])],
+        lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv()),
+        "padding at the start is (1, 1) in the file and (0, 0) in the model",
+        True,
+    ),
+    "another window with as many outputs": (
+        [CONVOLVED, node("MaxPool", "c", "p", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)],
+        lambda: nn.Sequential(conv(), nn.MaxPool2d(2)),
+        "MaxPool the_p: kernel is (3, 3) in the file and (2, 2) in the model",
+        True,
+    ),
     "circular padding": (
         [node("Conv", "image w b", "c", **PADDED)],
         lambda: nn.Sequential(conv(padding=1, padding_mode="circular")),
@@ -483,6 +495,23 @@ def test_factors_of_weights_that_are_used_twice(tmp_path):
     models.load_weights(
         constant, save_graph(path, [once[0], node("Conv", "c v z", "d", **PADDED)], tensors), verify=True
     )
+
+
+def test_a_constant_along_another_dimension(tmp_path):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv()
+            self.register_buffer("mean", torch.zeros(3, 1, 1))
+
+        def forward(self, x):
+            return self.conv(x - self.mean)
+
+    nodes = [node("Sub", "image mean", "s"), node("Conv", "s w b", "c", kernel_shape=[3, 3])]
+    rows = save_graph(tmp_path / "rows.onnx", nodes, {**CONV, "mean": randn(1, 1, 3, 1)}, shape=(1, 3, 3, 8))
+    refused(Network(), rows, "its constant is (1, 3, 1) in the file and (3, 1, 1) in the model")
+    channels = save_graph(tmp_path / "c.onnx", nodes, {**CONV, "mean": randn(1, 3, 1, 1)}, shape=(1, 3, 3, 8))
+    models.load_weights(Network(), channels, verify=True)
 
 
 # -- what a model may be made of --------------------------------------------------------------------------------------
