@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from .data import ImageError, read_image
 from .models import PREPROCESSINGS, Preprocessing, WeightsReport, create_model, list_models, load_weights
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 ModelOptions = Annotated[list[str] | None, typer.Option(help="Of the model, such as lrn_groups=1; may be repeated.")]
 
 
-class ImageError(ValueError):
-    """A file that is no picture, or a damaged one."""
-
-
 @dataclass(frozen=True)
 class Guess:
     """A class, its label if there are labels, and its probability from 0 to 1."""
@@ -37,28 +34,6 @@ class Guess:
     index: int
     label: str
     probability: float
-
-
-def read_image(path: Path) -> Image:
-    """The picture in a file, upright, in RGB.
-
-    Raises:
-        ImageError: there is no file, or it holds no picture, or only a part of one.
-        ImportError: Pillow is not installed (it comes with ``fastcnn[models]``).
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise ImageError(f"{path}: there is no such file") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{path}: not an image") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: too large an image: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files depends on the format
-        raise ImageError(f"{path}: cannot be read: {error}") from None
 
 
 def classify(

@@ -131,20 +131,6 @@ def test_options_reach_the_model(command: list[object]) -> None:
     assert_refused(fastcnn_command(*command, PHOTOGRAPHS[0], "--option", "plain"), "'plain'", "name=value")
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
-def test_pictures_of_any_mode(tmp_path: Path, mode: str) -> None:
-    Image.new(mode, (30, 20)).save(tmp_path / ("picture.tiff"))
-    picture = predict.read_image(tmp_path / "picture.tiff")
-    assert (picture.mode, picture.size) == ("RGB", (30, 20))
-
-
-def test_pictures_are_turned_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned
-    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert predict.read_image(tmp_path / "turned.jpg").size == (20, 30)
-
-
 def test_every_bad_picture_is_named(command: list[object], tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "empty.png").write_bytes(b"")
@@ -153,7 +139,7 @@ def test_every_bad_picture_is_named(command: list[object], tmp_path: Path) -> No
     paths = [tmp_path / name for name in ("absent.jpg", "text.jpg", "empty.png", "half.jpg", ".")]
     result = fastcnn_command(*command, PHOTOGRAPHS[0], *paths)
     assert_refused(result, "absent.jpg: there is no such file", "text.jpg: not an image", "empty.png: not an image")
-    assert_refused(result, "half.jpg: cannot be read: image file is truncated", f"{tmp_path}: cannot be read:")
+    assert_refused(result, "half.jpg: cannot be read: image file is truncated", f"{tmp_path}: there is no such file")
 
 
 def test_wrong_arguments_are_refused(command: list[object], weights: Path, tmp_path: Path) -> None:

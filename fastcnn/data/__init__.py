@@ -1,11 +1,13 @@
-"""Photographs and data sets."""
+"""Photographs, and pictures from files."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["photographs"]
+from .images import ImageError, read_image, to_rgb
+
+__all__ = ["ImageError", "photographs", "read_image", "to_rgb"]
 
 
 def photographs(size: int = 227) -> Tensor:
@@ -27,11 +29,11 @@ def photographs(size: int = 227) -> Tensor:
     if size <= 0:
         raise ValueError(f"photographs(): size must be greater than zero, but got size={size}")
     import numpy
-    from PIL import Image, ImageOps
+    from PIL.Image import Resampling
+    from PIL.ImageOps import fit
 
     crops = []
     for path in sorted((Path(__file__).parent / "photographs").glob("*.jpg")):
-        with Image.open(path) as photograph:
-            crop = ImageOps.fit(photograph.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        crop = fit(read_image(path), (size, size), Resampling.BICUBIC)
         crops.append(torch.from_numpy(numpy.array(crop)).permute(2, 0, 1))
     return torch.stack(crops)

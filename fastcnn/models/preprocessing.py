@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..data.images import to_rgb
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -32,20 +34,26 @@ class Preprocessing:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __call__(self, image: Image, size: int) -> Tensor:
-        """The image as a float32 tensor of shape (3, size, size)."""
+        """The image, of any size and mode that :func:`fastcnn.data.to_rgb` takes, as float32 (3, size, size), on the CPU.
+
+        Raises:
+            ImageError: its pixels have no definite 8-bit colours.
+        """
         import numpy
         from PIL.Image import Resampling
 
+        image = to_rgb(image)
         side = min(image.size) * size / _short_side(size)
         left, top = ((length - side) / 2 for length in image.size)
         box = (left, top, left + side, top + side)
-        image = image.convert("RGB").resize((size, size), Resampling.BICUBIC, box)
+        image = image.resize((size, size), Resampling.BICUBIC, box)
         return self.normalized(torch.from_numpy(numpy.array(image)).permute(2, 0, 1))
 
     def normalized(self, pixels: Tensor) -> Tensor:
-        """Of RGB pixels from 0 to 255, (..., 3, H, W) in any dtype: float32, in the network's order and scale."""
+        """Of RGB pixels from 0 to 255, (..., 3, H, W) in any dtype: float32 on their device, in the network's order and
+        scale."""
         pixels = pixels.float() if self.colours == "RGB" else pixels.float().flip(-3)
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return (pixels * self.scale - mean) / std
 
 
