@@ -135,7 +135,9 @@ def _from_16_bits(image: Image, white: int) -> Image:
 
 
 def _orientation(image: Image) -> int:
-    """By EXIF; of a broken one, 1: upright."""
+    """By EXIF, of what is loaded; of a broken one, 1: upright."""
+    if image.format == "TIFF":  # Pillow turns it while it loads it
+        return 1
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:
