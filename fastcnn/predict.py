@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 
 ModelOptions = Annotated[list[str] | None, typer.Option(help="Of the model, such as lrn_groups=1; may be repeated.")]
+WeightsFile = Annotated[
+    Path,
+    typer.Option(
+        help="A file of torch, TorchScript, safetensors (.safetensors, or .index.json of several) or ONNX.",
+        show_default=False,
+    ),
+]
+EntryOption = Annotated[str | None, typer.Option(help="Of a file of several networks, which: model_ema.")]
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,9 @@ def classify(
     prepare, size = preprocessing or model.preprocessing, model.input_size
     assert isinstance(prepare, Preprocessing)
     assert isinstance(size, int)
+    parameter = next(model.parameters())
     with torch.inference_mode():
-        logits: Tensor = model(prepare(image, size)[None])[0]
+        logits: Tensor = model(prepare(image, size)[None].to(parameter.device, parameter.dtype))[0]
     probabilities, indices = logits.double().softmax(0).topk(min(top, len(logits)))
     return [
         Guess(index, labels[index] if labels else "", probability)
@@ -90,7 +99,7 @@ def plot(images: Sequence[Image], guesses: Sequence[Sequence[Guess]], path: Path
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Pictures.", show_default=False)],
     model: Annotated[str, typer.Option(help="A name of fastcnn.models.", show_default=False)],
-    weights: Annotated[Path, typer.Option(help="A state_dict, a .safetensors or an .onnx file.", show_default=False)],
+    weights: WeightsFile,
     labels: Annotated[Path | None, typer.Option(help="A file of the classes' names, one a line.")] = None,
     classes: Annotated[int | None, typer.Option(min=1, help="How many; as many as labels, or 1000.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
@@ -99,6 +108,7 @@ def predict(
         str | None, typer.Option(help=f"{', '.join(PREPROCESSINGS)}; the model's own if not given.")
     ] = None,
     option: ModelOptions = None,
+    entry: EntryOption = None,
     plot_to: Annotated[Path | None, typer.Option("--plot", help="Save pictures and bars to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -107,7 +117,7 @@ def predict(
     number = classes or len(names) or 1000
     if names and len(names) != number:
         raise typer.BadParameter(f"{len(names)} lines for {number} classes", param_hint="--labels")
-    if preprocessing is not None and preprocessing not in PREPROCESSINGS:
+    if preprocessing not in (None, *PREPROCESSINGS):
         raise typer.BadParameter(
             f"{preprocessing!r} is none of {', '.join(PREPROCESSINGS)}", param_hint="--preprocessing"
         )
@@ -116,15 +126,15 @@ def predict(
         if importlib.util.find_spec(package) is None:
             raise typer.BadParameter(f"{package} is not installed: pip install fastcnn[models]")
     pictures = _read_images(images)
-    report = load(network, weights)
-    prepare = PREPROCESSINGS[preprocessing] if preprocessing else network.preprocessing
-    assert isinstance(prepare, Preprocessing)
-    guesses = [classify(network, picture, top=top, labels=names, preprocessing=prepare) for picture in pictures]
+    report = load(network, weights, entry, preprocessing)
+    guesses = [classify(network, picture, top=top, labels=names) for picture in pictures]
     if plot_to is not None:
         try:
             plot(pictures, guesses, plot_to)
         except (ValueError, OSError) as error:
             raise typer.BadParameter(str(error), param_hint="--plot") from None
+    prepare = network.preprocessing
+    assert isinstance(prepare, Preprocessing)
     if as_json:
         found = [
             {"image": str(path), "top": [asdict(guess) for guess in best]}
@@ -152,11 +162,14 @@ def build_model(name: str, options: dict[str, Any], **common: Any) -> nn.Module:
     return network.to_empty(device="cpu").eval()
 
 
-def load(network: nn.Module, weights: Path) -> WeightsReport:
+def load(
+    network: nn.Module, weights: Path, entry: str | None = None, preprocessing: str | None = None
+) -> WeightsReport:
     """Load a file of weights, or an error of the command line; the network takes the settings of an ONNX file."""
+    adapt = weights.suffix.lower() == ".onnx"
     try:
-        return load_weights(network, weights, adapt=weights.suffix.lower() == ".onnx")
-    except (RuntimeError, OSError, ImportError) as error:
+        return load_weights(network, weights, entry=entry, preprocessing=preprocessing, adapt=adapt)
+    except (RuntimeError, OSError, ImportError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--weights") from None
 
 

@@ -1,16 +1,20 @@
-"""Other people's weights: torch, safetensors and ONNX files into a model, all of them or none."""
+"""Other people's weights: torch, TorchScript, safetensors and ONNX files into a model, all of them or none."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..params import LRNParams
+from .checkpoints import Choice, choose, format_of, read_entries
 from .errors import GraphError, WeightsError
+from .preprocessing import PREPROCESSINGS, Preprocessing
 
 T = TypeVar("T")
 
@@ -21,7 +25,7 @@ class WeightsReport:
 
     Attributes:
         path: the file.
-        format: "torch", "safetensors" or "ONNX".
+        format: "torch", "TorchScript", "safetensors", "shards" or "ONNX".
         tensors: how many it held for the model.
         lrn: ONNX: the parameters of each LRN, in graph order. The model's now are the same.
         changes: ONNX: what was changed in the model besides its parameters, to compute what the file computes.
@@ -60,17 +64,26 @@ class WeightsReport:
 
 
 def load_weights(
-    model: nn.Module, path: str | os.PathLike[str], *, adapt: bool = False, verify: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    entry: str | None = None,
+    preprocessing: str | Preprocessing | None = None,
+    adapt: bool = False,
+    verify: bool = False,
 ) -> WeightsReport:
     """Load a file of weights into a model, strictly: every tensor of both must have a counterpart of its shape.
 
     Args:
         model: one of :func:`create_model`, or any other whose keys (torch, safetensors) or graph (ONNX) are those of
             the file.
-        path: by its suffix, ``.safetensors``, ``.onnx``, or otherwise a ``state_dict`` saved by :func:`torch.save`,
-            which is read with ``weights_only=True``: a file that holds other objects is refused, not run. A
-            ``state_dict`` under the key "state_dict", "model_state_dict" or "model" is found, and the prefix "module."
-            of DistributedDataParallel removed.
+        path: by its suffix, ``.safetensors``, ``.onnx``, ``.index.json`` of a model in several such files ("shards"),
+            or otherwise of :func:`torch.save` or :func:`torch.jit.save`. Nothing of a file is run: torch reads with
+            ``weights_only=True``, and of TorchScript only parameters and buffers are read.
+
+            The weights are looked for in every dictionary of a checkpoint ("state_dict", "model", ...), and names that
+            wrappers add, such as "module" of DataParallel and "_orig_mod" of ``torch.compile``, do not count, wherever
+            they are in a key.
 
             An ONNX graph is walked from its output to the image, beside the graph of what the model's forward calls in
             evaluation mode (on no data: nothing is computed). The operations must be the same in the same order, and
@@ -78,6 +91,11 @@ def load_weights(
             file takes images of one size only, padding and rounding may differ as long as they do not matter at that
             size; where it leaves the size open, that is ``model.input_size``, if the model has one. Biases that the
             file leaves out are 0, and dropout is not compared.
+        entry: not ONNX: which of the file's dictionaries, or which prefix of its keys, holds the weights: "model_ema",
+            "state_dict.generator". If None, the one that fits; of several, that which is no average over the training
+            (EMA, SWA).
+        preprocessing: what the weights expect of images, a name in PREPROCESSINGS or your own; for files that do not
+            tell. Those that come from Caffe take "caffe", that is BGR. ``model.preprocessing`` becomes this.
         adapt: ONNX: give the model the file's settings where it has others. Further, where one of the two multiplies
             the input of a layer by a factor, as the paper's dropout does, that goes into the weights; and a softmax at
             the end of the file and arithmetic with the image at its beginning may be missing in the model: the report
@@ -90,30 +108,79 @@ def load_weights(
         For graphs converted from Caffe, ``model.preprocessing`` becomes Caffe's.
 
     Raises:
-        WeightsError: the file is of another format, truncated, or does not fit; the message lists every mismatch. A
-            RuntimeError, as of ``load_state_dict``. The model is then exactly as it was.
+        WeightsError: the file is of another format, truncated, or does not fit; the message lists every mismatch, and
+            the nearest name. A RuntimeError, as of ``load_state_dict``. The model is then exactly as it was.
         FileNotFoundError: there is no such file.
         ImportError: the package onnx or safetensors is missing (``fastcnn[models]`` brings both), or onnxruntime with
             ``verify``.
-        ValueError: ``adapt`` or ``verify`` for a file that is not ONNX.
+        TypeError: ``preprocessing`` is neither a name nor a :class:`Preprocessing`.
+        ValueError: ``adapt`` or ``verify`` for a file that is not ONNX, ``entry`` for one that is; no preprocessing has
+            this name.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_weights(): there is no file {path}")
-    format = {".onnx": "ONNX", ".safetensors": "safetensors"}.get(path.suffix.lower(), "torch")
+    expected = None if preprocessing is None else _preprocessing(preprocessing)
+    format = format_of(path)
+    given = {"entry": entry} if format == "ONNX" else {"adapt": adapt or None, "verify": verify or None}
+    for option, value in given.items():
+        if value is not None:
+            other = "a file of another format" if format == "ONNX" else "an ONNX file"
+            raise ValueError(f"load_weights(): {option}={value!r} needs {other}, but got {path}")
     if format == "ONNX":
         from .onnx_files import load_onnx  # takes longer to import than all of this
 
-        return load_onnx(model, path, adapt=adapt, verify=verify)
-    for option, value in (("adapt", adapt), ("verify", verify)):
-        if value:
-            raise ValueError(f"load_weights(): {option}={value} needs an ONNX file, but got {path}")
-    reader = _read_safetensors if format == "safetensors" else _read_torch
-    state = read(reader, path, format, "load_weights")
-    own = model.state_dict()
-    refuse(path, missing(own, state) + misfits(own, state))
+        report = load_onnx(model, path, adapt=adapt, verify=verify)
+    else:
+        report = _load_checkpoint(model, path, format, entry)
+    if expected is not None:
+        model.preprocessing = expected  # type: ignore[assignment]
+        report.colours, report.mean = expected.colours, expected.mean
+        report.pixels = f"0 to {255 * expected.scale:g}"
+    return report
+
+
+def _load_checkpoint(model: nn.Module, path: Path, format: str, entry: str | None) -> WeightsReport:
+    entries = read(read_entries, path, format, "load_weights")
+    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+    def fits(choice: Choice) -> bool:
+        state = choice.state()
+        complete = all(key in state or _may_be_missing(key) for key in own)
+        return complete and len(state) == len(choice.entry.tensors) and not misfits(own, state)
+
+    try:
+        found = choose(entries, own, entry, fits)
+    except ValueError as error:
+        raise WeightsError(f"load_weights(): {path} cannot be loaded: {error}") from None
+    state, name = found.state(), found.entry.name
+    lines = missing(own, state, found.left_over(), found.entry.others) + misfits(own, state)
+    if lines:
+        lines += [f"its entry {other!r} fits; entry={other!r} loads that" for other in found.alternatives]
+        if re.search(r"-\d+-of-\d+\.", path.name):
+            lines.append("it is one of several files: load the .index.json that lists them")
+    refuse(path, lines, name)
     load(model, state)
-    return WeightsReport(path, format, len(state))
+    report = WeightsReport(path, format, len(state))
+    if name:
+        report.notes.append(f"from its entry {name!r}" + f"; tensors beside it: {found.beside}" * bool(found.beside))
+    renamed = [f"{theirs} -> {key}" for key, theirs in found.keys.items() if key != theirs]
+    if renamed:
+        report.notes.append(f"{len(renamed)} keys have other wrappers in the model: {renamed[0]}, ...")
+    report.notes += [f"its entry {other!r} fits too; entry={other!r} loads that" for other in found.alternatives]
+    return report
+
+
+def _preprocessing(given: str | Preprocessing) -> Preprocessing:
+    if isinstance(given, Preprocessing):
+        return given
+    if not isinstance(given, str):
+        raise TypeError(
+            f"load_weights(): argument 'preprocessing' must be str or Preprocessing, not {type(given).__name__}"
+        )
+    if given not in PREPROCESSINGS:
+        raise ValueError(f"load_weights(): preprocessing must be one of {', '.join(PREPROCESSINGS)}, not {given!r}")
+    return PREPROCESSINGS[given]
 
 
 def read(reader: Callable[[Path], T], path: Path, format: str, function: str) -> T:
@@ -122,6 +189,8 @@ def read(reader: Callable[[Path], T], path: Path, format: str, function: str) ->
         return reader(path)
     except ImportError as error:
         raise ImportError(f"{function}(): {error}") from None
+    except WeightsError:
+        raise
     except GraphError as error:
         raise WeightsError(f"{function}(): {path} is not supported:", str(error).splitlines()) from error
     except Exception as error:  # each reader raises what it likes for a broken file
@@ -129,38 +198,18 @@ def read(reader: Callable[[Path], T], path: Path, format: str, function: str) ->
         raise WeightsError(f"{function}(): {path} cannot be read as a file of {format} weights: {reason}") from error
 
 
-def refuse(path: Path, mismatches: list[str]) -> None:
+def refuse(path: Path, mismatches: list[str], entry: str = "") -> None:
     """Raise WeightsError if there are mismatches."""
     if mismatches:
-        raise WeightsError(f"load_weights(): {path} does not fit the model:", mismatches)
+        where = f"entry {entry!r} of {path}" if entry else path
+        raise WeightsError(f"load_weights(): {where} does not fit the model:", mismatches)
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state that is known to fit."""
-    counters = {key: value for key, value in model.state_dict().items() if _may_be_missing(key)}
-    model.load_state_dict({**counters, **state})
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"it holds a {type(content).__name__}, not a state_dict")
-    others = [f"{key!r} is a {type(value).__name__}" for key, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ValueError(f"it holds other things than tensors: {', '.join(others)}")
-    prefix = "module." if all(key.startswith("module.") for key in content) else ""
-    return {key.removeprefix(prefix): value for key, value in content.items()}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ImportError("reading safetensors needs the package of this name: pip install fastcnn[models]") from None
-    return load_file(path)
+    own = model.state_dict()
+    left = {key: value for key, value in own.items() if _may_be_missing(key) or not isinstance(value, Tensor)}
+    model.load_state_dict({**left, **state})
 
 
 def _may_be_missing(key: str) -> bool:
@@ -168,11 +217,44 @@ def _may_be_missing(key: str) -> bool:
     return key.endswith("num_batches_tracked")
 
 
-def missing(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """The keys that only one of them has, one per line."""
-    missing = [key for key in own if key not in state and not _may_be_missing(key)]
-    lines = [f"{key} is missing in the file; it is {tuple(own[key].shape)} in the model" for key in missing]
-    return lines + [f"{key} {tuple(state[key].shape)} is in the file only" for key in state if key not in own]
+def missing(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    left_over: Mapping[str, Tensor] | None = None,
+    others: Mapping[str, str] | None = None,
+) -> list[str]:
+    """What only one of both has, one per line.
+
+    Args:
+        own: the model's tensors.
+        state: the file's, by the keys of the model.
+        left_over: the file's others.
+        others: types of what else the file holds, by key.
+    """
+    left_over, others = left_over or {}, others or {}
+    absent = {key: own[key] for key in own if key not in state and not _may_be_missing(key)}
+    tell_nearest = len(absent) * len(left_over) <= 20_000  # which takes a second
+    lines = []
+    for key, tensor in absent.items():
+        line = f"{key} is missing in the file; it is {tuple(tensor.shape)} in the model"
+        if key in others:
+            line = f"{key} is of type {others[key]} in the file, not a tensor; it is {tuple(tensor.shape)} in the model"
+        elif tell_nearest and (near := _nearest(key, tensor, left_over)):
+            line += f"; nearest in the file: {near} {tuple(left_over[near].shape)}"
+        lines.append(line)
+    for key, tensor in left_over.items():
+        line = f"{key} {tuple(tensor.shape)} is in the file only"
+        if tell_nearest and (near := _nearest(key, tensor, absent)):
+            line += f"; nearest in the model: {near} {tuple(absent[near].shape)}"
+        lines.append(line)
+    return lines
+
+
+def _nearest(key: str, tensor: Tensor, others: Mapping[str, Tensor]) -> str | None:
+    """The most similar key, of those of the same shape if there are any."""
+    same = [other for other in others if others[other].shape == tensor.shape]
+    found = get_close_matches(key, same, 1, 0) or get_close_matches(key, others, 1)
+    return found[0] if found else None
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
@@ -184,6 +266,17 @@ def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]
             lines.append(f"{key} is {tuple(theirs.shape)} in the file and {tuple(ours.shape)} in the model")
         elif ours.is_floating_point() != theirs.is_floating_point():
             lines.append(f"{key} is {theirs.dtype} in the file and {ours.dtype} in the model")
+        elif theirs.layout != torch.strided:
+            lines.append(f"{key} is sparse in the file ({theirs.layout})")
+        elif _overflows(theirs, ours.dtype):
+            lines.append(f"{key} has values of up to {theirs[theirs.isfinite()].abs().max():g}, too large for {ours.dtype}")
         elif ours.is_meta:
             lines.append(f"{key} of the model is on the meta device, and can take no values")
     return lines
+
+
+def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite values become infinite."""
+    if not tensor.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return False
+    return bool((tensor.to(dtype).isinf() & tensor.isfinite()).any())

@@ -152,13 +152,11 @@ def test_truncated_files(model, tmp_path, suffix, left):
     refused(model, save(tmp_path / f"cut.{suffix}", whole[: int(left * len(whole))]), f"cut.{suffix} ")
 
 
-def test_other_objects_than_tensors_are_refused_not_run(model, tmp_path):
-    torch.save(model, tmp_path / "model.pth")
-    refused(model, tmp_path / "model.pth", "cannot be read as a file of torch weights: Weights only load failed")
+def test_files_without_tensors_are_refused(model, tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     refused(model, tmp_path / "list.pth", "it holds a list, not a state_dict")
     torch.save({"0.weight": 3}, tmp_path / "ints.pth")
-    refused(model, tmp_path / "ints.pth", "other things than tensors: '0.weight' is a int")
+    refused(model, tmp_path / "ints.pth", "it holds no tensors")
 
 
 def test_model_on_the_meta_device_is_refused(model, tmp_path):

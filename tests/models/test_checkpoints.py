@@ -1,0 +1,503 @@
+"""Checkpoints as people have them: wrappers, nests, averages, shards, TorchScript, and files that mean harm."""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import textwrap
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from fastcnn import models
+from fastcnn.models import PREPROCESSINGS, Preprocessing, WeightsError, load_weights
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Detected pickle protocol")
+
+
+class Net(nn.Module):
+    """The two parts of torchvision's AlexNet and VGG."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(4, 2))
+
+    def forward(self, input):
+        return self.classifier(self.features(input).mean((2, 3)))
+
+
+def assert_loaded(path, expected, model=None, **options):
+    """The model has these values, bit for bit; the report."""
+    model = Net(seed=1) if model is None else model
+    report = load_weights(model, path, **options)
+    own = model.state_dict()
+    assert len(own) == len(expected) == report.tensors
+    for value, wanted in zip(own.values(), expected.values(), strict=True):
+        assert torch.equal(value, wanted)
+    return report
+
+
+def assert_refused(path, *said, model=None, **options):
+    """A WeightsError that says all of this, and the model as it was."""
+    model = Net() if model is None else model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, path, **options)
+    assert [words for words in said if words not in str(error.value)] == []
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return str(error.value)
+
+
+@pytest.fixture
+def state():
+    return Net().state_dict()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoint.pth.tar"
+
+
+def saved(path, content, **options):
+    torch.save(content, path, **options)
+    return path
+
+
+def under(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def shifted(state):
+    return {key: value + 1 for key, value in state.items()}
+
+
+# -- wrappers and nests -----------------------------------------------------------------------------------------------
+
+
+def parallel_parts(net):
+    net.features = nn.DataParallel(net.features)
+    return net
+
+
+def compiled_parts(net):
+    net.classifier = torch.compile(net.classifier)
+    return net
+
+
+WRAPPED = {
+    "features in DataParallel": parallel_parts,
+    "all of it": nn.DataParallel,
+    "compiled": torch.compile,
+    "compiled in DataParallel": lambda net: nn.DataParallel(torch.compile(net)),
+    "parts compiled and parallel": lambda net: parallel_parts(compiled_parts(net)),
+    "Lightning": lambda net: nn.ModuleDict({"model": net}),
+    "twice": lambda net: nn.ModuleDict({"net": nn.ModuleDict({"model": net})}),
+}
+
+
+@pytest.mark.parametrize("theirs", WRAPPED)
+@pytest.mark.parametrize("ours", ["plain", *WRAPPED])
+def test_wrappers_on_either_side_do_not_count(path, state, theirs, ours):
+    saved(path, WRAPPED[theirs](Net()).state_dict())
+    model = Net(seed=1) if ours == "plain" else WRAPPED[ours](Net(seed=1))
+    assert_loaded(path, state, model)
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda s: s,
+        lambda s: {"epoch": 90, "arch": "alexnet", "state_dict": s, "best_acc1": torch.tensor(56.5)},
+        lambda s: {"model": s, "lr_scheduler": {"last_epoch": 3}},
+        lambda s: {"net": s, "acc": 93.0},
+        lambda s: {"any": {"name": {"at all": s}}},
+        lambda s: OrderedDict(module=under("module.", s)),
+        lambda s: {**s, "epoch": 3, "note": "beside the weights"},
+        lambda s: {**s, "optimizer": {"state": {0: {"exp_avg": torch.ones(4, 3, 3, 3)}}, "param_groups": [{"lr": 1}]}},
+        lambda s: {"n_averaged": torch.tensor(7), **under("module.", s)},
+    ],
+)
+def test_weights_are_found_wherever_they_are(path, state, nested):
+    assert_loaded(saved(path, nested(state)), state)
+
+
+def test_a_whole_training_checkpoint(path, state):
+    net = Net()
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(2, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    content = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "epoch": 3}
+    report = assert_loaded(saved(path, content), net.state_dict())
+    assert report.notes == ["from its entry 'model'"]
+
+
+def test_models_own_names_of_wrappers_are_kept(path):
+    """One whose parts differ by such a name only."""
+    model = nn.ModuleDict({"net": nn.Linear(2, 2), "model": nn.ModuleDict({"net": nn.Linear(2, 2)})})
+    model["weight"] = nn.Linear(2, 2)
+    other = {key: value + 1 for key, value in model.state_dict().items()}
+    assert_loaded(saved(path, other), other, model)
+    message = assert_refused(saved(path, under("other.", other)), model=model)
+    assert "net.weight is missing in the file" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_of_other_dtypes(tmp_path, state, dtype, suffix):
+    other = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    path = tmp_path / f"weights{suffix}"
+    torch.save(other, path) if suffix == ".pth" else safetensors_torch.save_file(other, path)
+    assert_loaded(path, {key: value.to(state[key].dtype) for key, value in other.items()})
+
+
+def test_values_too_large_for_the_model_are_refused(path, state):
+    state["classifier.1.weight"][0, 0] = 1e6
+    state["features.0.bias"][0] = float("inf")  # which stays what it is
+    said = "classifier.1.weight has values of up to 1e+06, too large for torch.float16"
+    message = assert_refused(saved(path, state), said, model=Net().half())
+    assert message.count("too large") == 1
+
+
+def test_sparse_tensors_are_refused(path, state):
+    state["classifier.1.weight"] = state["classifier.1.weight"].to_sparse()
+    assert_refused(saved(path, state), "classifier.1.weight is sparse in the file")
+
+
+# -- which of several -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model_ema", "ema", "state_dict_ema", "ema_state_dict", "params_ema", "swa_model"])
+def test_averages_are_loaded_when_they_are_chosen(path, state, name):
+    average = shifted(state)
+    saved(path, {name: under("module.", average), "model": state})
+    assert assert_loaded(path, state).notes[1:] == [f"its entry {name!r} fits too; entry={name!r} loads that"]
+    assert_loaded(path, average, entry=name)
+    assert_loaded(path, state, entry="model")
+    assert_loaded(saved(path, {name: average}), average)  # there is nothing else
+
+
+def test_averages_among_the_keys(path, state):
+    content = {**under("model.", state), **under("ema.module.", shifted(state)), "criterion.weight": torch.ones(9)}
+    saved(path, {"state_dict": content})
+    assert assert_loaded(path, state).notes == ["from its entry 'state_dict.model'; tensors beside it: 10"]
+    assert_loaded(path, shifted(state), entry="state_dict.ema")
+
+
+def test_several_that_fit_are_named(path, state):
+    saved(path, {"generator": state, "critic": shifted(state), "again": state})
+    assert_refused(path, "several entries fit: 'generator', 'critic'; say which, as entry=")
+    assert_loaded(path, shifted(state), entry="critic")
+    assert_refused(path, "it has no entry 'actor', but 'generator', 'critic'", entry="actor")
+
+
+def test_parts_are_loaded_when_they_are_chosen(path, state):
+    part = Net(seed=1).features
+    expected = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
+    saved(path, {"state_dict": state})
+    assert_refused(path, "its entry 'state_dict.features' fits; entry='state_dict.features' loads that", model=part)
+    assert_loaded(path, expected, part, entry="state_dict.features")
+
+
+# -- files that do not fit --------------------------------------------------------------------------------------------
+
+
+def test_nearest_names_are_told(path, state):
+    renamed = {key.replace("features.0", "features.conv1"): value for key, value in state.items()}
+    message = assert_refused(
+        saved(path, {"state_dict": renamed}),
+        f"load_weights(): entry 'state_dict' of {path} does not fit the model:\n",
+        "features.0.weight is missing in the file; it is (4, 3, 3, 3) in the model; "
+        "nearest in the file: features.conv1.weight (4, 3, 3, 3)\n",
+        "features.conv1.bias (4,) is in the file only; nearest in the model: features.0.bias (4,)",
+    )
+    assert message.count("\n") == 4
+
+
+def test_entry_that_is_no_tensor_is_named(path, state):
+    state["features.0.bias"] = [0.0] * 4
+    said = "features.0.bias is of type list in the file, not a tensor; it is (4,) in the model"
+    assert_refused(saved(path, state), said)
+
+
+def test_best_entry_is_the_one_that_is_told_of(path, state):
+    del state["features.0.bias"]
+    content = {"optimizer": {"state": {0: {"exp_avg": torch.ones(4)}}}, "model": state, "ema": {"decay": torch.ones(())}}
+    message = assert_refused(saved(path, content), "entry 'model' of ", "features.0.bias is missing")
+    assert message.count("\n") == 1
+
+
+def test_thousands_of_keys_are_listed_at_once(path):
+    saved(path, {f"layer{i}.weight": torch.ones(1) for i in range(5000)})
+    assert assert_refused(path).count("is in the file only") == 5000
+
+
+# -- objects in the way -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("number", ["float64(56.5)", "float32(1)", "int64(3)", "bool_(True)"])
+def test_numbers_of_numpy_are_named_with_the_way_to_allow_them(path, state, legacy, number):
+    """What the message says to do is done."""
+    numpy = pytest.importorskip("numpy")
+    value = eval(number, {name: getattr(numpy, name) for name in dir(numpy)})
+    saved(path, {"state_dict": state, "best": value}, _use_new_zipfile_serialization=not legacy)
+    message = assert_refused(path, "core.multiarray.scalar", "Numbers of numpy do nothing", "safe_globals(allowed)")
+    lines = message.partition(":\n    import")[2]
+    code = textwrap.dedent(f"    import{lines}").replace("...", "load_weights(model, path)")
+    model = Net(seed=1)
+    exec(code, {"load_weights": load_weights, "model": model, "path": path})
+    assert torch.equal(model.features[0].weight, state["features.0.weight"])
+
+
+def test_numbers_of_an_older_numpy(path, state):
+    """Their module had another name, and still has it in the file."""
+    numpy = pytest.importorskip("numpy")
+    saved(path, {"state_dict": state, "best": numpy.float64(1)})
+    renamed = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(renamed, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    path.write_bytes(renamed.getvalue())
+    message = assert_refused(path, "numpy.core.multiarray.scalar")
+    lines = message.partition(":\n    import")[2]
+    code = textwrap.dedent(f"    import{lines}").replace("...", "load_weights(model, path)")
+    exec(code, {"load_weights": load_weights, "model": Net(), "path": path})
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_whole_modules_and_other_objects_are_refused_not_made(path, state, legacy):
+    options = {"_use_new_zipfile_serialization": not legacy}
+    said = "If you trust the file, save its weights alone"
+    assert_refused(saved(path, nn.Sequential(nn.Linear(2, 2)), **options), "torch.nn.modules.container.Sequential", said)
+    assert_refused(saved(path, {"state_dict": state, "args": argparse.Namespace(lr=1)}, **options), "Namespace", said)
+
+
+class Harm:
+    """Of a file that runs a command when it is read by pickle."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.proof}",)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "bin", "pt"])
+def test_nothing_of_a_file_is_run(tmp_path, state, suffix):
+    proof = tmp_path / "proof"
+    for i, options in enumerate(({}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4})):
+        path = saved(tmp_path / f"{i}.{suffix}", {"state_dict": state, "x": Harm(proof)}, **options)
+        assert_refused(path, "system" if i < 2 else "cannot be read")
+    path = tmp_path / f"plain.{suffix}"
+    path.write_bytes(pickle.dumps({"state_dict": {}, "x": Harm(proof)}))
+    assert_refused(path, "cannot be read")
+    assert not proof.exists()
+
+
+def test_dictionaries_that_contain_themselves(path, state):
+    content = {"state_dict": state}
+    content["again"] = content
+    assert_loaded(saved(path, content), state)
+    deep = {"state_dict": state}
+    for _ in range(60):  # 2 ** 60 ways to the end
+        deep = {"a": deep, "b": deep}
+    assert_refused(saved(path, deep), "it holds no tensors")
+
+
+# -- safetensors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path, state):
+    """Of two files, and their index."""
+    keys = list(state)
+    files = {"model-00001-of-00002.safetensors": keys[:3], "model-00002-of-00002.safetensors": keys[3:]}
+    for file, held in files.items():
+        safetensors_torch.save_file({key: state[key] for key in held}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {k: f for f, held in files.items() for k in held}}))
+    return index
+
+
+def test_shards(shards, state, tmp_path):
+    assert assert_loaded(shards, state).format == "shards"
+    for old in tmp_path.glob("*.safetensors"):
+        torch.save(safetensors_torch.load_file(old), old.with_suffix(".bin"))
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(shards.read_text().replace(".safetensors", ".bin"))
+    assert_loaded(index, state)
+
+
+def test_one_of_several_shards_is_named_as_that(shards, tmp_path):
+    assert_refused(tmp_path / "model-00001-of-00002.safetensors", "is missing", "load the .index.json that lists them")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("model-00001", "absent", "shards are missing: absent-of-00002.safetensors"),
+        ("model-00001", "../elsewhere", "the index names '../elsewhere-of-00002.safetensors', which is not a file beside"),
+        ("model-00001", "/etc/model", "is not a file beside it"),
+        ("features.0.weight", "features.9.weight", "'features.0.weight' is in model-00001"),
+        ('"classifier', '"features.2.weight": "model-00002-of-00002.safetensors", "classifier', "tensors are missing in"),
+        ("weight_map", "map", "cannot be read as a file of shards weights"),
+        ('{"metadata"', '[{"metadata"', "cannot be read"),
+    ],
+)
+def test_index_that_lies(shards, old, new, said):
+    shards.write_text(shards.read_text().replace(old, new, 1 if old.startswith('"') else -1))
+    assert_refused(shards, said)
+
+
+def header(tensors, length=None, data=bytes(8)):
+    text = tensors if isinstance(tensors, bytes) else json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header({}, length=2**63),
+        header({}, length=10**9),
+        header(b"{" * 100_000),
+        header(b'{"a": ' * 50_000 + b"1"),
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}}),
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}),
+        header({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}),
+        header({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}),
+        header({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}),
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 2**62]}}),
+        header({k: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for k in "ab"}),
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, data=bytes(99)),
+        header({"a": 3}),
+        header([1]),
+    ],
+    ids=range(14),
+)
+def test_hostile_headers(tmp_path, content):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    assert_refused(path, "cannot be read as a file of safetensors weights: ")
+
+
+def test_key_of_a_million_names(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(header({"a." * 10**6: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}))
+    assert_refused(path, "features.0.weight is missing")
+
+
+# -- TorchScript ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_torchscript(tmp_path, dtype):
+    net = Net().to(dtype).eval()
+    for script in (torch.jit.script(net), torch.jit.trace(net, torch.randn(1, 3, 5, 5, dtype=dtype))):
+        script.save(tmp_path / "net.pt")
+        report = assert_loaded(tmp_path / "net.pt", net.state_dict(), Net(seed=1).to(dtype))
+        assert report.format == "TorchScript"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "net.pt"
+    torch.jit.script(Net().eval()).save(path)
+    with zipfile.ZipFile(path) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def rewritten(path, records, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in records.items():
+            file.writestr(name, content)
+    return path
+
+
+def test_torchscript_without_parameters(tmp_path):
+    torch.jit.freeze(torch.jit.script(Net().eval())).save(tmp_path / "frozen.pt")
+    assert_refused(tmp_path / "frozen.pt", "as a file of TorchScript weights", "freezing makes them constants")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (b"c__torch__.torch.nn.modules.conv\nConv2d", b"cposix\nsystem", "posix.system, which is neither a tensor"),
+        (b"ctorch._utils\n_rebuild_tensor_v2", b"cbuiltins\neval", "builtins.eval"),
+        (b"ctorch\nFloatStorage", b"ctorch\nload", "torch.load"),
+        (b"ctorch\nFloatStorage", b"ctorch\nDoubleStorage", "bytes for"),
+        (b"K\x04K\x03K\x03K\x03t", b"K\x04K\x03K\x03K\x7ft", "out of bounds"),
+        (b"storage", b"shortage", "cannot be read"),
+    ],
+)
+def test_torchscript_that_asks_for_more(tmp_path, archive, old, new, said):
+    """Other functions, and more memory than there is."""
+    name = next(name for name in archive if name.endswith("/data.pkl"))
+    assert old in archive[name]
+    records = {**archive, name: archive[name].replace(old, new)}
+    assert_refused(rewritten(tmp_path / "net.pt", records), "as a file of TorchScript weights: ", said)
+
+
+def test_broken_torchscript(tmp_path, archive):
+    folder = next(iter(archive)).partition("/")[0]
+    assert_refused(rewritten(tmp_path / "a.pt", archive, zipfile.ZIP_DEFLATED), "is compressed")
+    cut = {name: content[:-1] if "/data/" in name else content for name, content in archive.items()}
+    assert_refused(rewritten(tmp_path / "b.pt", cut), "bytes for")
+    absent = {name: content for name, content in archive.items() if not name.endswith("/data/0")}
+    assert_refused(rewritten(tmp_path / "c.pt", absent), f"{folder}/data/0")
+    big = {**archive, f"{folder}/byteorder": b"big"}
+    assert_refused(rewritten(tmp_path / "d.pt", big), "storage of another kind")
+
+
+@pytest.mark.parametrize("kind", ["cycle", "tree"])
+def test_torchscript_of_modules_without_end(tmp_path, archive, kind):
+    """One that contains itself, and 2 ** 30 paths through thirty."""
+    module = b"c__torch__.M\nM\n)\x81"  # an object of a class, then its attributes
+    if kind == "cycle":
+        content = b"\x80\x02" + module + b"q\x00}X\x04\0\0\0selfh\x00sb."
+    else:
+        content = b"\x80\x02" + module + b"}b"
+        for i in range(30):
+            store = b"q" + bytes([i]) + b"0"
+            content += store + module + b"}(X\1\0\0\0ah" + bytes([i]) + b"X\1\0\0\0bh" + bytes([i]) + b"ub"
+        content += b"."
+    name = next(name for name in archive if name.endswith("/data.pkl"))
+    path = rewritten(tmp_path / "net.pt", {**archive, name: content})
+    assert_refused(path, "modules without end")
+
+
+# -- what the weights expect of images --------------------------------------------------------------------------------
+
+
+def test_colours_are_said_by_the_user(path, state):
+    model = Net(seed=1)
+    report = assert_loaded(saved(path, state), state, model, preprocessing="caffe")
+    assert model.preprocessing is PREPROCESSINGS["caffe"]
+    assert "colours: BGR\n  mean: (104.0, 117.0, 123.0), of pixels 0 to 255" in str(report)
+    own = Preprocessing("own", "BGR", 1 / 255, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
+    report = load_weights(model, path, preprocessing=own)
+    assert (model.preprocessing, report.colours, report.pixels) == (own, "BGR", "0 to 1")
+
+
+def test_wrong_options(path, state, tmp_path):
+    saved(path, state)
+    with pytest.raises(ValueError, match="must be one of raw, caffe, torchvision, not 'bgr'"):
+        load_weights(Net(), path, preprocessing="bgr")
+    with pytest.raises(TypeError, match="'preprocessing' must be str or Preprocessing, not list"):
+        load_weights(Net(), path, preprocessing=["BGR"])
+    with pytest.raises(ValueError, match=r"adapt=True needs an ONNX file, but got .*checkpoint"):
+        load_weights(Net(), path, adapt=True)
+    (tmp_path / "net.onnx").touch()
+    with pytest.raises(ValueError, match=r"entry='a' needs a file of another format, but got .*net\.onnx"):
+        load_weights(Net(), tmp_path / "net.onnx", entry="a")
+    model = models.create_model("vgg_a", num_classes=2, input_size=32)
+    assert_refused(path, model=model, preprocessing="caffe")
+    assert model.preprocessing is PREPROCESSINGS["raw"]  # as nothing was loaded
