@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import alexnet, inception_v1, vgg, zfnet  # noqa: F401  (they register their models)
+from . import alexnet, inception_v1, squeezenet, vgg, zfnet  # noqa: F401  (they register their models)
 from .convnet import ConvNet
 from .errors import WeightsError
 from .inception_v1 import InceptionOutputs, InceptionV1
 from .preprocessing import PREPROCESSINGS, Preprocessing
 from .registry import create_model, list_models, register_model
+from .squeezenet import SqueezeNet
 from .weights import WeightsReport, load_weights
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "InceptionOutputs",
     "InceptionV1",
     "Preprocessing",
+    "SqueezeNet",
     "WeightsError",
     "WeightsReport",
     "create_model",

@@ -51,12 +51,13 @@ def refused(model, path, *said, **options):
         ("inception_v1", "inception_v1", {}, False, LRNParams(5, 1e-4, 0.75, 1.0)),
         ("inception_v1", "inception_v1", {"plain": True, "ceil_mode": False}, True, LRNParams(5, 1e-4, 0.75, 1.0)),
         ("vgg19", "vgg_e", {"input_size": 32}, True, None),
+        ("squeezenet", "squeezenet1_1", {}, False, None),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_published_graphs(graph, name, options, strict, lrn, tmp_path):
     model = unset(name, **options)
-    size = None if graph == "inception_v1" else model.input_size
+    size = None if graph in ("inception_v1", "squeezenet") else model.input_size
     path = randomized(graph, tmp_path / "graph.onnx", input_size=size)
     if not strict:
         refused(model, path, " in the file", "adapt=True would resolve all of this")

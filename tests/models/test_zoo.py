@@ -25,7 +25,7 @@ def count(module):
 # -- as published -----------------------------------------------------------------------------------------------------
 
 # VGG: the sum of table 1's layers, and torchvision's documentation for A, B, D and E, their batch norm and alexnet_owt;
-# ZFNet: figure 3's layers; GoogLeNet: Caffe's bvlc_googlenet, without and with its two heads
+# ZFNet: figure 3's layers; GoogLeNet: Caffe's bvlc_googlenet, without and with its two heads; SqueezeNet: torchvision's documentation
 PARAMETERS = [
     ("alexnet_one_tower", {}, 62_378_344),
     ("alexnet_owt", {}, 61_100_840),
@@ -47,6 +47,8 @@ PARAMETERS = [
     ("vgg19_bn", {}, 143_678_248),
     ("inception_v1", {}, 6_998_552),
     ("inception_v1", {"aux": True}, 13_378_280),
+    ("squeezenet1_0", {}, 1_248_424),
+    ("squeezenet1_1", {}, 1_235_496),
 ]
 
 
@@ -95,6 +97,16 @@ def test_keys_of_inception_are_those_of_torchvision_without_batch_norm():
     assert outside == ["conv1.conv.weight", "conv2.conv.weight", "conv3.conv.weight", "fc.weight", *heads]
 
 
+@pytest.mark.parametrize(
+    ("name", "fires"), [("squeezenet1_0", "3 4 5 7 8 9 10 12"), ("squeezenet1_1", "3 4 6 7 9 10 11 12")]
+)
+@pytest.mark.parametrize("plain", [False, True])
+def test_keys_of_squeezenet_are_those_of_torchvision(name, fires, plain):
+    layers = [f"features.{i}.{part}" for i in fires.split() for part in ("squeeze", "expand1x1", "expand3x3")]
+    expected = [f"{layer}.{kind}" for layer in ("features.0", *layers, "classifier.1") for kind in ("weight", "bias")]
+    assert list(on_meta(name, plain=plain).state_dict()) == expected
+
+
 def map_sides(model):
     """The sides of the maps, in the order in which they shrink."""
     sides = []
@@ -119,6 +131,8 @@ def map_sides(model):
         ("vgg_c", {}, [224, 112, 56, 28, 14, 7]),
         ("inception_v1", {}, [112, 56, 28, 14, 7]),
         ("inception_v1", {"ceil_mode": False}, [112, 55, 27, 13, 6]),
+        ("squeezenet1_0", {}, [109, 54, 27, 13]),
+        ("squeezenet1_1", {}, [111, 55, 27, 13]),
     ],
     ids=ident,
 )
@@ -176,6 +190,8 @@ SMALL = [
     ("vgg_e", 32, {}),
     ("vgg13_bn", 32, {}),
     ("inception_v1", 80, {"aux": True}),
+    ("squeezenet1_0", 67, {}),
+    ("squeezenet1_1", 67, {}),
 ]
 
 
@@ -209,7 +225,7 @@ def test_everything_but_the_tail_of_a_plain_network_is_of_torch():
             name, plain=True, dropout="inverted", **{"lrn_groups": 1} if name == "alexnet" else {}
         ).modules():
             assert type(layer).__module__.startswith(
-                ("torch.nn.", "fastcnn.models.convnet", "fastcnn.models.inception")
+                ("torch.nn.", "fastcnn.models.convnet", "fastcnn.models.inception", "fastcnn.models.squeezenet")
             )
 
 
@@ -291,6 +307,8 @@ def test_initialization_again_resets_batch_norm():
         ("zfnet", "nothing is left of the map at conv2", {"input_size": 12}),
         ("inception_v1", "nothing is left of the map at maxpool4", {"input_size": 30}),
         ("inception_v1", "nothing is left of the map at aux1", {"input_size": 60, "aux": True}),
+        ("squeezenet1_0", "nothing is left of the map at the pool before fire9", {"input_size": 17}),
+        ("squeezenet1_1", "init must be 'caffe' or 'kaiming'", {"init": "paper"}),
         ("inception_v1", "aux must be False or True, but got aux=1", {"aux": 1}),
         ("inception_v1", "dropout must be 'paper' or 'inverted', but got dropout=0.4", {"dropout": 0.4}),
     ],
