@@ -21,7 +21,7 @@ GPU_OUT = $(if $(filter file,$(origin OUT)),,--out $(OUT))
 CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test arm soak fuzz bench gpu gpu-carry kernels roofline readme lint wheel package clean
+.PHONY: help setup test arm soak fuzz trained bench gpu gpu-carry kernels roofline readme lint wheel package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -50,6 +50,9 @@ soak: setup  ## make 100,000 calls of all sizes from threads that come and go: d
 
 fuzz: setup  ## break 2,000 small ONNX files: each must be refused, or compute what onnxruntime computes
 	$(BIN)/python -m tools.fuzz
+
+trained: setup  ## with trained weights, on labelled photographs, which are downloaded: is as much recognized as with torch?
+	FASTCNN_DOWNLOAD=1 $(BIN)/python -m pytest -q tests/models/test_trained.py
 
 bench: setup  ## check kernels and AlexNet on photographs, time them beside PyTorch, write results/
 	$(BIN)/fastcnn bench kernels --input photographs --quick --out $(OUT)

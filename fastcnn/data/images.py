@@ -101,7 +101,7 @@ def to_rgb(image: Image) -> Image:
             rgb = _from_16_bits(image, 4095 if stored == "I;12" else 65535)
         elif key is not None or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
             visible = image.copy()
-            if stored in ("L;2", "L;4"):
+            if key is not None and stored in ("L;2", "L;4"):
                 visible.info["transparency"] = key * {"L;2": 85, "L;4": 17}[stored]
             white = Image.new("RGBA", image.size, "white")
             rgb = Image.alpha_composite(white, visible.convert("RGBA")).convert("RGB")

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: the weights among what else a file holds, under whatever prefix of their keys."""
+"""Files of torch, TorchScript and safetensors: the dictionaries of tensors in them. Nothing of a file is run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ from torch import Tensor
 from .errors import WeightsError
 from .torchscript import is_torchscript, read_torchscript
 
-WRAPPERS = frozenset(  # of modules: DataParallel and EMA; torch.compile; Lightning and others; FSDP; checkpointing
-    ("module", "_orig_mod", "model", "net", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-)
-AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)")
-DEEPEST = 8  # dictionaries, and modules of a prefix
+DEEPEST = 8  # dictionary in a dictionary
 NUMPY_REMEDY = """Numbers of numpy do nothing; this allows them, and only them:
     import numpy, torch
     scalar = numpy.float64(0).__reduce__()[0]
@@ -35,20 +31,17 @@ TRUSTED_REMEDY = """If you trust the file, save its weights alone, where what it
 
 @dataclass
 class Entry:
-    """A dictionary of a checkpoint, or those of its keys that begin with one prefix.
+    """One of the dictionaries in a file.
 
     Attributes:
         name: the keys that lead to it, joined with dots; empty for the file itself.
-        tensors: by key, without the prefix.
-        others: what else it holds: types by key.
+        tensors: by key.
+        others: the types of what else it holds, by key.
     """
 
     name: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def format_of(path: Path) -> str:
@@ -146,95 +139,3 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "safetensors": _read_safetensors,
     "shards": _read_shards,
 }
-
-# -- choosing ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Choice:
-    """The entry of a file that holds the weights of a model, and the key of it for each key of the model."""
-
-    entry: Entry
-    keys: dict[str, str]
-    beside: int = 0  # tensors of the same dictionary that have another prefix
-    alternatives: list[str] = field(default_factory=list)  # entries that fit too
-
-    def state(self) -> dict[str, Tensor]:
-        return {key: self.entry.tensors[theirs] for key, theirs in self.keys.items()}
-
-    def left_over(self) -> dict[str, Tensor]:
-        used = set(self.keys.values())
-        return {key: tensor for key, tensor in self.entry.tensors.items() if key not in used}
-
-
-def choose(
-    entries: list[Entry], own: Mapping[str, Tensor], chosen: str | None, fits: Callable[[Choice], bool]
-) -> Choice:
-    """The entry that fits a model; if none does, the one of which most tensors do.
-
-    Args:
-        entries: of the file.
-        own: the model's tensors.
-        chosen: the name of the entry, or how its name begins. If None, all dictionaries of the file, and those of
-            their keys that begin with the names of wrappers. Of several that fit, averages over the training (EMA) are
-            not taken unless they are chosen.
-        fits: whether nothing is missing, left over or of another shape.
-
-    Raises:
-        ValueError: no entry has the chosen name, or several fit.
-    """
-    parts = [(automatic, part, whole) for whole in entries for automatic, part in _parts(whole)]
-    if chosen is None:
-        allowed = [(part, whole) for automatic, part, whole in parts if automatic]
-    else:
-        allowed = [(p, whole) for _, p, whole in parts if p.name == chosen or p.name.startswith(f"{chosen}.")]
-    if not allowed:
-        names = ", ".join(repr(entry.name) for entry in entries)
-        raise ValueError(f"it has no entry {chosen!r}, but {names}")
-
-    choices = [
-        Choice(part, matched(own, part.tensors), len(whole.tensors) - len(part.tensors)) for part, whole in allowed
-    ]
-    fitting = {frozenset(map(id, c.entry.tensors.values())): c for c in reversed(choices) if fits(c)}
-    if not fitting:
-        best = max(choices, key=lambda c: (_alike(own, c), -len(c.entry.tensors)))
-        best.alternatives = [p.name for _, p, _ in parts if fits(Choice(p, matched(own, p.tensors)))]
-        return best
-    found = list(reversed(fitting.values()))
-    plain = [c for c in found if not AVERAGED.search(c.entry.name.removeprefix(chosen or ""))] or found
-    if len(plain) > 1:
-        raise ValueError(f"several entries fit: {', '.join(repr(c.entry.name) for c in plain)}; say which, as entry=")
-    plain[0].alternatives = [c.entry.name for c in found if c is not plain[0]]
-    return plain[0]
-
-
-def _parts(entry: Entry) -> Iterator[tuple[bool, Entry]]:
-    """An entry, then its keys of each prefix; whether it is one of wrappers."""
-    yield True, entry
-    parts: dict[str, Entry] = {}
-    for key, tensor in entry.tensors.items():
-        names = key.split(".", DEEPEST)
-        for depth in range(1, len(names)):
-            prefix = ".".join(names[:depth])
-            part = parts.setdefault(prefix, Entry(f"{entry.name}.{prefix}" if entry.name else prefix))
-            part.tensors[key.removeprefix(f"{prefix}.")] = tensor
-    yield from ((WRAPPERS.issuperset(prefix.split(".")), part) for prefix, part in parts.items())
-
-
-def matched(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The key of the file for each key of the model that has one: the same but for the names of wrappers."""
-    same = {key: key for key in own if key in tensors}
-    ours, theirs = (_bare(key for key in keys if key not in same) for keys in (own, tensors))
-    return same | {ours[bare]: theirs[bare] for bare in ours if bare in theirs}
-
-
-def _bare(keys: Iterator[str]) -> dict[str, str]:
-    """Keys by what they are without wrappers; none of those that are the same without."""
-    bare: dict[str, list[str]] = {}
-    for key in keys:
-        bare.setdefault(".".join(name for name in key.split(".") if name not in WRAPPERS), []).append(key)
-    return {name: keys[0] for name, keys in bare.items() if len(keys) == 1}
-
-
-def _alike(own: Mapping[str, Tensor], choice: Choice) -> int:
-    return sum(own[key].shape == tensor.shape for key, tensor in choice.state().items())

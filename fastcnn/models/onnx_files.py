@@ -18,8 +18,9 @@ from .graph.onnxruntime import Runtime, difference
 from .graph.read import OnnxGraph, read_onnx
 from .graph.trace import Traced, evaluating, trace
 from .graph.write import onnx_model
+from .matching import misfits, missing
 from .preprocessing import CAFFE
-from .weights import WeightsReport, load, misfits, missing, read, refuse
+from .weights import WeightsReport, load, read, refuse
 
 
 def load_onnx(model: nn.Module, path: Path, *, adapt: bool, verify: bool) -> WeightsReport:

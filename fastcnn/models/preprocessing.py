@@ -34,7 +34,9 @@ class Preprocessing:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __call__(self, image: Image, size: int) -> Tensor:
-        """The image, of any size and mode that :func:`fastcnn.data.to_rgb` takes, as float32 (3, size, size), on the CPU.
+        """The image as a float32 tensor of shape (3, size, size), on the CPU.
+
+        It may be of any size, and any mode that :func:`fastcnn.data.to_rgb` converts.
 
         Raises:
             ImageError: its pixels have no definite 8-bit colours.

@@ -24,9 +24,8 @@ STEMS = {  # the first convolution and its pool
     "1_0": Stage("1", 3, 96, 7, stride=2, pool=POOL),
     "1_1": Stage("1", 3, 64, 3, stride=2, pool=POOL),
 }
-# of each fire module, the maps of its 1x1 reduction; it makes eight times as many. The layers in front of which pools lie
-FIRES = {"2": 16, "3": 16, "4": 32, "5": 32, "6": 48, "7": 48, "8": 64, "9": 64}
-POOLED = {"1_0": ("5", "9"), "1_1": ("4", "6")}
+FIRES = {"2": 16, "3": 16, "4": 32, "5": 32, "6": 48, "7": 48, "8": 64, "9": 64}  # the maps they squeeze to
+POOLED = {"1_0": ("5", "9"), "1_1": ("4", "6")}  # the fire modules in front of which a pool lies
 
 
 def _caffe(name: str, layer: Layer) -> None:

@@ -4,16 +4,15 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ..params import LRNParams
-from .checkpoints import Choice, choose, format_of, read_entries
+from .checkpoints import format_of, read_entries
 from .errors import GraphError, WeightsError
+from .matching import choose, may_be_missing
 from .preprocessing import PREPROCESSINGS, Preprocessing
 
 T = TypeVar("T")
@@ -143,32 +142,15 @@ def load_weights(
 def _load_checkpoint(model: nn.Module, path: Path, format: str, entry: str | None) -> WeightsReport:
     entries = read(read_entries, path, format, "load_weights")
     own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
-
-    def fits(choice: Choice) -> bool:
-        state = choice.state()
-        complete = all(key in state or _may_be_missing(key) for key in own)
-        return complete and len(state) == len(choice.entry.tensors) and not misfits(own, state)
-
     try:
-        found = choose(entries, own, entry, fits)
+        found = choose(entries, own, entry)
     except ValueError as error:
         raise WeightsError(f"load_weights(): {path} cannot be loaded: {error}") from None
-    state, name = found.state(), found.entry.name
-    lines = missing(own, state, found.left_over(), found.entry.others) + misfits(own, state)
-    if lines:
-        lines += [f"its entry {other!r} fits; entry={other!r} loads that" for other in found.alternatives]
-        if re.search(r"-\d+-of-\d+\.", path.name):
-            lines.append("it is one of several files: load the .index.json that lists them")
-    refuse(path, lines, name)
-    load(model, state)
-    report = WeightsReport(path, format, len(state))
-    if name:
-        report.notes.append(f"from its entry {name!r}" + f"; tensors beside it: {found.beside}" * bool(found.beside))
-    renamed = [f"{theirs} -> {key}" for key, theirs in found.keys.items() if key != theirs]
-    if renamed:
-        report.notes.append(f"{len(renamed)} keys have other wrappers in the model: {renamed[0]}, ...")
-    report.notes += [f"its entry {other!r} fits too; entry={other!r} loads that" for other in found.alternatives]
-    return report
+    if (lines := found.mismatches(own)) and re.search(r"-\d+-of-\d+\.", path.name):
+        lines.append("it is one of several files: load the .index.json that lists them")
+    refuse(path, lines, found.name)
+    load(model, found.state())
+    return WeightsReport(path, format, len(found.keys), notes=found.notes())
 
 
 def _preprocessing(given: str | Preprocessing) -> Preprocessing:
@@ -208,75 +190,5 @@ def refuse(path: Path, mismatches: list[str], entry: str = "") -> None:
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state that is known to fit."""
     own = model.state_dict()
-    left = {key: value for key, value in own.items() if _may_be_missing(key) or not isinstance(value, Tensor)}
+    left = {key: value for key, value in own.items() if may_be_missing(key) or not isinstance(value, Tensor)}
     model.load_state_dict({**left, **state})
-
-
-def _may_be_missing(key: str) -> bool:
-    """Old versions of torch did not count batches."""
-    return key.endswith("num_batches_tracked")
-
-
-def missing(
-    own: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    left_over: Mapping[str, Tensor] | None = None,
-    others: Mapping[str, str] | None = None,
-) -> list[str]:
-    """What only one of both has, one per line.
-
-    Args:
-        own: the model's tensors.
-        state: the file's, by the keys of the model.
-        left_over: the file's others.
-        others: types of what else the file holds, by key.
-    """
-    left_over, others = left_over or {}, others or {}
-    absent = {key: own[key] for key in own if key not in state and not _may_be_missing(key)}
-    tell_nearest = len(absent) * len(left_over) <= 20_000  # which takes a second
-    lines = []
-    for key, tensor in absent.items():
-        line = f"{key} is missing in the file; it is {tuple(tensor.shape)} in the model"
-        if key in others:
-            line = f"{key} is of type {others[key]} in the file, not a tensor; it is {tuple(tensor.shape)} in the model"
-        elif tell_nearest and (near := _nearest(key, tensor, left_over)):
-            line += f"; nearest in the file: {near} {tuple(left_over[near].shape)}"
-        lines.append(line)
-    for key, tensor in left_over.items():
-        line = f"{key} {tuple(tensor.shape)} is in the file only"
-        if tell_nearest and (near := _nearest(key, tensor, absent)):
-            line += f"; nearest in the model: {near} {tuple(absent[near].shape)}"
-        lines.append(line)
-    return lines
-
-
-def _nearest(key: str, tensor: Tensor, others: Mapping[str, Tensor]) -> str | None:
-    """The most similar key, of those of the same shape if there are any."""
-    same = [other for other in others if others[other].shape == tensor.shape]
-    found = get_close_matches(key, same, 1, 0) or get_close_matches(key, others, 1)
-    return found[0] if found else None
-
-
-def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
-    """The tensors that both have and that cannot be copied, one per line."""
-    lines = []
-    for key in (key for key in own if key in state):
-        ours, theirs = own[key], state[key]
-        if ours.shape != theirs.shape:
-            lines.append(f"{key} is {tuple(theirs.shape)} in the file and {tuple(ours.shape)} in the model")
-        elif ours.is_floating_point() != theirs.is_floating_point():
-            lines.append(f"{key} is {theirs.dtype} in the file and {ours.dtype} in the model")
-        elif theirs.layout != torch.strided:
-            lines.append(f"{key} is sparse in the file ({theirs.layout})")
-        elif _overflows(theirs, ours.dtype):
-            lines.append(f"{key} has values of up to {theirs[theirs.isfinite()].abs().max():g}, too large for {ours.dtype}")
-        elif ours.is_meta:
-            lines.append(f"{key} of the model is on the meta device, and can take no values")
-    return lines
-
-
-def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether finite values become infinite."""
-    if not tensor.is_floating_point() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
-        return False
-    return bool((tensor.to(dtype).isinf() & tensor.isfinite()).any())

@@ -94,7 +94,7 @@ def create(weights):
 
 
 def test_labelled_photographs(create, photographs, tmp_path, capsys):
-    """Every way to run it hits at least as often as plain torch; in float32 the logits are the same but for rounding."""
+    """Every way to run it hits at least as often as plain torch; in float32 the logits differ by rounding."""
     images, labels = photographs
     plain = create(plain=True)
     models.to_onnx(plain, tmp_path / "squeezenet.onnx")
@@ -122,7 +122,8 @@ def test_labelled_photographs(create, photographs, tmp_path, capsys):
         rows.append(f"| {name} | {hits[name][0]} | {hits[name][1]} | {differs:.1e} |")
         assert differs <= (0.05 if "bfloat16" in name else 1e-5)
     with capsys.disabled():
-        print("", f"\n| of {len(labels)} photographs | top-1 | top-5 | logits differ by |", "|---|---|---|---|", *rows, sep="\n")
+        head = f"| of {len(labels)} photographs | top-1 | top-5 | logits differ by |"
+        print("\n", head, "|---|---|---|---|", *rows, sep="\n")
     assert hits["plain torch"][1] >= 15  # chance is 0.1
     assert all(found[1] >= hits["plain torch"][1] for found in hits.values())
 

@@ -25,7 +25,7 @@ def count(module):
 # -- as published -----------------------------------------------------------------------------------------------------
 
 # VGG: the sum of table 1's layers, and torchvision's documentation for A, B, D and E, their batch norm and alexnet_owt;
-# ZFNet: figure 3's layers; GoogLeNet: Caffe's bvlc_googlenet, without and with its two heads; SqueezeNet: torchvision's documentation
+# ZFNet: figure 3's layers; GoogLeNet: Caffe's bvlc_googlenet, without and with its two heads; SqueezeNet: torchvision's
 PARAMETERS = [
     ("alexnet_one_tower", {}, 62_378_344),
     ("alexnet_owt", {}, 61_100_840),

@@ -78,7 +78,7 @@ def compare(theirs: Node, own: Node) -> Comparison:
         found.adaptable.append(f"{theirs} in the file, {_shown(own)} in the model")
         theirs = theirs.inputs[0]
     if own.kind == "Flatten" and theirs.kind != "Flatten" and (own.inputs[0].shape or ())[1:] == (1, 1):
-        found.adaptable.append(f"{theirs} of the file returns maps of 1x1, the model vectors")
+        found.adaptable.append(f"{theirs} in the file returns maps of 1x1, the model vectors")
         own = own.inputs[0]
     _Walk(found).run(theirs, own)
     order = {node: i for i, node in enumerate(nodes_of(theirs))}
