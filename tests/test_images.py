@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastcnn.data import ImageError, images, photographs, read_image, to_rgb
-from fastcnn.models import PREPROCESSINGS
+from fastcnn.models import PREPROCESSINGS, Preprocessing
 
 Image = pytest.importorskip("PIL.Image")
 from PIL import ImageFile  # noqa: E402
@@ -362,6 +362,11 @@ def test_default_dtype_and_device_do_not_matter(picture: Any, name: str, dtype: 
     for ours, wanted in zip(found, (*expected, expected[1]), strict=True):
         assert (ours.dtype, ours.device.type) == (torch.float32, "cpu")
         assert ours.equal(wanted)
+
+
+def test_other_orders_of_colours_are_refused() -> None:
+    with pytest.raises(ValueError, match="colours must be 'RGB' or 'BGR', not 'rgb'"):
+        Preprocessing("mine", "rgb", 1.0, (0.0, 0.0, 0.0))
 
 
 def test_preprocessing_takes_images_as_they_were_opened(picture: Any) -> None:

@@ -17,6 +17,11 @@ from .errors import WeightsError
 from .torchscript import is_torchscript, read_torchscript
 
 DEEPEST = 8  # dictionary in a dictionary
+SIGNATURES = {  # of what is often taken for a file of weights
+    b"<": "a web page, or another text in XML",
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
+    b"\x89HDF": "a file of HDF5, such as Keras writes",
+}
 NUMPY_REMEDY = """Numbers of numpy do nothing; this allows them, and only them:
     import numpy, torch
     scalar = numpy.float64(0).__reduce__()[0]
@@ -57,6 +62,11 @@ def read_entries(path: Path) -> list[Entry]:
         WeightsError: the file holds objects that torch does not make without being told to.
         Exception: of any other type, for a broken file.
     """
+    with path.open("rb") as file:
+        beginning = file.read(64).lstrip()
+    for signature, what in SIGNATURES.items():
+        if beginning.startswith(signature):
+            raise ValueError(f"it is {what}")
     content = READERS[format_of(path)](path)
     entries = list(_entries(content, "", set()))
     if not any(entry.tensors for entry in entries):

@@ -75,8 +75,8 @@ def choose(entries: list[Entry], own: Mapping[str, Tensor], chosen: str | None) 
     Args:
         entries: of the file.
         own: the model's tensors.
-        chosen: their name, or how it begins. If None, all entries are tried, and those of their keys that begin with
-            names of wrappers. Of several that fit, averages over the training (EMA) are not taken unless chosen.
+        chosen: their name, or how it begins. If None, all entries are tried, and within them prefixes that all keys
+            have or that are names of wrappers. Of several that fit, averages over the training (EMA) are not taken.
 
     Raises:
         ValueError: nothing has the chosen name, or several fit.
@@ -117,7 +117,8 @@ def _candidates(entry: Entry) -> Iterator[Candidate]:
     for prefix, tensors in parts.items():
         name = f"{entry.name}.{prefix}" if entry.name else prefix
         beside = len(entry.tensors) - len(tensors)
-        yield Candidate(name, tensors, beside=beside, automatic=WRAPPERS.issuperset(prefix.split(".")))
+        automatic = not beside or WRAPPERS.issuperset(prefix.split("."))
+        yield Candidate(name, tensors, beside=beside, automatic=automatic)
 
 
 def _matched(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:

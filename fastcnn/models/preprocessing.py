@@ -25,6 +25,9 @@ class Preprocessing:
         colours: "RGB" or "BGR", the order of the channels.
         scale: 1 for pixels on their raw scale, 1/255 for a range from 0 to 1.
         mean, std: of each channel, in the order of ``colours``, on the scale of ``scale``.
+
+    Raises:
+        ValueError: ``colours`` is another order.
     """
 
     name: str
@@ -32,6 +35,10 @@ class Preprocessing:
     scale: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.colours not in ("RGB", "BGR"):
+            raise ValueError(f"Preprocessing(): colours must be 'RGB' or 'BGR', not {self.colours!r}")
 
     def __call__(self, image: Image, size: int) -> Tensor:
         """The image as a float32 tensor of shape (3, size, size), on the CPU.

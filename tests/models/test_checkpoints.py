@@ -123,6 +123,7 @@ def test_wrappers_on_either_side_do_not_count(path, state, theirs, ours):
         lambda s: {**s, "epoch": 3, "note": "beside the weights"},
         lambda s: {**s, "optimizer": {"state": {0: {"exp_avg": torch.ones(4, 3, 3, 3)}}, "param_groups": [{"lr": 1}]}},
         lambda s: {"n_averaged": torch.tensor(7), **under("module.", s)},
+        lambda s: {"state_dict": under("my.backbone.", s)},
     ],
 )
 def test_weights_are_found_wherever_they_are(path, state, nested):
@@ -145,8 +146,8 @@ def test_models_own_names_of_wrappers_are_kept(path):
     model["weight"] = nn.Linear(2, 2)
     other = {key: value + 1 for key, value in model.state_dict().items()}
     assert_loaded(saved(path, other), other, model)
-    message = assert_refused(saved(path, under("other.", other)), model=model)
-    assert "net.weight is missing in the file" in message
+    del other["net.weight"]
+    assert_refused(saved(path, under("module.", other)), "net.weight is missing in the file", model=model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -241,6 +242,22 @@ def test_best_entry_is_the_one_that_is_told_of(path, state):
 def test_thousands_of_keys_are_listed_at_once(path):
     saved(path, {f"layer{i}.weight": torch.ones(1) for i in range(5000)})
     assert assert_refused(path).count("is in the file only") == 5000
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\n<!DOCTYPE html><title>404</title>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "it is a pointer of Git LFS; `git lfs"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "it is a file of HDF5, such as Keras writes"),
+    ],
+    ids=["web page", "pointer", "HDF5"],
+)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_is_often_taken_for_weights(tmp_path, content, said, suffix):
+    path = tmp_path / f"weights.{suffix}"
+    path.write_bytes(content)
+    assert_refused(path, f"weights: {said}")
 
 
 # -- objects in the way -----------------------------------------------------------------------------------------------
