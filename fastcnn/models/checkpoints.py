@@ -18,9 +18,10 @@ from .torchscript import is_torchscript, read_torchscript
 
 DEEPEST = 8  # dictionary in a dictionary
 SIGNATURES = {  # of what is often taken for a file of weights
-    b"<": "a web page, or another text in XML",
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
     b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` fetches the file itself",
-    b"\x89HDF": "a file of HDF5, such as Keras writes",
+    b"\x89hdf": "a file of HDF5, such as Keras writes",
 }
 NUMPY_REMEDY = """Numbers of numpy do nothing; this allows them, and only them:
     import numpy, torch
@@ -63,7 +64,7 @@ def read_entries(path: Path) -> list[Entry]:
         Exception: of any other type, for a broken file.
     """
     with path.open("rb") as file:
-        beginning = file.read(64).lstrip()
+        beginning = file.read(64).lstrip().lower()
     for signature, what in SIGNATURES.items():
         if beginning.startswith(signature):
             raise ValueError(f"it is {what}")

@@ -260,6 +260,16 @@ def test_what_is_often_taken_for_weights(tmp_path, content, said, suffix):
     assert_refused(path, f"weights: {said}")
 
 
+def test_safetensors_whose_header_has_the_length_of_a_sign(tmp_path):
+    """Its first byte is "<", as that of a web page."""
+    text = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(struct.pack("<Q", 316) + text.ljust(316) + struct.pack("<f", 3))
+    assert path.read_bytes()[:1] == b"<"
+    model = nn.PReLU()
+    assert_loaded(path, {"weight": torch.tensor([3.0])}, model)
+
+
 # -- objects in the way -----------------------------------------------------------------------------------------------
 
 
