@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -129,6 +130,26 @@ def test_options_reach_the_model(command: list[object]) -> None:
     assert result.exit_code == 0, result.output
     assert_refused(fastcnn_command(*command, PHOTOGRAPHS[0], "--option", "width=2"), "unexpected option width=2")
     assert_refused(fastcnn_command(*command, PHOTOGRAPHS[0], "--option", "plain"), "'plain'", "name=value")
+
+
+def test_entry_chooses_among_the_networks_of_a_file(
+    command: list[object], network: torch.nn.Module, tmp_path: Path
+) -> None:
+    uniform = {key: torch.zeros_like(value) for key, value in network.state_dict().items()}
+    torch.save({"model": network.state_dict(), "model_ema": uniform}, tmp_path / "both.pth")
+    other = [*command[:4], tmp_path / "both.pth", *command[5:], PHOTOGRAPHS[0], "--json"]
+    expected = max(expected_probabilities(network, PHOTOGRAPHS[0]))
+    for entry, probability in (([], expected), (["--entry", "model_ema"], 0.25)):
+        told = json.loads(fastcnn_command(*other, *entry).stdout)
+        assert told["images"][0]["top"][0]["probability"] == pytest.approx(probability)
+    assert_refused(fastcnn_command(*other, "--entry", "none"), "--weights", "no entry 'none', but 'model', 'model_ema'")
+
+
+def test_models_in_other_dtypes_classify(network: torch.nn.Module) -> None:
+    image = predict.read_image(PHOTOGRAPHS[0])
+    guesses = predict.classify(copy.deepcopy(network).double(), image)
+    for ours, expected in zip(guesses, predict.classify(network, image), strict=True):
+        assert (ours.index, ours.probability) == (expected.index, pytest.approx(expected.probability, rel=1e-4))
 
 
 def test_every_bad_picture_is_named(command: list[object], tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+        return _folder(archive) is not None
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
@@ -51,8 +51,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         ValueError: the archive is of another kind, broken, or holds other objects than modules, tensors and numbers.
     """
     with zipfile.ZipFile(path) as archive:
-        folder = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).partition("/")[0]
-        module = Unpickler(archive, folder).load()
+        module = Unpickler(archive).load()
     found = _tensors(module)
     if not found:
         raise ValueError("the TorchScript archive has no parameters; freezing makes them constants of its code")
@@ -62,12 +61,13 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 class Unpickler(pickle.Unpickler):
     """An unpickler that makes tensors, containers and :class:`Module` only, whatever the file asks for."""
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        super().__init__(BytesIO(_record(archive, f"{folder}/data.pkl")))
-        self.archive, self.folder = archive, folder
-        self.little = f"{folder}/byteorder" not in archive.namelist() or (
-            archive.read(f"{folder}/byteorder") == b"little"
-        )
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self.archive, self.folder = archive, _folder(archive)
+        super().__init__(BytesIO(self.record("data.pkl")))
+        names = archive.namelist()
+        if f"{self.folder}/byteorder" in names and self.record("byteorder") != b"little":
+            raise ValueError("the TorchScript archive is of a big-endian machine")
+        self.storages: dict[str, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Callable[..., Any] | torch.dtype:
         if module.partition(".")[0] == "__torch__":
@@ -85,19 +85,28 @@ class Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         kind, dtype, name, _, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(name, str) or not self.little:
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(name, str):
             raise ValueError("the TorchScript archive holds a storage of another kind")
-        data = bytearray(_record(self.archive, f"{self.folder}/data/{name}"))
-        if len(data) != numel * dtype.itemsize:
-            raise ValueError(f"storage {name} of the TorchScript archive has {len(data)} bytes for {numel} of {dtype}")
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        if name not in self.storages:
+            data = bytearray(self.record(f"data/{name}"))
+            self.storages[name] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
+        storage = self.storages[name]
+        if len(storage) != numel * dtype.itemsize:
+            raise ValueError(f"storage {name} of the TorchScript archive has {len(storage)} bytes, not {numel} {dtype}")
+        return storage.view(dtype)
+
+    def record(self, name: str) -> bytes:
+        """Of the archive. What is read of it is never compressed; what is could be of any size."""
+        info = self.archive.getinfo(f"{self.folder}/{name}")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{name} of the TorchScript archive is compressed")
+        return self.archive.read(info)
 
 
-def _record(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Records that matter are stored; one that is compressed could be of any size."""
-    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} of the TorchScript archive is compressed")
-    return archive.read(name)
+def _folder(archive: zipfile.ZipFile) -> str | None:
+    """What all records are in."""
+    places = (name.partition("/") for name in archive.namelist())
+    return next((folder for folder, _, name in places if name == "constants.pkl"), None)
 
 
 def _tensors(module: Any) -> dict[str, Tensor]:

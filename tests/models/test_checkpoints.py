@@ -463,7 +463,7 @@ def test_torchscript_without_parameters(tmp_path):
         (b"c__torch__.torch.nn.modules.conv\nConv2d", b"cposix\nsystem", "posix.system, which is neither a tensor"),
         (b"ctorch._utils\n_rebuild_tensor_v2", b"cbuiltins\neval", "builtins.eval"),
         (b"ctorch\nFloatStorage", b"ctorch\nload", "torch.load"),
-        (b"ctorch\nFloatStorage", b"ctorch\nDoubleStorage", "bytes for"),
+        (b"ctorch\nFloatStorage", b"ctorch\nDoubleStorage", "bytes, not "),
         (b"K\x04K\x03K\x03K\x03t", b"K\x04K\x03K\x03K\x7ft", "out of bounds"),
         (b"storage", b"shortage", "cannot be read"),
     ],
@@ -480,11 +480,11 @@ def test_broken_torchscript(tmp_path, archive):
     folder = next(iter(archive)).partition("/")[0]
     assert_refused(rewritten(tmp_path / "a.pt", archive, zipfile.ZIP_DEFLATED), "is compressed")
     cut = {name: content[:-1] if "/data/" in name else content for name, content in archive.items()}
-    assert_refused(rewritten(tmp_path / "b.pt", cut), "bytes for")
+    assert_refused(rewritten(tmp_path / "b.pt", cut), "bytes, not ")
     absent = {name: content for name, content in archive.items() if not name.endswith("/data/0")}
     assert_refused(rewritten(tmp_path / "c.pt", absent), f"{folder}/data/0")
     big = {**archive, f"{folder}/byteorder": b"big"}
-    assert_refused(rewritten(tmp_path / "d.pt", big), "storage of another kind")
+    assert_refused(rewritten(tmp_path / "d.pt", big), "is of a big-endian machine")
 
 
 @pytest.mark.parametrize("kind", ["cycle", "tree"])
