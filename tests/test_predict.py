@@ -142,7 +142,9 @@ def test_entry_chooses_among_the_networks_of_a_file(
     for entry, probability in (([], expected), (["--entry", "model_ema"], 0.25)):
         told = json.loads(fastcnn_command(*other, *entry).stdout)
         assert told["images"][0]["top"][0]["probability"] == pytest.approx(probability)
-    assert_refused(fastcnn_command(*other, "--entry", "none"), "--weights", "no entry 'none', but 'model', 'model_ema'")
+    assert_refused(
+        fastcnn_command(*other, "--entry", "none"), "--weights", "no entry 'none'; available: 'model', 'model_ema'"
+    )
 
 
 def test_models_in_other_dtypes_classify(network: torch.nn.Module) -> None:
@@ -170,7 +172,7 @@ def test_wrong_arguments_are_refused(command: list[object], weights: Path, tmp_p
     for options, said in (
         (["--model", "lenet"], ["--model", "'lenet'", "alexnet, alexnet_bn", "zfnet"]),
         (["--weights", tmp_path / "absent.pth"], ["--weights", "there is no file"]),
-        (["--weights", tmp_path / "text.pth"], ["--weights", "cannot be read as a file of torch weights"]),
+        (["--weights", tmp_path / "text.pth"], ["--weights", "cannot be read as a PyTorch checkpoint"]),
         (["--labels", tmp_path / "labels.txt"], ["--labels", "2 lines for 4 classes"]),
         (["--labels", tmp_path / "absent.txt"], ["--labels", "absent.txt cannot be read"]),
         (["--preprocessing", "none"], ["--preprocessing", "'none'", "raw, caffe, torchvision"]),

@@ -7,15 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..params import LRNParams
 from .checkpoints import format_of, read_entries
 from .errors import GraphError, WeightsError
-from .matching import choose, may_be_missing
+from .matching import choose, tied
 from .preprocessing import PREPROCESSINGS, Preprocessing
 
 T = TypeVar("T")
+KINDS = {
+    "torch": "a PyTorch checkpoint",
+    "TorchScript": "a TorchScript archive",
+    "safetensors": "a safetensors file",
+    "shards": "a sharded checkpoint",
+    "ONNX": "an ONNX file",
+}
 
 
 @dataclass
@@ -28,9 +37,9 @@ class WeightsReport:
         tensors: how many it held for the model.
         lrn: ONNX: the parameters of each LRN, in graph order. The model's now are the same.
         changes: ONNX: what was changed in the model besides its parameters, to compute what the file computes.
-        colours: the order of the channels that the weights expect, "RGB" or "BGR"; None if the file does not tell.
-        mean: the mean to subtract, in this order, on the scale of ``pixels``; None if the file does not tell.
-        pixels: the range of the pixels before that, as text; None if the file does not tell.
+        colours: the order of the channels that the weights expect, "RGB" or "BGR"; None if not stated in the file.
+        mean: the mean to subtract, in this order, on the scale of ``pixels``; None if not stated in the file.
+        pixels: the range of the pixels before that, as text; None if not stated in the file.
         verified: ||a - b|| / ||b|| of the model's output and onnxruntime's; None if that was not asked for.
         notes: where colours and mean are known from; what the file does to images and logits itself.
     """
@@ -51,9 +60,9 @@ class WeightsReport:
         for lrn, times in {p: self.lrn.count(p) for p in self.lrn}.items():
             lines.append(f"LRN: {lrn}" + f", {times} times" * (times > 1))
         lines += [f"changed in the model: {line}" for line in self.changes]
-        lines.append(f"colours: {self.colours or 'the file does not tell'}")
+        lines.append(f"colours: {self.colours or 'not stated in the file'}")
         lines.append(
-            f"mean: {self.mean or 'the file does not tell'}" + f", of pixels {self.pixels}" * bool(self.pixels)
+            f"mean: {self.mean or 'not stated in the file'}" + f", of pixels {self.pixels}" * bool(self.pixels)
         )
         if self.verified is not None:
             lines.append(
@@ -140,17 +149,31 @@ def load_weights(
 
 
 def _load_checkpoint(model: nn.Module, path: Path, format: str, entry: str | None) -> WeightsReport:
+    content = model.state_dict()
+    own = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    lazy = [key for key, value in own.items() if is_lazy(value)]
+    if lazy:
+        raise WeightsError(f"load_weights(): {', '.join(lazy)} of the model have no shape yet; run a forward first")
     entries = read(read_entries, path, format, "load_weights")
-    own = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     try:
         found = choose(entries, own, entry)
     except ValueError as error:
         raise WeightsError(f"load_weights(): {path} cannot be loaded: {error}") from None
-    if (lines := found.mismatches(own)) and re.search(r"-\d+-of-\d+\.", path.name):
-        lines.append("it is one of several files: load the .index.json that lists them")
+    lines, state = found.mismatches(own) if not found.fits(own) else [], found.state()
+    if lines and re.search(r"-\d+-of-\d+\.", path.name):
+        lines.append("this file is one of several shards: give load_weights() their .index.json")
+    for first, *others in tied(model):
+        lines += [
+            f"{first} and {key} are one tensor in the model, and differ in the file"
+            for key in others
+            if first in state and key in state and not torch.equal(state[first], state[key])
+        ]
+    for key in content:
+        if key not in own and key in found.entry.others:
+            lines.append(f"{key} is not a tensor; load_weights() loads tensors only")
     refuse(path, lines, found.name)
-    load(model, found.state())
-    return WeightsReport(path, format, len(found.keys), notes=found.notes())
+    load(model, state)
+    return WeightsReport(path, format, len(state), notes=found.notes())
 
 
 def _preprocessing(given: str | Preprocessing) -> Preprocessing:
@@ -177,7 +200,7 @@ def read(reader: Callable[[Path], T], path: Path, format: str, function: str) ->
         raise WeightsError(f"{function}(): {path} is not supported:", str(error).splitlines()) from error
     except Exception as error:  # each reader raises what it likes for a broken file
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise WeightsError(f"{function}(): {path} cannot be read as a file of {format} weights: {reason}") from error
+        raise WeightsError(f"{function}(): {path} cannot be read as {KINDS[format]}: {reason}") from error
 
 
 def refuse(path: Path, mismatches: list[str], entry: str = "") -> None:
@@ -189,6 +212,6 @@ def refuse(path: Path, mismatches: list[str], entry: str = "") -> None:
 
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state that is known to fit."""
-    own = model.state_dict()
-    left = {key: value for key, value in own.items() if may_be_missing(key) or not isinstance(value, Tensor)}
-    model.load_state_dict({**left, **state})
+    content = model.state_dict()  # with what else it needs: counters of batches, versions of modules
+    content.update(state)
+    model.load_state_dict(content)

@@ -10,6 +10,7 @@ from torch import nn
 
 import fastcnn
 from fastcnn import models
+from fastcnn.models.weights import KINDS
 
 pytest.importorskip("onnx")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -137,7 +138,7 @@ def test_wrong_files(model, tmp_path, suffix, content):
     format = {"pth": "torch", "onnx": "ONNX"}.get(suffix, suffix)
     error = refused(model, save(tmp_path / f"w.{suffix}", content), f"w.{suffix} ")
     if content or suffix != "onnx":  # an empty file is one of protobuf, of nothing
-        assert f"w.{suffix} cannot be read as a file of {format} weights: " in str(error)
+        assert f"w.{suffix} cannot be read as {KINDS[format]}: " in str(error)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "onnx"])
@@ -154,9 +155,9 @@ def test_truncated_files(model, tmp_path, suffix, left):
 
 def test_files_without_tensors_are_refused(model, tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
-    refused(model, tmp_path / "list.pth", "it holds a list, not a state_dict")
+    refused(model, tmp_path / "list.pth", "no dictionary in it holds tensors")
     torch.save({"0.weight": 3}, tmp_path / "ints.pth")
-    refused(model, tmp_path / "ints.pth", "it holds no tensors")
+    refused(model, tmp_path / "ints.pth", "no dictionary in it holds tensors")
 
 
 def test_model_on_the_meta_device_is_refused(model, tmp_path):
