@@ -1,4 +1,4 @@
-"""What a network says of pictures: classes and probabilities, printed, plotted or as JSON."""
+"""Top-k predictions for images: classes and probabilities, printed, plotted or as JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-ModelOptions = Annotated[list[str] | None, typer.Option(help="Of the model, such as lrn_groups=1; may be repeated.")]
+ModelOptions = Annotated[list[str] | None, typer.Option(help="Model option, e.g. lrn_groups=1; may be repeated.")]
 WeightsFile = Annotated[
     Path,
     typer.Option(
@@ -32,7 +32,7 @@ WeightsFile = Annotated[
         show_default=False,
     ),
 ]
-EntryOption = Annotated[str | None, typer.Option(help="Of a file of several networks, which: model_ema.")]
+EntryOption = Annotated[str | None, typer.Option(help="Which network of a file that holds several, e.g. model_ema.")]
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,21 @@ def classify(
         image: a picture of any size and mode of Pillow; its centre is what the model sees.
         labels: the names of the classes in their order; empty for none.
         preprocessing: the model's own if None.
+
+    Raises:
+        ImageError: as :func:`fastcnn.data.to_rgb`.
+        ValueError: ``top`` is not positive, or there are labels, but another number than classes.
     """
+    if top < 1:
+        raise ValueError(f"classify(): top must be at least 1, but got top={top}")
     prepare, size = preprocessing or model.preprocessing, model.input_size
     assert isinstance(prepare, Preprocessing)
     assert isinstance(size, int)
     parameter = next(model.parameters())
     with torch.inference_mode():
         logits: Tensor = model(prepare(image, size)[None].to(parameter.device, parameter.dtype))[0]
+    if len(labels) not in (0, len(logits)):
+        raise ValueError(f"classify(): expected {len(logits)} labels, but got {len(labels)}")
     probabilities, indices = logits.double().softmax(0).topk(min(top, len(logits)))
     return [
         Guess(index, labels[index] if labels else "", probability)
@@ -125,12 +133,22 @@ def predict(
     for package in ("PIL", "matplotlib") if plot_to else ("PIL",):
         if importlib.util.find_spec(package) is None:
             raise typer.BadParameter(f"{package} is not installed: pip install fastcnn[models]")
-    pictures = _read_images(images)
     report = load(network, weights, entry, preprocessing)
-    guesses = [classify(network, picture, top=top, labels=names) for picture in pictures]
+    guesses, thumbnails, problems = [], [], []
+    for path in images:
+        try:
+            picture = read_image(path)
+        except ImageError as error:
+            problems.append(str(error))
+            continue
+        guesses.append(classify(network, picture, top=top, labels=names))
+        picture.thumbnail((512, 512))
+        thumbnails.append(picture)
+    if problems:
+        raise typer.BadParameter("; ".join(problems), param_hint="IMAGES")
     if plot_to is not None:
         try:
-            plot(pictures, guesses, plot_to)
+            plot(thumbnails, guesses, plot_to)
         except (ValueError, OSError) as error:
             raise typer.BadParameter(str(error), param_hint="--plot") from None
     prepare = network.preprocessing
@@ -191,21 +209,10 @@ def _labels(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark in front
+        return text.removesuffix("\n").split("\n") if text else []
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}", param_hint="--labels") from None
-
-
-def _read_images(paths: Sequence[Path]) -> list[Image]:
-    pictures, problems = [], []
-    for path in paths:
-        try:
-            pictures.append(read_image(path))
-        except ImageError as error:
-            problems.append(str(error))
-    if problems:
-        raise typer.BadParameter("; ".join(problems), param_hint="IMAGES")
-    return pictures
 
 
 def _table(best: Sequence[Guess]) -> Table:

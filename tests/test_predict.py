@@ -147,6 +147,20 @@ def test_entry_chooses_among_the_networks_of_a_file(
     )
 
 
+def test_labels_of_a_file_with_a_mark_in_front(command: list[object], tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_bytes("\ufeffone\r\ntwo\u2028or so\r\nthree\r\nfour\r\n".encode())
+    told = json.loads(fastcnn_command(*command, PHOTOGRAPHS[0], "--labels", tmp_path / "labels.txt", "--json").stdout)
+    assert {guess["label"] for guess in told["images"][0]["top"]} == {"one", "two\u2028or so", "three", "four"}
+
+
+def test_wrong_arguments_of_classify(network: torch.nn.Module) -> None:
+    image = predict.read_image(PHOTOGRAPHS[0])
+    with pytest.raises(ValueError, match=r"classify\(\): expected 4 labels, but got 2"):
+        predict.classify(network, image, labels=["a", "b"])
+    with pytest.raises(ValueError, match=r"classify\(\): top must be at least 1, but got top=0"):
+        predict.classify(network, image, top=0)
+
+
 def test_models_in_other_dtypes_classify(network: torch.nn.Module) -> None:
     image = predict.read_image(PHOTOGRAPHS[0])
     guesses = predict.classify(copy.deepcopy(network).double(), image)
@@ -161,8 +175,8 @@ def test_every_bad_picture_is_named(command: list[object], tmp_path: Path) -> No
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     paths = [tmp_path / name for name in ("absent.jpg", "text.jpg", "empty.png", "half.jpg", ".")]
     result = fastcnn_command(*command, PHOTOGRAPHS[0], *paths)
-    assert_refused(result, "absent.jpg: there is no such file", "text.jpg: not an image", "empty.png: not an image")
-    assert_refused(result, "half.jpg: cannot be read: image file is truncated", f"{tmp_path}: there is no such file")
+    assert_refused(result, "absent.jpg: not a file", "text.jpg: not an image", "empty.png: not an image")
+    assert_refused(result, "half.jpg: cannot be read: image file is truncated", f"{tmp_path}: not a file")
 
 
 def test_wrong_arguments_are_refused(command: list[object], weights: Path, tmp_path: Path) -> None:

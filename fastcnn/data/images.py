@@ -7,13 +7,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .damage import check_file, check_tiff
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # for EPS Pillow runs Ghostscript
 MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, which scripts like to switch off
+MAX_SIDE = 65_535  # that of JPEG
 ORIENTATION = 0x0112  # of EXIF
 TRANSPOSITIONS = {  # by the orientation in EXIF
     2: "FLIP_LEFT_RIGHT",
@@ -27,115 +30,136 @@ TRANSPOSITIONS = {  # by the orientation in EXIF
 
 
 class ImageError(ValueError):
-    """A file that is no image, a damaged one, or one whose pixels have no definite 8-bit colours."""
+    """A file that is no image, a damaged one, or one whose pixels cannot be mapped to 8 bits unambiguously."""
 
 
 def read_image(source: str | os.PathLike[str] | BinaryIO) -> Image:
-    """The image in a file, upright, in 8-bit RGB; of an animation or several pages the first.
+    """The image in a file, upright, in 8-bit RGB; the first frame or page if there are several.
 
     See :func:`to_rgb` for how pixels of other kinds are converted. Truncated files are refused even where
     ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` is set.
 
     Args:
-        source: a path, or a binary file that can seek, of one of FORMATS.
+        source: a path, or a binary file, which is read from its start and must be able to seek; of one of FORMATS.
 
     Raises:
-        ImageError: there is no such file; it is not of these formats, damaged, or truncated; it would have more than
-            MAX_PIXELS pixels (nothing is decoded then); or what :func:`to_rgb` refuses.
-        ImportError: Pillow is not installed (it comes with ``fastcnn[models]``).
+        ImageError: it is not a file of these formats; it is damaged, or truncated; it would have more than MAX_PIXELS
+            pixels, or more than MAX_SIDE on a side (nothing is decoded then); or what :func:`to_rgb` refuses.
+        ImportError: Pillow or numpy is not installed (both come with ``fastcnn[models]``).
     """
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
-    path = None if hasattr(source, "read") else Path(source)
-    name = getattr(source, "name", "image") if path is None else path
-    if path is not None and not path.is_file():
-        raise ImageError(f"{name}: there is no such file")
+    given: Any = source if hasattr(source, "read") else Path(source)
+    name = getattr(given, "name", "image") if given is source else given
     formats = [format for format in FORMATS if format in Image.OPEN]
     try:
-        with _whole_files_only():
-            with Image.open(source, formats=formats) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ImageError(f"too large an image: {width:,} x {height:,} pixels are more than {MAX_PIXELS:,}")
-                if image.format != "PNG":
-                    return to_rgb(image)
-                image.verify()  # decoding stops at the last pixel, in front of the last checksum
-            with Image.open(source, formats=formats) as image:
-                return to_rgb(image)
+        if isinstance(given, Path) and not given.is_file():
+            raise ImageError("not a file")
+        with _whole_files_only(), Image.open(given, formats=formats) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                raise ImageError(f"too large an image: {width:,} x {height:,} pixels")
+            rgb = to_rgb(image)
+            check_file(given, image)
+            return rgb
+    except (ImportError, MemoryError):
+        raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image of these formats: {', '.join(FORMATS)}") from None
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from None
+        kinds = ", ".join(FORMATS)
+        raise ImageError(f"{name}: not an image, or not of a kind that Pillow reads: {kinds}") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: too large an image: {error}") from None
-    except Exception as error:  # what Pillow raises for damaged files depends on the format
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # what is raised for damaged files depends on the format
         raise ImageError(f"{name}: cannot be read: {error or type(error).__name__}") from error
 
 
 def to_rgb(image: Image) -> Image:
     """A new image: upright by its EXIF orientation, in 8-bit RGB.
 
-    16-bit values v become round(v / 257) (colours, of which Pillow reads the upper byte: v // 256), greys of 1, 2, 4
-    and 12 bits span 0 to 255 likewise. What is transparent shows white behind it. CMYK is converted without a colour
-    profile.
+    16-bit grey v becomes round(v / 257); of other 16-bit colours Pillow reads the upper byte, v // 256. Greys of fewer
+    bits are scaled to 0 to 255. Transparency is composited over white. CMYK is converted without a colour profile.
 
     Args:
-        image: of Pillow, not necessarily loaded.
+        image: a Pillow image, best as it was opened: of one that is already loaded it is not known whether a PNG had 2
+            or 4 bits, which matters for its transparency.
 
     Raises:
-        ImageError: the values have no definite range (floating point, 32-bit integers), are in a colour space that
-            Pillow does not convert, or Pillow has lost the 16-bit colour that is transparent.
+        ImageError: it is damaged or truncated; its values cannot be mapped to 8 bits unambiguously (floating point,
+            32-bit or signed integers); Pillow does not convert its colours, or not correctly.
     """
     from PIL import Image
 
-    stored = _stored_as(image)
-    image.load()
-    key = image.info.get("transparency")
+    if 0 in image.size:
+        raise ImageError("it has no pixels")
+    tile = (getattr(image, "tile", None) or [None])[0]  # decoder, box, offset, arguments: before it is loaded
+    stored = _stored_as(tile)
+    key: Any = image.info.get("transparency")
+    try:
+        if image.format == "TIFF":
+            check_tiff(image, MAX_PIXELS)
+        with _whole_files_only():
+            image.load()
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(f"cannot be read: {error or type(error).__name__}") from error
+    key = image.info.get("transparency", key)
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise ImageError(f"values of mode {image.mode!r} have no definite range: scale them to 8 or 16 bits")
-    if key is not None and stored == "RGB;16B":
+        raise ImageError(f"values of mode {image.mode!r} cannot be mapped to 8 bits: their range is not known")
+    if image.mode == "RGB" and key is not None and (stored == "RGB;16B" or max(key) > 255):
         raise ImageError("one of its 16-bit colours is transparent, which is not supported")
+    extrema: Any = image.getextrema() if image.mode == "P" else (0, -1)
+    if extrema[1] >= len(image.getpalette() or ()) // 3:
+        raise ImageError("cannot be read: it has pixels of colours that are not in its palette")
     try:
         if image.mode.startswith("I"):
-            rgb = _from_16_bits(image, 4095 if stored == "I;12" else 65535)
-        elif key is not None or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+            rgb = _from_16_bits(image, key)
+        elif key is not None or image.mode in ("LA", "PA", "RGBA", "RGBa"):
             visible = image.copy()
-            if key is not None and stored in ("L;2", "L;4"):
+            if stored in ("L;2", "L;4"):
                 visible.info["transparency"] = key * {"L;2": 85, "L;4": 17}[stored]
             white = Image.new("RGBA", image.size, "white")
             rgb = Image.alpha_composite(white, visible.convert("RGBA")).convert("RGB")
         else:
             rgb = image.convert("RGB")
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ImageError(f"its colours cannot be converted: {error}") from None
+    if image.format == "GIF" and tile is not None and tile[1] != (0, 0, *image.size):  # nothing is around the frame
+        frame, rgb = rgb.crop(tile[1]), Image.new("RGB", image.size, "white")
+        rgb.paste(frame, tile[1])
     if (turn := TRANSPOSITIONS.get(_orientation(image))) is not None:
         rgb = rgb.transpose(Image.Transpose[turn])
     rgb.info.clear()  # the orientation above all
     return rgb
 
 
-def _stored_as(image: Image) -> str:
-    """Pillow's name of the pixels in the file ("raw mode"); empty if the image is loaded already."""
-    tiles = getattr(image, "tile", None)
-    arguments = tiles[0][3] if tiles else ""
-    return str(arguments if isinstance(arguments, str) else arguments[0] if arguments else "")
+def _stored_as(tile: Any) -> str:
+    """Pillow's name of the pixels in the file ("raw mode"); empty if it is not known."""
+    if tile is None or not tile[3]:
+        return ""
+    return str(tile[3] if isinstance(tile[3], str) else tile[3][0])
 
 
-def _from_16_bits(image: Image, white: int) -> Image:
+def _from_16_bits(image: Image, transparent: Any) -> Image:
     import numpy
     from PIL import Image
 
-    values = numpy.asarray(image).astype(numpy.int64)
-    if getattr(image, "tag_v2", {}).get(262) == 0:  # TIFF's "white is zero", which Pillow heeds at 8 bits only
-        values = white - values
-    grey = ((values * 255 + white // 2) // white).clip(0, 255)
-    grey[values == image.info.get("transparency", -1)] = 255
-    return Image.fromarray(grey.astype(numpy.uint8)).convert("RGB")
+    tags = getattr(image, "tag_v2", {})  # of TIFF: bits, and whether 0 is white, which Pillow ignores at 16 bits
+    largest = 4095 if tags.get(258) == (12,) else 65535
+    table = (numpy.arange(65536) * 255 + largest // 2) // largest
+    if tags.get(262) == 0:
+        table[: largest + 1] = table[largest::-1]
+    if transparent is not None:
+        table[transparent] = 255
+    values = numpy.asarray(image).clip(0, largest)
+    return Image.fromarray(table.astype(numpy.uint8)[values]).convert("RGB")
 
 
 def _orientation(image: Image) -> int:
-    """By EXIF, of what is loaded; of a broken one, 1: upright."""
+    """EXIF orientation of a loaded image; 1, upright, if missing or malformed."""
     if image.format == "TIFF":  # Pillow turns it while it loads it
         return 1
     try:
@@ -163,4 +187,14 @@ def _whole_files_only() -> Iterator[None]:
         with _lock:
             _readers -= 1
             if _readers == 0:
-                ImageFile.LOAD_TRUNCATED_IMAGES = _lenient
+                ImageFile.LOAD_TRUNCATED_IMAGES |= _lenient
+
+
+def _after_fork() -> None:
+    """In the child there are no other readers."""
+    global _lock, _readers
+    _lock, _readers = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

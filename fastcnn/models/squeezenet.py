@@ -24,7 +24,16 @@ STEMS = {  # the first convolution and its pool
     "1_0": Stage("1", 3, 96, 7, stride=2, pool=POOL),
     "1_1": Stage("1", 3, 64, 3, stride=2, pool=POOL),
 }
-FIRES = {"2": 16, "3": 16, "4": 32, "5": 32, "6": 48, "7": 48, "8": 64, "9": 64}  # the maps they squeeze to
+FIRES = {
+    "2": 16,
+    "3": 16,
+    "4": 32,
+    "5": 32,
+    "6": 48,
+    "7": 48,
+    "8": 64,
+    "9": 64,
+}  # feature maps they squeeze to
 POOLED = {"1_0": ("5", "9"), "1_1": ("4", "6")}  # the fire modules in front of which a pool lies
 
 
@@ -51,8 +60,8 @@ def squeezenet1_1(**common: Any) -> SqueezeNet:
 class SqueezeNet(nn.Module):
     """A network without fully connected layers: 1,248,424 parameters (1_0) or 1,235,496 (1_1).
 
-    Keys, maps and preprocessing are torchvision's. The authors' weights, of Caffe, expect Caffe's images of 227 pixels:
-    ``create_model("squeezenet1_1", input_size=227)``, ``load_weights(..., preprocessing="caffe")``.
+    Keys, sizes of the maps and preprocessing are torchvision's. The authors' weights, of Caffe, expect Caffe's images
+    of 227 pixels: ``create_model("squeezenet1_1", input_size=227)``, ``load_weights(..., preprocessing="caffe")``.
 
     Args:
         version: "1_0", as published, or "1_1".
@@ -119,9 +128,9 @@ class SqueezeNet(nn.Module):
 
 
 class Fire(nn.Module):
-    """A 1x1 convolution to few maps, and of these a 1x1 and a 3x3 one side by side, each with its ReLU.
+    """A 1x1 squeeze convolution, then parallel 1x1 and 3x3 expand convolutions, concatenated; each with its ReLU.
 
-    Shape: (N, in_channels, H, W) -> (N, 8 * squeezed, H, W), the maps of 1x1 first.
+    Shape: (N, in_channels, H, W) -> (N, 8 * squeezed, H, W), the feature maps of the 1x1 convolution first.
     """
 
     def __init__(self, in_channels: int, squeezed: int, *, plain: bool) -> None:

@@ -86,11 +86,11 @@ def load_weights(
         model: one of :func:`create_model`, or any other whose keys (torch, safetensors) or graph (ONNX) are those of
             the file.
         path: by its suffix, ``.safetensors``, ``.onnx``, ``.index.json`` of a model in several such files ("shards"),
-            or otherwise of :func:`torch.save` or :func:`torch.jit.save`. Nothing of a file is run: torch reads with
-            ``weights_only=True``, and of TorchScript only parameters and buffers are read.
+            or otherwise of :func:`torch.save` or :func:`torch.jit.save`. No code in a file is executed: torch reads with
+            ``weights_only=True``, and of TorchScript only attributes that are tensors are read.
 
             The weights are looked for in every dictionary of a checkpoint ("state_dict", "model", ...), and names that
-            wrappers add, such as "module" of DataParallel and "_orig_mod" of ``torch.compile``, do not count, wherever
+            wrappers add, such as "module" of DataParallel and "_orig_mod" of ``torch.compile``, are ignored, wherever
             they are in a key.
 
             An ONNX graph is walked from its output to the image, beside the graph of what the model's forward calls in
