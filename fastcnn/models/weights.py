@@ -86,8 +86,8 @@ def load_weights(
         model: one of :func:`create_model`, or any other whose keys (torch, safetensors) or graph (ONNX) are those of
             the file.
         path: by its suffix, ``.safetensors``, ``.onnx``, ``.index.json`` of a model in several such files ("shards"),
-            or otherwise of :func:`torch.save` or :func:`torch.jit.save`. No code in a file is executed: torch reads with
-            ``weights_only=True``, and of TorchScript only attributes that are tensors are read.
+            or otherwise of :func:`torch.save` or :func:`torch.jit.save`. No code in a file is executed: pickles are
+            read with ``weights_only=True``, and of TorchScript only attributes that are tensors.
 
             The weights are looked for in every dictionary of a checkpoint ("state_dict", "model", ...), and names that
             wrappers add, such as "module" of DataParallel and "_orig_mod" of ``torch.compile``, are ignored, wherever
@@ -100,8 +100,7 @@ def load_weights(
             size; where it leaves the size open, that is ``model.input_size``, if the model has one. Biases that the
             file leaves out are 0, and dropout is not compared.
         entry: not ONNX: which of the file's dictionaries, or which prefix of its keys, holds the weights: "model_ema",
-            "state_dict.generator". If None, the one that fits; of several, that which is no average over the training
-            (EMA, SWA).
+            "state_dict.generator". If None, the one that fits; averages of the weights (EMA, SWA) are passed over.
         preprocessing: what the weights expect of images, a name in PREPROCESSINGS or your own; for files that do not
             tell. Those that come from Caffe take "caffe", that is BGR. ``model.preprocessing`` becomes this.
         adapt: ONNX: give the model the file's settings where it has others. Further, where one of the two multiplies
