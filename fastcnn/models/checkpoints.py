@@ -38,7 +38,7 @@ TRUSTED_REMEDY = """If you trust the file, re-save only the weights, in an envir
     torch.save(content["state_dict"], NEW)  # of a whole module: content.state_dict()"""
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """One of the dictionaries in a file.
 

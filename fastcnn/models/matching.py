@@ -20,7 +20,7 @@ AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)", re.IGNORECASE)
 LONGEST_PREFIX, LONGEST_SHOWN = 8, 200  # names of modules; letters of a key
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """Tensors of a file that may be those of a model.
 
@@ -112,8 +112,9 @@ def choose(entries: list[Entry], own: Mapping[str, Tensor], chosen: str | None) 
             fitting.setdefault(frozenset((k, _place(t)) for k, t in candidate.state().items()), candidate)
     found = list(fitting.values())
     plain = [c for c in found if not _is_average(c, chosen)]
-    best = max(tried, key=lambda c: (not _is_average(c, chosen), _alike(own, c), -len(c.tensors)))
-    if not found or (not plain and _alike(own, best)):
+    rivals = [] if plain else [c for c in tried if not _is_average(c, chosen) and _alike(own, c)]
+    if rivals or not found:
+        best = max(rivals or tried, key=lambda c: (_alike(own, c), -len(c.tensors)))
         needed = sum(not may_be_missing(key) for key in own)
         others = [c for c in candidates if c not in tried and len(c.tensors) >= needed]
         for candidate in others:

@@ -301,6 +301,12 @@ def test_averages_do_not_stand_in_for_a_network_that_does_not_fit(path, state):
     assert_loaded(path, state, entry="model_ema")
 
 
+def test_an_average_that_does_not_fit_is_told_of(path, state):
+    """Of the entries without averages none has anything to do with the model."""
+    saved(path, {"head": {"x": torch.ones(1)}, "model_ema": {**state, "loss.weight": torch.ones(1)}})
+    assert_refused(path, "entry 'model_ema' of ", "loss.weight (1,) is in the file only")
+
+
 def test_the_same_tensors_under_two_names_are_one(path, state):
     net = Net()
     saved(path, {"model": net.state_dict(), "state_dict": net.state_dict()})
