@@ -56,7 +56,7 @@ def _verified(model: nn.Module, path: Path, runtime: Runtime, graph: OnnxGraph, 
     """By how much the model's output differs from onnxruntime's; WeightsError if that is more than rounding."""
     parameter = next(t for t in model.state_dict().values() if t.is_floating_point())
     shape = (graph.batch or 1, image_shape(graph)[0], *found.size)
-    x = 64 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = _random(*shape)
     with evaluating(model), torch.no_grad():
         own = model(applied(found.before, x).to(parameter.device, parameter.dtype)).cpu().float()
     try:
@@ -72,6 +72,12 @@ def _verified(model: nn.Module, path: Path, runtime: Runtime, graph: OnnxGraph, 
             f"relative to its norm; allowed is {allowed:g}. The model is as it was"
         )
     return differs
+
+
+def _random(*shape: int) -> Tensor:
+    """Images of about the size of pixels, in float32 on the CPU, whatever the defaults are."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return 64 * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _tell_images(model: nn.Module, graph: OnnxGraph, found: Fit, report: WeightsReport) -> None:
@@ -164,7 +170,7 @@ def to_onnx(model: nn.Module, path: str | os.PathLike[str], *, input_size: int |
     except ImportError as error:
         raise ImportError(f"to_onnx(): {error}") from None
     channels = next(node.shape[0] for node in nodes_of(traced.output) if node.kind == "Image" and node.shape)
-    x = 64 * torch.randn(2, channels or 3, *traced.size, generator=torch.Generator().manual_seed(0))
+    x = _random(2, channels or 3, *traced.size)
     device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
     with evaluating(model), torch.no_grad():
         differs = difference(runtime(x), model(x.to(device)).cpu())

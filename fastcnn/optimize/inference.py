@@ -34,7 +34,7 @@ _SMALL_POINTWISE, _SMALL = (
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A map in channels_last."""
-    return kept(torch.empty(shape, dtype=dtype, memory_format=torch.channels_last))
+    return kept(torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last))
 
 
 class Tail:
@@ -56,7 +56,7 @@ class Tail:
         return y
 
     def empty(self, dtype: torch.dtype) -> Tensor:
-        return kept(torch.empty(self.shape, dtype=dtype, memory_format=self.format))
+        return kept(torch.empty(self.shape, dtype=dtype, device="cpu", memory_format=self.format))
 
     def write(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.ops.fastcnn_cpu.relu_lrn_max_pool2d(x, bias, out, None, *self.args)
@@ -82,7 +82,7 @@ class Linear:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = None if bias is None else bias.contiguous()
         if self.packed is None:
-            y = torch.empty(self.shape, dtype=x.dtype)
+            y = torch.empty(self.shape, dtype=x.dtype, device="cpu")
             torch.ops.fastcnn_cpu.linear(x.contiguous(), weight, bias, y, self.relu, self.factor)
             return y
         y = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")

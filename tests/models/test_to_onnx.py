@@ -174,3 +174,26 @@ def test_export_refuses(tmp_path):
         assert result.exit_code == 2
         assert said in " ".join(result.output.split())
         assert not (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_default_dtype_and_device_do_not_matter(tmp_path, dtype, device):
+    """Out into a file, back from it, and fused."""
+    net = models.create_model("squeezenet1_1", input_size=32, num_classes=3, plain=True, init="kaiming").eval()
+    norm = nn.BatchNorm2d(3, affine=False).eval()  # whose scale and shift the file has, and the model has not
+    x = torch.rand(1, 3, 32, 32)
+    expected = net(norm(x))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            models.to_onnx(nn.Sequential(norm, net), tmp_path / "net.onnx", input_size=32)
+            models.to_onnx(net, tmp_path / "net only.onnx")
+            assert models.load_weights(net, tmp_path / "net only.onnx", verify=True).verified <= 1e-5
+            back = models.from_onnx(tmp_path / "net.onnx")
+            found = fastcnn.optimize(back, inference=True)(x)
+    finally:
+        torch.set_default_dtype(before)
+    assert {t.dtype for t in back.state_dict().values() if t.is_floating_point()} == {torch.float32}
+    torch.testing.assert_close(found, expected)

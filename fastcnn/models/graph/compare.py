@@ -263,7 +263,7 @@ def _tensors(found: Comparison, theirs: Node, own: Node) -> Iterator[tuple[str, 
             yield name, theirs.tensors[name], value
         elif name == "bias" and theirs.kind in _WEIGHTED:  # exporters leave out biases that are all 0
             found.zero.append(own.name)
-            yield name, torch.zeros(value.shape), value
+            yield name, torch.zeros(value.shape, dtype=torch.float32, device="cpu"), value
         else:
             found.mismatches.append(f"{theirs}: it has no {name}, which the model has, {own}")
     for name, tensor in theirs.tensors.items():
@@ -273,7 +273,8 @@ def _tensors(found: Comparison, theirs: Node, own: Node) -> Iterator[tuple[str, 
 
 def _same_number(a: float, b: float) -> bool:
     """Whether two numbers are the same in float32, in which ONNX stores them."""
-    return bool(torch.tensor(a, dtype=torch.float32) == torch.tensor(b, dtype=torch.float32))
+    a, b = torch.tensor([a, b], dtype=torch.float32, device="cpu").tolist()
+    return a == b
 
 
 def _same_lrn(a: LRNParams, b: LRNParams) -> bool:

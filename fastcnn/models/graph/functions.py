@@ -83,8 +83,8 @@ def _batch_norm(
     if training:
         raise TypeError("it normalizes by the batch")
     tensors = {
-        "weight": torch.ones(len(running_mean)) if weight is None else weight,
-        "bias": torch.zeros(len(running_mean)) if bias is None else bias,
+        "weight": _constant([1.0] * len(running_mean)) if weight is None else weight,
+        "bias": _constant([0.0] * len(running_mean)) if bias is None else bias,
         "running_mean": running_mean,
         "running_var": running_var,
     }
@@ -238,6 +238,11 @@ def _div(r: Recorder, input: Any, other: Any) -> Node:
     return _combined(r, "Div", input, other)
 
 
+def _constant(value: float | list[float]) -> Tensor:
+    """Whatever the default dtype and device are."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 def _combined(r: Recorder, kind: str, a: Any, b: Any) -> Node:
     if r.depends_on_image(a) and r.depends_on_image(b):
         return r.make(kind, a, b)
@@ -245,7 +250,7 @@ def _combined(r: Recorder, kind: str, a: Any, b: Any) -> Node:
         if kind not in ("Add", "Mul"):
             raise TypeError("the constant comes first")
         a, b = b, a
-    return r.make(kind, a, tensors={"constant": b if isinstance(b, Tensor) else torch.tensor(float(b))})
+    return r.make(kind, a, tensors={"constant": b if isinstance(b, Tensor) else _constant(float(b))})
 
 
 @computed("cat", "concat", "concatenate")

@@ -74,7 +74,7 @@ def transformed(weight: Tensor, groups: int, cache: Frozen | None = None, *, tur
     """The weight as the kernel takes it, from the cache where there is one."""
 
     def transform() -> Tensor:
-        u = torch.empty(weight.numel() // 9 * 16, dtype=torch.float32)
+        u = torch.empty(weight.numel() // 9 * 16, dtype=torch.float32, device="cpu")
         torch.ops.fastcnn_cpu.winograd_weight(weight.detach(), u, groups, turned)
         return u
 
