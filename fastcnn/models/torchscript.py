@@ -111,9 +111,8 @@ class Unpickler(pickle._Unpickler):
         name, dtype, numel, size, stride, offset = stored
         if name not in self.storages:
             data = bytearray(self.record(f"data/{name}"))
-            self.storages[name] = (
-                torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device="cpu")
-            )
+            empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+            self.storages[name] = torch.frombuffer(data, dtype=torch.uint8) if data else empty
         storage = self.storages[name]
         if len(storage) != numel * dtype.itemsize:
             raise ValueError(f"its storage {name} has {len(storage)} bytes; expected {numel} x {dtype}")
