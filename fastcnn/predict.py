@@ -200,7 +200,7 @@ def options_of(given: list[str] | None) -> dict[str, Any]:
             raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint="--option")
         try:
             options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             options[name] = value
     return options
 

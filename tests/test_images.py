@@ -296,9 +296,25 @@ def test_what_the_first_frame_of_a_gif_leaves_free_is_white() -> None:
     frame = b"," + struct.pack("<4HB", 1, 1, 2, 1, 0) + b"\2\2\x04\x0a\0;"
     file = b"GIF89a" + struct.pack("<2H", 3, 2) + b"\x80\0\0" + palette + frame
     found = pixels(file)
+    hidden = file.replace(b",", b"!\xf9\4\1\0\0\xc8\0,", 1)  # colour 200, of two, is transparent
+    assert (pixels(hidden) == found).all()
     assert (found[0] == WHITE).all()
     assert (found[1, 0] == WHITE).all()
     assert found[1, 1].tolist() == found[1, 2].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("load", [False, True])
+def test_later_frames(load: bool) -> None:
+    """Of which a part is stored: the rest is that of the frame before."""
+    frames = [Image.new("P", (40, 40)) for _ in range(3)]
+    for i, frame in enumerate(frames):
+        frame.putpalette([255, 0, 0, 0, 255, 0])
+        frame.paste(1, (5, 5, 10 + i, 10))
+    opened = Image.open(io.BytesIO(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], optimize=False)))
+    opened.seek(2)
+    if load:
+        opened.load()
+    assert (numpy.asarray(to_rgb(opened)) == numpy.asarray(frames[2].convert("RGB"))).all()
 
 
 def test_image_is_left_as_it_was(picture: Any) -> None:
@@ -349,11 +365,18 @@ def test_truncated_images_that_were_opened_elsewhere_are_refused(picture: Any) -
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"quality": 95}, {"optimize": True}], ids=str)
 def test_jpeg_whose_data_end_early_is_refused(options: dict[str, int]) -> None:
     """Though its end is marked: libjpeg would fill the rest with grey."""
-    whole = encoded(read_image(PHOTOGRAPH).resize((120, 120)), "JPEG", **options)
-    start = whole.rfind(b"\xff\xda") + 20
-    for end in range(start, len(whole) - 100, 97):
-        with pytest.raises(ImageError, match="the image is truncated: its data end before it does"):
-            pixels(whole[:end] + b"\xff\xd9")
+    image = read_image(PHOTOGRAPH).resize((120, 120))
+    whole = encoded(image, "JPEG", **options)
+    several = encoded(image, "MPO", save_all=True, append_images=[image], **options)
+    assert (pixels(several) == pixels(whole)).all()
+    between = several.find(b"\xff\xd9\xff\xd8")
+    assert between > 0
+    for file, last in ((whole, len(whole)), (several, between)):
+        start = file.find(b"\xff\xda") + 20
+        for end in range(start, last - 100, 97):
+            for after in (b"", whole, b"more\xff\xd9"):
+                with pytest.raises(ImageError, match="the image is truncated: its data end before it does"):
+                    pixels(file[:end] + b"\xff\xd9" + after)
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}], ids=str)
@@ -442,6 +465,10 @@ def test_tiff_that_pillow_would_read_as_something_else(file: bytes, said: str) -
 
 def test_tiff_in_parts() -> None:
     expected = numpy.arange(64).reshape(8, 8, 1).repeat(3, 2)
+    assert (pixels(tiff(8, 8, 8, GREY, t279=0)) == expected).all()  # as some write it, and libtiff reads
+    assert (pixels(tiff(8, 8, 8, bytes(64), GREY)) == expected).all()  # the last of two strips of the whole
+    colours = tiff(4, 4, (8,) * 4, GREY[:48], t262=2, t277=3)  # bits of a channel that is not there
+    assert (pixels(colours) == numpy.arange(48).reshape(4, 4, 3)).all()
     assert (pixels(tiff(8, 8, 8, *(GREY[i : i + 24] for i in range(0, 64, 24)), t278=3)) == expected).all()
     planes = tiff(8, 8, (8,) * 3, *[GREY] * 3, t284=2, t262=2)
     assert (pixels(planes) == expected).all()

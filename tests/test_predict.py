@@ -130,6 +130,10 @@ def test_options_reach_the_model(command: list[object]) -> None:
     assert result.exit_code == 0, result.output
     assert_refused(fastcnn_command(*command, PHOTOGRAPHS[0], "--option", "width=2"), "unexpected option width=2")
     assert_refused(fastcnn_command(*command, PHOTOGRAPHS[0], "--option", "plain"), "'plain'", "name=value")
+    for value in ("{[]: 1}", "-" * 100_000 + "1"):  # which Python does not read
+        assert_refused(
+            fastcnn_command(*command, PHOTOGRAPHS[0], "--option", f"width={value}"), "unexpected option width="
+        )
 
 
 def test_entry_chooses_among_the_networks_of_a_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20
 NOISE = bytes(range(255)) * 8  # begins with 0, which makes of a last 255 data again, not a marker
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # of JPEG, with a length
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by the colour type of a PNG
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
@@ -28,7 +30,7 @@ def check_file(source: Path | BinaryIO, image: Image) -> None:
     """
     if image.format == "PNG":
         _check_png(_content(source))
-    elif image.format == "JPEG":
+    elif image.format in ("JPEG", "MPO"):
         _check_jpeg(source, image)
     elif image.format == "JPEG2000" and b"\xff\x93" not in _content(source):
         raise ValueError("the image is truncated in front of its data")
@@ -42,9 +44,11 @@ def _content(source: Path | BinaryIO) -> bytes:
 
 
 def _check_jpeg(source: Path | BinaryIO, image: Image) -> None:
-    """If the data end before the image does, libjpeg repeats the last colour, and what it warns of Pillow drops.
+    """If the data of a scan end before the image does, libjpeg fills it with grey, and Pillow drops its warning.
 
-    So where the last pixels have one colour, noise is put behind the data. If they were complete, it is not read.
+    So where the last pixels have one colour, noise is inserted after the data: if they were complete, it is not read.
+    That finds a truncated baseline scan, unless it ends at a restart marker, and not the missing scans of a progressive
+    file.
     """
     from PIL import Image
 
@@ -52,10 +56,21 @@ def _check_jpeg(source: Path | BinaryIO, image: Image) -> None:
     if image.crop((max(width - 4, 0), max(height - 4, 0), width, height)).getcolors(1) is None:
         return
     data = _content(source)
-    end = data.rfind(b"\xff\xd9")
+    end = _end_of_jpeg(data)
     with Image.open(BytesIO(data[:end] + NOISE + data[end:]), formats=["JPEG"]) as noisy:
         if noisy.tobytes() != image.tobytes():
             raise ValueError("the image is truncated: its data end before it does")
+
+
+def _end_of_jpeg(data: bytes) -> int:
+    """Where the marker EOI of the first image is; thumbnails are in segments, which are skipped."""
+    position = 2
+    while (found := MARKER.search(data, position)) is not None:
+        position = found.start()
+        if data[position + 1] == 0xD9:
+            return position
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return len(data)
 
 
 def _check_png(data: bytes) -> None:
@@ -64,12 +79,12 @@ def _check_png(data: bytes) -> None:
     header, kinds = chunks[0][1], {kind for kind, _ in chunks}
     if header[9] == 3 and b"PLTE" not in kinds:
         raise ValueError("the image has no palette")
-    inflate, rows = zlib.decompressobj(), 0
+    inflate, missing = zlib.decompressobj(), _bytes_of_rows(header)
     for kind, content in chunks:
-        while kind == b"IDAT" and content:
-            rows += len(inflate.decompress(content, BLOCK))
+        while kind == b"IDAT" and content and missing > 0:
+            missing -= len(inflate.decompress(content, BLOCK))
             content = inflate.unconsumed_tail
-    if rows < _bytes_of_rows(header):
+    if missing > 0:
         raise ValueError("the image has fewer rows than its header says")
 
 
@@ -103,7 +118,8 @@ def check_tiff(image: TiffImageFile | Any, most_pixels: int) -> None:
     """Raise ValueError for a TIFF, not yet loaded, of a kind that Pillow reads as another, or with too little data."""
     tags: Any = image.tag_v2
     tiles = image.tile
-    bits = tags.get(258, (1,))
+    samples, bits = tags.get(277, 1), tags.get(258, (1,))
+    bits = (bits * samples if len(bits) == 1 else bits)[:samples]
     planes = len(bits) if tags.get(284) == 2 else 1
     if tags.get(322, 0) * tags.get(323, 0) > most_pixels:
         raise ValueError("its tiles are too large")
@@ -119,6 +135,6 @@ def check_tiff(image: TiffImageFile | Any, most_pixels: int) -> None:
     boxes: list[Any] = [tile[1] for tile in tiles]
     needed = [(bottom - top) * -(-(right - left) * sum(bits) // planes // 8) for left, top, right, bottom in boxes]
     area = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
-    short = len(stored) != len(needed) or any(map(operator.lt, stored, needed))
+    short = 0 not in stored and any(map(operator.lt, stored[-len(needed) :], needed))  # 0 if it is not known
     if short or area < image.size[0] * image.size[1] * planes:
         raise ValueError("the image has less data than its header says")

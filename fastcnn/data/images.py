@@ -107,12 +107,16 @@ def to_rgb(image: Image) -> Image:
     except Exception as error:
         raise ImageError(f"cannot be read: {error or type(error).__name__}") from error
     key = image.info.get("transparency", key)
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+    size, format, orientation = image.size, image.format, _orientation(image)
+    box = tile[1] if format == "GIF" and tile is not None and image.tell() == 0 else (0, 0, *size)
+    if box != (0, 0, *size):  # the first frame is smaller than the picture, and around it is nothing
+        image = image.crop(box)
+    if image.mode == "F" or (image.mode == "I" and format not in ("PNG", "PPM")):
         raise ImageError(f"values of mode {image.mode!r} cannot be mapped to 8 bits: their range is not known")
     if image.mode == "RGB" and key is not None and (stored == "RGB;16B" or max(key) > 255):
         raise ImageError("one of its 16-bit colours is transparent, which is not supported")
     extrema: Any = image.getextrema() if image.mode == "P" else (0, -1)
-    if extrema[1] >= len(image.getpalette() or ()) // 3:
+    if extrema[1] >= len(image.getpalette() or ()) // 3 and extrema[1] != key:
         raise ImageError("cannot be read: it has pixels of colours that are not in its palette")
     try:
         if image.mode.startswith("I"):
@@ -121,16 +125,16 @@ def to_rgb(image: Image) -> Image:
             visible = image.copy()
             if stored in ("L;2", "L;4"):
                 visible.info["transparency"] = key * {"L;2": 85, "L;4": 17}[stored]
-            white = Image.new("RGBA", image.size, "white")
+            white = Image.new("RGBA", visible.size, "white")
             rgb = Image.alpha_composite(white, visible.convert("RGBA")).convert("RGB")
         else:
             rgb = image.convert("RGB")
     except (TypeError, ValueError) as error:
         raise ImageError(f"its colours cannot be converted: {error}") from None
-    if image.format == "GIF" and tile is not None and tile[1] != (0, 0, *image.size):  # nothing is around the frame
-        frame, rgb = rgb.crop(tile[1]), Image.new("RGB", image.size, "white")
-        rgb.paste(frame, tile[1])
-    if (turn := TRANSPOSITIONS.get(_orientation(image))) is not None:
+    if rgb.size != size:
+        frame, rgb = rgb, Image.new("RGB", size, "white")
+        rgb.paste(frame, box)
+    if (turn := TRANSPOSITIONS.get(orientation)) is not None:
         rgb = rgb.transpose(Image.Transpose[turn])
     rgb.info.clear()  # the orientation above all
     return rgb

@@ -116,7 +116,7 @@ def _read_torch(path: Path) -> Any:
         numbers = all(re.fullmatch(r"numpy\.(dtype|_?core\.multiarray\.scalar)", name) for name in names)
         objects = f"besides tensors it holds objects whose unpickling can execute arbitrary code: {', '.join(names)}"
         raise WeightsError(f"{failed}: {objects}. {NUMPY_REMEDY if numbers else TRUSTED_REMEDY}")
-    if reason.startswith("Unsupported operand") and zipfile.is_zipfile(path):
+    if reason.startswith("Unsupported operand") and (zipfile.is_zipfile(path) or path.read_bytes()[:1] == b"\x80"):
         raise WeightsError(f"{failed}: it was saved with a pickle protocol other than torch's 2. {TRUSTED_REMEDY}")
     raise ValueError(reason.partition("\n")[0])
 
@@ -130,8 +130,11 @@ def _refused_objects(path: Path) -> list[str]:
 
 def _is_safetensors(path: Path) -> bool:
     """By its beginning: the length of the header, then JSON."""
-    with path.open("rb") as file:
-        beginning = file.read(9)
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(9)
+    except OSError:  # which reading will report
+        return False
     return beginning[8:] == b"{" and int.from_bytes(beginning[:8], "little") < path.stat().st_size
 
 

@@ -16,7 +16,12 @@ from .checkpoints import Entry
 WRAPPERS = frozenset(  # of modules: DataParallel and EMA; torch.compile; Lightning and others; FSDP; checkpointing
     ("module", "_orig_mod", "model", "net", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 )
-AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged)([._]|$)", re.IGNORECASE)
+AVERAGED = re.compile(r"(?i:(^|[._])(ema|swa|avg|averaged?|shadow|polyak|teacher)([._]|$))|EMA")
+CONVERTED = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.complex128, torch.complex64, torch.bool),
+}
 LONGEST_PREFIX, LONGEST_SHOWN = 8, 200  # names of modules; letters of a key
 
 
@@ -235,12 +240,16 @@ def _shown(key: str) -> str:
     return key if len(key) <= LONGEST_SHOWN else f"{key[:LONGEST_SHOWN]}..."
 
 
-def tied(model: nn.Module) -> list[list[str]]:
-    """The keys of each tensor that has several."""
-    keys: dict[int, list[str]] = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        keys.setdefault(id(tensor), []).append(key)
-    return [several for several in keys.values() if len(several) > 1]
+def split(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of the file that differ where the model has one tensor of several keys, one pair per line."""
+    lines: list[str] = []
+    first: dict[tuple[Any, ...], str] = {}
+    for key in (key for key in own if key in state and own[key].data_ptr()):
+        other = first.setdefault(_place(own[key]), key)
+        a, b = state[other], state[key]
+        if _place(a) != _place(b) and not (a.dtype == b.dtype and torch.allclose(a, b, 0, 0, equal_nan=True)):
+            lines.append(f"{other} and {key} are one tensor in the model, and differ in the file")
+    return lines
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
@@ -255,6 +264,8 @@ def _misfit(ours: Tensor, theirs: Tensor) -> str | None:
     if theirs.is_meta or theirs.is_quantized or type(theirs) not in (Tensor, nn.Parameter):
         kind = "without values" if theirs.is_meta else "quantized" if theirs.is_quantized else type(theirs).__name__
         return f"is {kind} in the file"
+    if theirs.dtype not in CONVERTED and theirs.dtype != ours.dtype:
+        return f"is {theirs.dtype} in the file, which is not supported"
     if ours.shape != theirs.shape:
         return f"is {tuple(theirs.shape)} in the file and {tuple(ours.shape)} in the model"
     if _category(ours.dtype) != _category(theirs.dtype):
@@ -280,10 +291,10 @@ def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
     """Whether all finite values are in the range of a dtype of the same category."""
     if dtype == tensor.dtype or _category(dtype) == "bool":
         return True
-    if _category(dtype) == "int":
-        return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+    if _category(dtype) == "int":  # a wrong sign, too, makes a large difference
+        return torch.equal(tensor.to(dtype).double(), tensor.double())
     if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return True
-    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    parts = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.double()
     finite = parts[parts.isfinite()].abs()
     return not len(finite) or float(finite.max()) <= torch.finfo(dtype).max

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..params import LRNParams
 from .checkpoints import format_of, read_entries
 from .errors import GraphError, WeightsError
-from .matching import choose, tied
+from .matching import choose, split
 from .preprocessing import PREPROCESSINGS, Preprocessing
 
 T = TypeVar("T")
@@ -120,13 +119,15 @@ def load_weights(
         FileNotFoundError: there is no such file.
         ImportError: the package onnx or safetensors is missing (``fastcnn[models]`` brings both), or onnxruntime with
             ``verify``.
-        TypeError: ``preprocessing`` is neither a name nor a :class:`Preprocessing`.
+        TypeError: ``preprocessing`` is neither a name nor a :class:`Preprocessing`; ``entry`` is no string.
         ValueError: ``adapt`` or ``verify`` for a file that is not ONNX, ``entry`` for one that is; no preprocessing has
             this name.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_weights(): there is no file {path}")
+    if not isinstance(entry, str | None):
+        raise TypeError(f"load_weights(): argument 'entry' must be str, not {type(entry).__name__}")
     expected = None if preprocessing is None else _preprocessing(preprocessing)
     format = format_of(path)
     given = {"entry": entry} if format == "ONNX" else {"adapt": adapt or None, "verify": verify or None}
@@ -161,12 +162,8 @@ def _load_checkpoint(model: nn.Module, path: Path, format: str, entry: str | Non
     lines, state = found.mismatches(own) if not found.fits(own) else [], found.state()
     if lines and re.search(r"-\d+-of-\d+\.", path.name):
         lines.append("this file is one of several shards: give load_weights() their .index.json")
-    for first, *others in tied(model):
-        lines += [
-            f"{first} and {key} are one tensor in the model, and differ in the file"
-            for key in others
-            if first in state and key in state and not torch.equal(state[first], state[key])
-        ]
+    if not lines:
+        lines = split(own, state)
     for key in content:
         if key not in own and key in found.entry.others:
             lines.append(f"{key} is not a tensor; load_weights() loads tensors only")

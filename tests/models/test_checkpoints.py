@@ -221,6 +221,10 @@ def test_tensors_of_other_kinds_are_refused(path, state, value, said):
     [
         (torch.tensor([300]), torch.int8),
         (torch.tensor([-1]), torch.uint8),
+        (torch.tensor([-1], dtype=torch.int8), torch.uint8),
+        (torch.tensor([200], dtype=torch.uint8), torch.int8),
+        (torch.tensor([2**64 - 1], dtype=torch.uint64), torch.int64),
+        (torch.tensor([1e300 + 1j], dtype=torch.complex128).conj(), torch.complex64),
         (torch.tensor([1e300], dtype=torch.complex128), torch.complex64),
         (torch.tensor([1e300], dtype=torch.float64), torch.float32),
         (torch.tensor([5]), torch.bool),
@@ -242,8 +246,18 @@ def test_tensors_that_are_one_in_the_model(path, state):
     model[1].weight = model[0].weight
     own = {key: value.clone() for key, value in model.state_dict().items()}
     assert_loaded(saved(path, shifted(own)), shifted(own), model)
+    own["0.weight"][0, 0] = own["1.weight"][0, 0] = torch.nan
+    load_weights(model, saved(path, own))
     own["1.weight"] += 1
-    assert_refused(saved(path, own), "0.weight and 1.weight are one tensor in the model, and differ", model=model)
+    said = "0.weight and 1.weight are one tensor in the model, and differ in the file"
+    with pytest.raises(WeightsError, match=said):
+        load_weights(model, saved(path, own))
+    model[1].weight = nn.Parameter(model[0].weight.data)  # of one storage only
+    with pytest.raises(WeightsError, match=said):
+        load_weights(model, path)
+    own["0.weight"] = own["0.weight"].to_sparse()
+    with pytest.raises(WeightsError, match=r"0\.weight is sparse in the file"):
+        load_weights(model, saved(path, own))
 
 
 def test_models_that_cannot_take_values(path):
@@ -284,7 +298,9 @@ def test_state_that_is_no_tensor_is_refused_where_the_file_has_it(path):
 # -- which of several -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model_ema", "ema", "state_dict_ema", "ema_state_dict", "params_ema", "swa_model"])
+@pytest.mark.parametrize(
+    "name", ["model_ema", "ema", "state_dict_ema", "ema_state_dict", "params_ema", "swa_model", "modelEMA", "teacher"]
+)
 def test_averages_are_loaded_when_they_are_chosen(path, state, name):
     average = shifted(state)
     saved(path, {name: under("module.", average), "model": state})
@@ -502,7 +518,8 @@ class Harm:
 @pytest.mark.parametrize("suffix", ["pth", "bin", "pt"])
 def test_nothing_of_a_file_is_run(tmp_path, state, suffix):
     proof = tmp_path / "proof"
-    for i, options in enumerate(({}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4})):
+    legacy = {"_use_new_zipfile_serialization": False}
+    for i, options in enumerate(({}, legacy, {"pickle_protocol": 4}, {**legacy, "pickle_protocol": 5})):
         path = saved(tmp_path / f"{i}.{suffix}", {"state_dict": state, "x": Harm(proof)}, **options)
         assert_refused(path, "re-save only the weights", *["system"][: i < 2])
     path = tmp_path / f"plain.{suffix}"
@@ -689,6 +706,7 @@ class Attributes(Net):
     def __init__(self, seed=0):
         super().__init__(seed)
         self.device, self.number = torch.device("cpu"), 1 + 2j
+        self.register_buffer("complex", torch.ones(2, dtype=torch.complex64))
 
     def forward(self, input):
         return super().forward(input.to(self.device)) * self.number.real
@@ -698,7 +716,7 @@ def test_torchscript_with_other_attributes(tmp_path):
     net = Attributes().eval()
     script = torch.jit.trace(net, torch.randn(1, 3, 5, 5))
     script.save(tmp_path / "traced.pt")
-    assert_loaded(tmp_path / "traced.pt", net.state_dict())
+    assert_loaded(tmp_path / "traced.pt", net.state_dict(), Attributes(seed=1))
 
 
 def test_torchscript_without_parameters(tmp_path):
@@ -796,6 +814,8 @@ def test_wrong_options(path, state, tmp_path):
         load_weights(Net(), path, preprocessing="bgr")
     with pytest.raises(TypeError, match="'preprocessing' must be str or Preprocessing, not list"):
         load_weights(Net(), path, preprocessing=["BGR"])
+    with pytest.raises(TypeError, match="'entry' must be str, not int"):
+        load_weights(Net(), path, entry=0)
     with pytest.raises(ValueError, match=r"adapt=True needs an ONNX file, but got .*checkpoint"):
         load_weights(Net(), path, adapt=True)
     (tmp_path / "net.onnx").touch()
