@@ -180,9 +180,12 @@ def test_export_refuses(tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_default_dtype_and_device_do_not_matter(tmp_path, dtype, device):
     """Out into a file, back from it, and fused."""
-    net = models.create_model("squeezenet1_1", input_size=32, num_classes=3, plain=True, init="kaiming").eval()
+    torch.manual_seed(0)
+    net = models.create_model(
+        "squeezenet1_1", input_size=32, plain=True, init="kaiming"
+    ).eval()  # of few logits all may be 0
     norm = nn.BatchNorm2d(3, affine=False).eval()  # whose scale and shift the file has, and the model has not
-    x = torch.rand(1, 3, 32, 32)
+    x = 64 * randn(1, 3, 32, 32)
     expected = net(norm(x))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -196,4 +199,4 @@ def test_default_dtype_and_device_do_not_matter(tmp_path, dtype, device):
     finally:
         torch.set_default_dtype(before)
     assert {t.dtype for t in back.state_dict().values() if t.is_floating_point()} == {torch.float32}
-    torch.testing.assert_close(found, expected)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
