@@ -59,7 +59,7 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> Image:
         with _whole_files_only(), Image.open(given, formats=formats) as image:
             width, height = image.size
             if width * height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                raise ImageError(f"too large an image: {width:,} x {height:,} pixels")
+                raise ImageError(f"the image is too large: {width:,} x {height:,} pixels")
             rgb = to_rgb(image)
             check_file(given, image)
             return rgb
@@ -69,7 +69,7 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> Image:
         kinds = ", ".join(FORMATS)
         raise ImageError(f"{name}: not an image, or not of a kind that Pillow reads: {kinds}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: too large an image: {error}") from None
+        raise ImageError(f"{name}: the image is too large: {error}") from None
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # what is raised for damaged files depends on the format

@@ -63,8 +63,8 @@ def format_of(path: Path) -> str:
     return format
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """Every dictionary of a file that holds tensors, the outermost first.
+def read_entries(path: Path, format: str) -> list[Entry]:
+    """Every dictionary of a file, of a format of :func:`format_of`, that holds tensors; the outermost first.
 
     Raises:
         WeightsError: the file holds objects that torch does not create unless they are allowed.
@@ -75,7 +75,7 @@ def read_entries(path: Path) -> list[Entry]:
     for signature, what in SIGNATURES.items():
         if beginning.startswith(signature):
             raise ValueError(f"it is {what}")
-    content = READERS[format_of(path)](path)
+    content = READERS[format](path)
     if not isinstance(content, Mapping | list | tuple):
         raise ValueError(f"it holds a {type(content).__name__}, not a state_dict")
     entries = [entry for entry in _entries(content, "", 0, set()) if entry.tensors]

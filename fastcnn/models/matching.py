@@ -76,7 +76,9 @@ class Candidate:
         left_over = {key: tensor for key, tensor in self.tensors.items() if key not in used}
         others = {} if self.prefix else self.entry.others
         lines = missing(own, self.state(), left_over, others) + misfits(own, self.state())
-        return lines + [f"the file also holds {name!r}, which fits: entry={name!r}" for name in self.alternatives]
+        if lines:
+            lines += self._alternatives()
+        return lines
 
     def notes(self) -> list[str]:
         """What a person should know of one that fits."""
@@ -87,7 +89,10 @@ class Candidate:
         renamed = [f"{theirs} -> {key}" for key, theirs in self.keys.items() if key != theirs]
         if renamed:
             lines.append(f"{len(renamed)} keys differ in wrappers' names: {renamed[0]}, ...")
-        return lines + [f"the file also holds {name!r}, which fits: entry={name!r}" for name in self.alternatives]
+        return lines + self._alternatives()
+
+    def _alternatives(self) -> list[str]:
+        return [f"the file also holds {name!r}, which fits: entry={name!r}" for name in self.alternatives]
 
 
 def choose(entries: list[Entry], own: Mapping[str, Tensor], chosen: str | None) -> Candidate:
@@ -102,7 +107,7 @@ def choose(entries: list[Entry], own: Mapping[str, Tensor], chosen: str | None) 
     Raises:
         ValueError: nothing has the chosen name, or several fit.
     """
-    bare = _without_wrappers(own)
+    bare = _by_bare_name(own)
     candidates = [candidate for entry in entries for candidate in _candidates(entry)]
     tried = [candidate for candidate in candidates if candidate.is_tried(chosen)]
     if not tried:
@@ -170,17 +175,21 @@ def _matched(own: Mapping[str, Tensor], bare: Mapping[str, str], tensors: Mappin
         own, bare: the model's tensors by their keys, and its keys by what they are without wrappers.
         tensors: the file's.
     """
-    theirs = _without_wrappers(tensors)
+    theirs = _by_bare_name(tensors)
     matched = {bare[name]: key for name, key in theirs.items() if name in bare}
     return matched | {key: key for key in tensors if key in own}
 
 
-def _without_wrappers(keys: Iterable[str]) -> dict[str, str]:
+def _by_bare_name(keys: Iterable[str]) -> dict[str, str]:
     """Keys by what they are without wrappers' names, of those that still differ then."""
     bare: dict[str, list[str]] = {}
     for key in keys:
-        bare.setdefault(".".join(name for name in key.split(".") if name not in WRAPPERS), []).append(key)
+        bare.setdefault(without_wrappers(key), []).append(key)
     return {name: keys[0] for name, keys in bare.items() if len(keys) == 1}
+
+
+def without_wrappers(key: str) -> str:
+    return ".".join(name for name in key.split(".") if name not in WRAPPERS)
 
 
 def _alike(own: Mapping[str, Tensor], candidate: Candidate) -> int:

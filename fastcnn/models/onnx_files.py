@@ -75,7 +75,7 @@ def _verified(model: nn.Module, path: Path, runtime: Runtime, graph: OnnxGraph, 
 
 
 def _random(*shape: int) -> Tensor:
-    """Images of about the size of pixels, in float32 on the CPU, whatever the defaults are."""
+    """Random images on the scale of pixels, in float32 on the CPU, whatever the defaults are."""
     generator = torch.Generator("cpu").manual_seed(0)
     return 64 * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 

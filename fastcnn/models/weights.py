@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..params import LRNParams
 from .checkpoints import format_of, read_entries
 from .errors import GraphError, WeightsError
-from .matching import choose, split
+from .matching import choose, split, without_wrappers
 from .preprocessing import PREPROCESSINGS, Preprocessing
 
 T = TypeVar("T")
@@ -154,18 +154,19 @@ def _load_checkpoint(model: nn.Module, path: Path, format: str, entry: str | Non
     lazy = [key for key, value in own.items() if is_lazy(value)]
     if lazy:
         raise WeightsError(f"load_weights(): {', '.join(lazy)} of the model have no shape yet; run a forward first")
-    entries = read(read_entries, path, format, "load_weights")
+    entries = read(lambda path: read_entries(path, format), path, format, "load_weights")
     try:
         found = choose(entries, own, entry)
     except ValueError as error:
         raise WeightsError(f"load_weights(): {path} cannot be loaded: {error}") from None
-    lines, state = found.mismatches(own) if not found.fits(own) else [], found.state()
+    lines, state = found.mismatches(own), found.state()
     if lines and re.search(r"-\d+-of-\d+\.", path.name):
         lines.append("this file is one of several shards: give load_weights() their .index.json")
     if not lines:
         lines = split(own, state)
+    others = {without_wrappers(key) for key in found.entry.others}
     for key in content:
-        if key not in own and key in found.entry.others:
+        if key not in own and without_wrappers(key) in others:
             lines.append(f"{key} is not a tensor; load_weights() loads tensors only")
     refuse(path, lines, found.name)
     load(model, state)

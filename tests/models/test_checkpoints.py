@@ -289,6 +289,9 @@ def test_state_that_is_no_tensor_is_refused_where_the_file_has_it(path):
     saved(path, {**nn.Linear(2, 2).state_dict(), "_extra_state": {"scale": 3.0}})
     with pytest.raises(WeightsError, match="_extra_state is not a tensor; load_weights"):
         load_weights(model, path)
+    saved(path, under("module.", {**nn.Linear(2, 2).state_dict(), "_extra_state": {"scale": 3.0}}))
+    with pytest.raises(WeightsError, match="_extra_state is not a tensor; load_weights"):
+        load_weights(model, path)
     expected = nn.Linear(2, 2).state_dict()
     load_weights(model, saved(path, expected))
     assert torch.equal(model.weight, expected["weight"])
