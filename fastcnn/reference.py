@@ -1,7 +1,8 @@
 """The operators in plain PyTorch: their definition, the numerical truth of the tests, differentiable in any order.
 
 16-bit inputs are computed in float32 and rounded once, at the end; float32 and float64 in themselves.
-The names and arguments are those of :mod:`fastcnn.functional`.
+The names and arguments are those of :mod:`fastcnn.functional`. Also here is the random generator of everything that
+happens to training pictures, :func:`philox4x32`.
 """
 
 from typing import Any
@@ -149,3 +150,69 @@ def max_pool2d_backward(dy: Tensor, argmax: Tensor, size: tuple[int, int], pool:
             columns = slice(j * dw, j * dw + (ow - 1) * sw + 1, sw)
             padded[..., rows, columns] += torch.where(argmax == i * kw + j, dy, 0)
     return padded[..., ph : ph + size[0], pw : pw + size[1]]
+
+
+_PHILOX_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_PHILOX_INCREMENTS = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+
+
+def philox4x32(counter: Tensor, key: int) -> Tensor:
+    """Random words by Philox-4x32-10: a function without state, of which each counter gives four independent words.
+
+    Ten rounds of ``(c0, c1, c2, c3) <- (hi(m1*c2) ^ c1 ^ k0, lo(m1*c2), hi(m0*c0) ^ c3 ^ k1, lo(m0*c0))``, after each
+    of which the key's halves ``k0, k1`` are increased by constants, modulo 2**32. Source: Salmon, Moraes, Dror, Shaw,
+    "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), whose test vectors the tests check.
+
+    Args:
+        counter: int64 tensor of shape (..., 4), values from 0 to 2**32 - 1.
+        key: from 0 to 2**64 - 1; its lower half is ``k0``.
+
+    Returns:
+        int64 tensor of the counter's shape, on its device, values from 0 to 2**32 - 1: the same ones everywhere.
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key & _WORD, key >> 32
+    (m0, m1), (w0, w1) = _PHILOX_MULTIPLIERS, _PHILOX_INCREMENTS
+    for _ in range(10):
+        first, second = c0 * m0, c2 * m1  # 64 bits each, as which int64 wraps
+        c0, c1 = (second >> 32) & _WORD ^ c1 ^ k0, second & _WORD
+        c2, c3 = (first >> 32) & _WORD ^ c3 ^ k1, first & _WORD
+        k0, k1 = (k0 + w0) & _WORD, (k1 + w1) & _WORD
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def augment(
+    pictures: Tensor,
+    offsets: Tensor,
+    mirror: Tensor,
+    mean: Tensor,
+    *,
+    crop: int,
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Tensor:
+    """Crops of pictures, some of them mirrored, as ``(pixels - mean) * scale``.
+
+    Pixels become float32; difference and product are rounded to float32 each, and the result to ``dtype``.
+
+    Args:
+        pictures: uint8, of shape (N, H, W, 3).
+        offsets: int64, of shape (N, 2): the first row and column of each crop.
+        mirror: bool, of shape (N,): which crops are mirrored, left and right, after they are cut out.
+        mean: float32, of shape (N, 3): what is subtracted from each channel of each picture.
+        crop: height and width of the crops.
+        scale: of each channel.
+        dtype, memory_format: of the result.
+
+    Returns:
+        Tensor of shape (N, 3, crop, crop).
+    """
+    along = torch.arange(crop, device=pictures.device)
+    rows = offsets[:, :1] + along
+    columns = offsets[:, 1:] + torch.where(mirror[:, None], crop - 1 - along, along)
+    each = torch.arange(len(pictures), device=pictures.device)[:, None, None]
+    pixels = pictures[each, rows[:, :, None], columns[:, None, :]].float()
+    y = (pixels - mean[:, None, None]) * torch.tensor(scale, dtype=torch.float32, device=pictures.device)
+    return y.permute(0, 3, 1, 2).to(dtype).contiguous(memory_format=memory_format)

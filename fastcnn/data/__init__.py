@@ -1,13 +1,37 @@
-"""Photographs, and pictures from files."""
+"""Data sets, the batches that training takes from them, and pictures from files."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .augment import Augmentation
+from .colours import Statistics
+from .dataset import Dataset
 from .images import ImageError, read_image, to_rgb
+from .loading import Batch, Loader, loader, measure
+from .order import Order, epoch_order
+from .pack import pack
+from .sources import open_dataset, open_splits
 
-__all__ = ["ImageError", "photographs", "read_image", "to_rgb"]
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "Dataset",
+    "ImageError",
+    "Loader",
+    "Order",
+    "Statistics",
+    "epoch_order",
+    "loader",
+    "measure",
+    "open_dataset",
+    "open_splits",
+    "pack",
+    "photographs",
+    "read_image",
+    "to_rgb",
+]
 
 
 def photographs(size: int = 227) -> Tensor:

@@ -13,6 +13,7 @@ from .damage import check_file, check_tiff
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # for EPS Pillow runs Ghostscript
 MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, which scripts like to switch off
@@ -74,6 +75,39 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> Image:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # what is raised for damaged files depends on the format
         raise ImageError(f"{name}: cannot be read: {error or type(error).__name__}") from error
+
+
+def read_pixels(source: str | os.PathLike[str] | BinaryIO) -> Tensor:
+    """What :func:`read_image` reads, as a uint8 tensor of shape (height, width, 3)."""
+    import numpy
+    import torch
+
+    return torch.from_numpy(numpy.array(read_image(source)))
+
+
+def centre_square(pixels: Tensor, size: int) -> Tensor:
+    """The short side scaled to ``size``, and the centre cropped.
+
+    Bicubic, with antialiasing: torch's for 8 bits, which is Pillow's algorithm and within 1 of it nearly everywhere.
+    The square is cut out first, so that a long picture needs no more memory than a square one.
+
+    Args:
+        pixels: uint8 tensor of shape (height, width, 3).
+        size: in pixels.
+
+    Returns:
+        uint8 tensor of shape (size, size, 3).
+    """
+    from torch.nn.functional import interpolate
+
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    if side == size:
+        return square
+    planes = square.permute(2, 0, 1)[None]
+    return interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
 
 
 def to_rgb(image: Image) -> Image:

@@ -1,0 +1,261 @@
+"""Batches of pictures for training and evaluation, on torch's DataLoader."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .augment import Augmentation
+from .colours import Statistics, total
+from .dataset import Arrays, Dataset
+from .images import ImageError, centre_square
+from .order import Order
+from .workers import cpus, same
+
+DEFAULT_SIZE = 256
+log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """Pictures, their labels, and their numbers in the data set.
+
+    ``images`` are uint8 of shape (n, height, width, 3), or what an augmentation makes of them; ``labels`` is int64 of
+    shape (n,), on the same device; ``indices`` is int64 of shape (n,), on the CPU.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class Fetched(NamedTuple):
+    """Pictures as bytes, the numbers of those that could be read, and why others could not."""
+
+    pictures: Tensor
+    indices: Tensor
+    failures: list[tuple[int, str]]
+
+
+def loader(
+    dataset: Dataset,
+    batch: int,
+    *,
+    augment: Augmentation | None = None,
+    size: int | None = None,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    seed: int = 0,
+    rank: int | None = None,
+    world: int | None = None,
+    workers: int | None = None,
+    prefetch: int = 2,
+    device: torch.device | str = "cpu",
+    cache: str | None = None,
+) -> Loader:
+    """Batches of a data set, of which :meth:`Loader.epoch` gives those of an epoch.
+
+    Processes decode the pictures and scale and crop them to squares; this process augments them on the device. The
+    order of an epoch and every random choice depend on (seed, epoch, number of the picture) alone, so that any number
+    of workers and ranks gives the same global batches, and an epoch can be resumed at any step.
+
+    Args:
+        dataset: of :func:`open_dataset`.
+        batch: pictures of a global batch, all ranks together. The last batch of an epoch has what is left. Rank ``r``
+            of ``w`` has the pictures from ``b * r // w`` to ``b * (r + 1) // w`` of a batch of ``b``, which may be
+            none.
+        augment: makes the network's input on the device; None for uint8 pictures.
+        size: side of the squares, to which pictures of other sizes are scaled and cropped; None leaves pictures that
+            are all of one size as they are, and makes others 256.
+        shuffle: whether epochs have an order of their own, or that of the data set.
+        drop_last: leave out the last batch if it is incomplete.
+        seed: from 0 to 2**64 - 1.
+        rank, world: of this process and of all; those of ``torch.distributed`` if None, where it is initialized.
+        workers: processes that read; if None, one per CPU for files that are decoded, and none (this process reads) for
+            arrays.
+        prefetch: batches that each of them is ahead.
+        device: of the batches; on their way to a GPU they are in pinned memory.
+        cache: "device" copies the whole data set, which must be arrays of one size, to the device as uint8 once, and
+            needs no workers.
+
+    Raises:
+        TypeError: ``dataset`` is none.
+        ValueError: an argument is out of range; the crop is larger than the pictures; what is to be cached is no array,
+            or does not fit.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"loader(): expected a fastcnn.data.Dataset, not {type(dataset).__name__}")
+    if rank is None or world is None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = (torch.distributed.get_rank() if distributed else 0) if rank is None else rank
+        world = (torch.distributed.get_world_size() if distributed else 1) if world is None else world
+    order = Order(len(dataset), batch, seed, shuffle, drop_last, rank, world)
+    device = torch.device(device)
+    workers = (cpus() if dataset.decodes else 0) if workers is None else workers
+    if workers < 0 or prefetch < 1 or cache not in (None, "device"):
+        raise ValueError(
+            "loader(): expected workers >= 0, prefetch >= 1, and cache None or 'device', but got "
+            f"workers={workers}, prefetch={prefetch}, cache={cache!r}"
+        )
+    height, width = shape = (size, size) if size is not None else dataset.shape or (DEFAULT_SIZE, DEFAULT_SIZE)
+    crop = 1 if augment is None else augment.crop
+    if crop > min(shape):
+        raise ValueError(f"loader(): pictures of {height}x{width} pixels are smaller than a crop of {crop}")
+    if cache is not None:
+        return Loader(dataset, order, Cached(dataset, shape, device), augment, device)
+    read = DataLoader(
+        Reader(dataset, shape),
+        batch_size=None,
+        sampler=(batches := Batches()),
+        num_workers=workers,
+        collate_fn=same,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=prefetch if workers else None,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # DataLoader would advance torch's own otherwise
+    )
+    return Loader(dataset, order, Read(read, batches), augment, device)
+
+
+class Loader:
+    """See :func:`loader`, which makes it.
+
+    Attributes:
+        skipped: pictures that could not be read so far, by their numbers, and why.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        source: Callable[[list[Tensor]], Iterator[Fetched]],
+        augment: Augmentation | None,
+        device: torch.device,
+    ) -> None:
+        self.dataset, self.order, self.source, self.augment, self.device = dataset, order, source, augment, device
+        self.skipped: dict[int, str] = {}
+        self._begun = 0
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        return self.order.steps
+
+    def epoch(self, epoch: int, step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from a step on, which are the same whatever was asked for before.
+
+        Pictures that cannot be read are missing in their batches, are logged as warnings, and are in ``skipped``. A
+        batch of which none can be read is left out; where there are several ranks it is given without pictures, so that
+        they keep step, as is the part of a rank that has none.
+
+        Raises:
+            ValueError: there is no such step.
+            ImageError: at the end of an epoch, none of whose pictures could be read.
+            RuntimeError: when another epoch of this loader has begun before this one has ended.
+        """
+        self._begun += 1
+        return self._batches(epoch, self.order.epoch(epoch, step), self._begun)
+
+    def _batches(self, epoch: int, plan: list[Tensor], begun: int) -> Iterator[Batch]:
+        read = 0
+        for fetched in self.source(plan):
+            self._skip(fetched.failures)
+            read += len(fetched.indices)
+            if len(fetched.indices) or self.order.world > 1:
+                yield self._batch(epoch, fetched)
+            if self._begun != begun:
+                raise RuntimeError("Loader.epoch(): another epoch has begun before the end of this one")
+        if self.skipped and not read:
+            raise ImageError(f"{self.dataset.source}: no picture could be read. {next(iter(self.skipped.values()))}")
+
+    def _batch(self, epoch: int, fetched: Fetched) -> Batch:
+        pictures = fetched.pictures.to(self.device, non_blocking=True)
+        labels = self.dataset.labels[fetched.indices].to(self.device, non_blocking=True)
+        if self.augment is not None:
+            pictures = self.augment(pictures, self.order.seed, epoch, fetched.indices)
+        return Batch(pictures, labels, fetched.indices)
+
+    def _skip(self, failures: list[tuple[int, str]]) -> None:
+        for index, why in failures:
+            if index not in self.skipped:
+                log.warning("skipped: %s", why)
+            self.skipped[index] = why
+
+
+class Reader(torch.utils.data.Dataset):
+    """Batches by the numbers of their pictures."""
+
+    def __init__(self, dataset: Dataset, shape: tuple[int, int]) -> None:
+        self.dataset, self.shape = dataset, shape
+
+    def __getitem__(self, indices: Tensor) -> Fetched:
+        pictures = torch.empty((len(indices), *self.shape, 3), dtype=torch.uint8)
+        good: list[int] = []
+        failures: list[tuple[int, str]] = []
+        for index in indices.tolist():
+            try:
+                picture = self.dataset.image(index)
+            except ImageError as error:
+                failures.append((index, str(error)))
+                continue
+            pictures[len(good)] = picture if picture.shape[:2] == self.shape else centre_square(picture, self.shape[0])
+            good.append(index)
+        return Fetched(pictures[: len(good)], torch.tensor(good, dtype=torch.int64), failures)
+
+
+class Batches(torch.utils.data.Sampler[Tensor]):
+    """What a DataLoader is to read next; it asks at the beginning of an iteration."""
+
+    plan: Sequence[Tensor] = ()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.plan)
+
+
+class Read:
+    """Batches by a DataLoader, whose processes live as long as it does."""
+
+    def __init__(self, loader: DataLoader, batches: Batches) -> None:
+        self.loader, self.batches = loader, batches
+
+    def __call__(self, plan: list[Tensor]) -> Iterator[Fetched]:
+        self.batches.plan = plan
+        return iter(self.loader)
+
+
+class Cached:
+    """Batches of a data set that is on the device."""
+
+    def __init__(self, dataset: Dataset, shape: tuple[int, int], device: torch.device) -> None:
+        if not isinstance(dataset, Arrays) or dataset.shape != shape:
+            raise ValueError(
+                "loader(): only arrays in their own size can be cached on the device; fastcnn pack makes them"
+            )
+        needed, free = sum(array.nbytes for array in dataset.arrays), _free(device)
+        if needed > free:
+            raise ValueError(f"loader(): {needed:,} bytes are to be cached on {device}, where {free:,} are free")
+        self.pictures = torch.cat([array.to(device) for array in dataset.arrays])
+        self.device = device
+
+    def __call__(self, plan: list[Tensor]) -> Iterator[Fetched]:
+        for indices in plan:
+            pictures = self.pictures[indices.to(self.device, non_blocking=True)]
+            yield Fetched(pictures.expand(-1, -1, -1, 3), indices, [])
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory that can be had."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure(dataset: Dataset, *, size: int | None = None, workers: int | None = None) -> Statistics:
+    """Mean, deviation and principal components of the colours of a data set's pictures, at ``size`` as in
+    :func:`loader`."""
+    batches = loader(dataset, 64, size=size, shuffle=False, workers=workers).epoch(0)
+    return total(Statistics.of(picture) for batch in batches for picture in batch.images)

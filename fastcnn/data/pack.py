@@ -1,0 +1,320 @@
+"""Packing: decode the pictures of a data set once, scaled and cropped to squares of one size."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .colours import Statistics, total
+from .dataset import Dataset
+from .files import flush_folder, write_whole
+from .images import ImageError, centre_square
+from .sources import open_splits
+from .sources.packed import MANIFEST, VERSION
+from .workers import cpus, same
+
+FORMATS = ("npy", "parquet")
+SHARD = 512  # pictures in a file, the unit of work
+RECORDS = "records"  # of finished shards, until all are
+
+
+def pack(
+    data: str,
+    out: str | os.PathLike[str],
+    *,
+    size: int = 256,
+    format: str = "npy",
+    quality: int = 95,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Write a data set as pictures of one size, whose short side is scaled to ``size`` and whose centre is cropped.
+
+    Files of 512 pictures are written one by one into ``<out>.partial``, which becomes ``out`` when all are there. After
+    an interruption, the same call goes on. The bytes written do not depend on ``workers`` nor on interruptions.
+    Pictures that cannot be decoded are left out, and named in the result.
+
+    Args:
+        data: what :func:`fastcnn.data.open_splits` opens; all its splits are packed.
+        out: a folder, which must not be there yet, or be empty.
+        size: height and width, in pixels.
+        format: "npy", arrays of pixels that are memory-mapped; or "parquet", JPEG files in the layout of ``datasets``,
+            a tenth of the size, which have to be decoded.
+        quality: of JPEG files, from 1 to 100.
+        workers: processes; one per CPU if None; 0 for this one.
+        progress: called with the number of pictures that are done, and of all.
+
+    Returns:
+        What ``packed.json`` in ``out`` holds: classes, files, labels' rules, skipped pictures, and exact sums over the
+        pixels of the training split (before they become JPEG), with mean, deviation and principal components.
+
+    Raises:
+        FileExistsError: ``out`` holds something.
+        BlockingIOError: another process is packing into ``out``.
+        ValueError: the arguments, the data set, or a partial result of other data or arguments, which the message
+        names.
+        ImageError: no picture of a split could be decoded.
+        OSError: files cannot be written; what was finished stays.
+    """
+    if size < 1 or not 1 <= quality <= 100 or format not in FORMATS:
+        raise ValueError(
+            f"pack(): expected a size of at least 1, a quality from 1 to 100, and a format among {', '.join(FORMATS)}, "
+            f"but got size={size}, quality={quality}, format={format!r}"
+        )
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(errno.EEXIST, "is there already", str(out))
+    splits = open_splits(data)
+    job = {"source": str(Path(data)), "size": size, "format": format, "shard": SHARD}
+    job |= {"quality": quality} if format == "parquet" else {}
+    job |= {"pictures": {split: dataset.fingerprint() for split, dataset in splits.items()}}
+    packing = Packing(out.with_name(f"{out.name}.partial"), splits, job)
+    with _locked(packing.folder / RECORDS):
+        if packing.is_complete():
+            progress(packing.pictures, packing.pictures)
+        else:
+            packing.begin()
+            packing.run(cpus() if workers is None else workers, progress)
+            packing.complete()
+        packing.clean()
+        os.rename(packing.folder, out)
+        flush_folder(out.absolute().parent)
+    return json.loads((out / MANIFEST).read_text())
+
+
+class Packing(torch.utils.data.Dataset):
+    """Shards by number; to ask for one writes its file, and then its record: JSON that says what is in it."""
+
+    def __init__(self, folder: Path, splits: dict[str, Dataset], job: dict[str, Any]) -> None:
+        self.folder, self.splits, self.job = folder, splits, job
+        self.shards = [(split, number) for split, dataset in splits.items() for number in range(_shards(dataset))]
+        self.pictures = sum(map(len, splits.values()))
+
+    def is_complete(self) -> bool:
+        """Whether all is done but the renaming."""
+        manifest = self.folder / MANIFEST
+        if manifest.exists():
+            self._check_job(_read_json(manifest)["job"])
+        return manifest.exists()
+
+    def begin(self) -> None:
+        """Go on with what there is, or begin.
+
+        Raises:
+            ValueError: it is of other data or arguments.
+            OSError: the disk is too small.
+        """
+        job = self.folder / RECORDS / "job.json"
+        if job.exists():
+            self._check_job(_read_json(job))
+        _write_json(job, self.job)
+        if self.job["format"] == "parquet":
+            (self.folder / "data").mkdir(exist_ok=True)
+        else:
+            missing = sum(len(self._members(index)) for index in self._missing())
+            needed, free = missing * 3 * self.job["size"] ** 2, shutil.disk_usage(self.folder).free
+            if needed > free:
+                raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, and {free:,} are free", str(self.folder))
+
+    def run(self, workers: int, progress: Callable[[int, int], None]) -> None:
+        """Write the shards that are missing."""
+        missing = self._missing()
+        done = self.pictures - sum(len(self._members(index)) for index in missing)
+        progress(done, self.pictures)
+        loader = DataLoader(self, None, sampler=missing, num_workers=min(workers, len(missing)), collate_fn=same)
+        for index, error in zip(missing, loader, strict=True):
+            if error is not None:
+                raise error
+            done += len(self._members(index))
+            progress(done, self.pictures)
+
+    def complete(self) -> None:
+        """Write the manifest, of the records of all shards.
+
+        Raises:
+            ImageError: no picture of a split could be decoded.
+        """
+        records = [_read_json(self._record(index)) for index in range(len(self.shards))]
+        parts = {split: self._part(split, records) for split in self.splits}
+        sums = total(
+            _statistics(record["sums"])
+            for (split, _), record in zip(self.shards, records, strict=True)
+            if split == "train"
+        )
+        classes = next(iter(self.splits.values())).classes
+        statistics = _derived(sums) if sums.pixels else None
+        manifest = {"version": VERSION, "job": self.job, "classes": classes, "splits": parts, "statistics": statistics}
+        _write_json(self.folder / MANIFEST, manifest)
+
+    def clean(self) -> None:
+        """Remove what is of no use to readers, also what processes that were killed have left."""
+        shutil.rmtree(self.folder / RECORDS)
+        for file in self.folder.rglob("*.tmp"):
+            file.unlink()
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> OSError | None:
+        """Pack a shard; an error is returned, because a process of DataLoader would raise another one."""
+        dataset = self.splits[self.shards[index][0]]
+        pictures, labels, stored, skipped, sums = [], [], [], [], Statistics()
+        try:
+            for member in self._members(index):
+                stored.append(dataset.stored(member))
+                try:
+                    picture = centre_square(dataset.image(member), self.job["size"])
+                except ImageError as error:
+                    skipped.append([dataset.name(member), str(error)])
+                    continue
+                pictures.append(picture)
+                labels.append(dataset.label(member))
+                sums += Statistics.of(picture)
+            file = self._file(index)
+            if pictures:
+                self._write(file, pictures, labels, dataset.classes)
+            size = file.stat().st_size if pictures else 0
+            record = {"bytes": size, "labels": labels, "stored": stored, "skipped": skipped, "sums": astuple(sums)}
+            _write_json(self._record(index), record)
+        except OSError as error:
+            return error
+        return None
+
+    def _members(self, index: int) -> range:
+        split, number = self.shards[index]
+        return range(number * SHARD, min((number + 1) * SHARD, len(self.splits[split])))
+
+    def _file(self, index: int) -> Path:
+        split, number = self.shards[index]
+        if self.job["format"] == "npy":
+            return self.folder / f"{split}-{number:05d}.npy"
+        return self.folder / "data" / f"{split}-{number:05d}-of-{_shards(self.splits[split]):05d}.parquet"
+
+    def _record(self, index: int) -> Path:
+        split, number = self.shards[index]
+        return self.folder / RECORDS / f"{split}-{number:05d}.json"
+
+    def _missing(self) -> list[int]:
+        return [index for index in range(len(self.shards)) if not self._is_there(index)]
+
+    def _is_there(self, index: int) -> bool:
+        """Whether a shard is finished; its sources must be the same as then."""
+        if not self._record(index).exists():
+            return False
+        record, dataset = _read_json(self._record(index)), self.splits[self.shards[index][0]]
+        for member, before in zip(self._members(index), record["stored"], strict=True):
+            if (now := dataset.stored(member)) != before:
+                raise ValueError(
+                    f"{dataset.name(member)} of {dataset.source} has {now:,} bytes, and had {before:,} when it was "
+                    f"packed. {self._remedy()}"
+                )
+        file = self._file(index)
+        return (file.stat().st_size if file.exists() else 0) == record["bytes"]
+
+    def _check_job(self, begun: dict[str, Any]) -> None:
+        job = json.loads(json.dumps(self.job))
+        differ = [key for key in {**job, **begun} if job.get(key) != begun.get(key)]
+        if differ:
+            told = (
+                "pictures: others were there"
+                if key == "pictures"
+                else f"{key}: {begun.get(key)} then, {job.get(key)} now"
+                for key in differ
+            )
+            raise ValueError(f"{self.folder} was begun otherwise ({'; '.join(told)}). {self._remedy()}")
+
+    def _remedy(self) -> str:
+        return f"Remove {self.folder} to begin anew"
+
+    def _write(self, file: Path, pictures: list[Tensor], labels: list[int], classes: Sequence[str]) -> None:
+        if self.job["format"] == "npy":
+            write_array(file, torch.stack(pictures))
+        else:
+            quality = self.job["quality"]
+            write_whole(file, lambda stream: write_table(stream, pictures, labels, classes, quality))
+
+    def _part(self, split: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the manifest says of a split, whose labels are written."""
+        mine = [(self._file(index), record) for index, record in enumerate(records) if self.shards[index][0] == split]
+        files = {file.relative_to(self.folder).as_posix(): record["bytes"] for file, record in mine if record["bytes"]}
+        skipped = [one for _, record in mine for one in record["skipped"]]
+        if not files:
+            raise ImageError(f"{split}: none of {len(skipped):,} pictures can be decoded. {': '.join(skipped[0])}")
+        if self.job["format"] == "npy":
+            labels = self.folder / f"{split}-labels.npy"
+            write_array(labels, torch.tensor([label for _, record in mine for label in record["labels"]]))
+            files[labels.name] = labels.stat().st_size
+        return {"rule": self.splits[split].rule, "files": files, "skipped": skipped}
+
+
+def write_array(file: Path, tensor: Tensor) -> None:
+    """Write a file of numpy's format."""
+    import numpy
+
+    write_whole(file, lambda stream: numpy.save(stream, tensor.numpy()))
+
+
+def write_table(
+    stream: BinaryIO, pictures: Sequence[Tensor], labels: Sequence[int], classes: Sequence[str], quality: int
+) -> None:
+    """Write a parquet file of JPEG files and labels, in the layout of ``datasets``."""
+    import datasets
+    import pyarrow.parquet
+    from PIL import Image
+
+    files = []
+    for picture in pictures:
+        encoded = BytesIO()
+        Image.fromarray(picture.contiguous().numpy()).save(encoded, "JPEG", quality=quality)
+        files.append({"bytes": encoded.getvalue(), "path": None})
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(classes)))
+    table = pyarrow.Table.from_pydict({"image": files, "label": list(labels)}, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, stream)
+
+
+def _statistics(sums: Sequence[Any]) -> Statistics:
+    """Back from a record."""
+    return Statistics(sums[0], tuple(sums[1]), tuple(sums[2]))
+
+
+def _derived(sums: Statistics) -> dict[str, Any]:
+    derived = ("mean", "std", "eigenvalues", "eigenvectors")
+    return asdict(sums) | {name: getattr(sums, name) for name in derived}
+
+
+def _shards(dataset: Dataset) -> int:
+    return -(-len(dataset) // SHARD)
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def _write_json(file: Path, content: object) -> None:
+    write_whole(file, lambda stream: stream.write(json.dumps(content, indent=1).encode()))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out, but not a next one: the lock ends with this process, and is not its children's."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BlockingIOError(errno.EAGAIN, "another process is packing into it", str(folder.parent)) from None
+        yield
