@@ -53,6 +53,9 @@ def _check_jpeg(source: Path | BinaryIO, image: Image) -> None:
     from PIL import Image
 
     width, height = image.size
+    last = image.getpixel((width - 1, height - 1))
+    if width > 3 and image.getpixel((width - 4, height - 1)) != last:
+        return
     if image.crop((max(width - 4, 0), max(height - 4, 0), width, height)).getcolors(1) is None:
         return
     data = _content(source)

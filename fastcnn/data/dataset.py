@@ -5,11 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .colours import Statistics
+
+if TYPE_CHECKING:
+    from .images import Pixels
 
 SPLITS = ("train", "validation")
 HELD_OUT = "tenth of the pictures, chosen by a hash of their names"
@@ -62,13 +66,17 @@ class Dataset(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    @abstractmethod
     def image(self, index: int) -> Tensor:
         """A picture: uint8 tensor of shape (height, width, 3), red, green, blue; grey ones have three equal channels.
 
         Raises:
             ImageError: it cannot be decoded.
         """
+        return torch.from_numpy(self.pixels(index).copy())
+
+    @abstractmethod
+    def pixels(self, index: int) -> Pixels:
+        """The same as an array that is not to be written to."""
 
     def label(self, index: int) -> int:
         """The class of a picture."""
@@ -104,10 +112,10 @@ class Arrays(Dataset):
         if len(self._places) != len(labels):
             raise ValueError(f"{source}, {split}: {len(self._places):,} pictures, but {len(labels):,} labels")
 
-    def image(self, index: int) -> Tensor:
+    def pixels(self, index: int) -> Pixels:
         array, row = self._places[index]
-        picture = self.arrays[array][row]
-        return picture.expand(-1, -1, 3)
+        pixels: Pixels = self.arrays[array][row].expand(-1, -1, 3).numpy()
+        return pixels
 
 
 def held_out(names: Sequence[str]) -> Tensor:

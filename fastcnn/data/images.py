@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from .damage import check_file, check_tiff
 
 if TYPE_CHECKING:
+    from numpy import uint8
+    from numpy.typing import NDArray
     from PIL.Image import Image
-    from torch import Tensor
+
+    Pixels = NDArray[uint8]
+_T = TypeVar("_T")
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # for EPS Pillow runs Ghostscript
 MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, which scripts like to switch off
@@ -48,56 +52,30 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> Image:
             pixels, or more than MAX_SIDE on a side (nothing is decoded then); or what :func:`to_rgb` refuses.
         ImportError: Pillow or numpy is not installed (both come with ``fastcnn[models]``).
     """
-    from PIL import Image, UnidentifiedImageError
-
-    Image.init()
-    given: Any = source if hasattr(source, "read") else Path(source)
-    name = getattr(given, "name", "image") if given is source else given
-    formats = [format for format in FORMATS if format in Image.OPEN]
-    try:
-        if isinstance(given, Path) and not given.is_file():
-            raise ImageError("not a file")
-        with _whole_files_only(), Image.open(given, formats=formats) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                raise ImageError(f"the image is too large: {width:,} x {height:,} pixels")
-            rgb = to_rgb(image)
-            check_file(given, image)
-            return rgb
-    except (ImportError, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        kinds = ", ".join(FORMATS)
-        raise ImageError(f"{name}: not an image, or not of a kind that Pillow reads: {kinds}") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: the image is too large: {error}") from None
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from None
-    except Exception as error:  # what is raised for damaged files depends on the format
-        raise ImageError(f"{name}: cannot be read: {error or type(error).__name__}") from error
+    return _read(source, _new_rgb)
 
 
-def read_pixels(source: str | os.PathLike[str] | BinaryIO) -> Tensor:
-    """What :func:`read_image` reads, as a uint8 tensor of shape (height, width, 3)."""
+def read_pixels(source: str | os.PathLike[str] | BinaryIO) -> Pixels:
+    """What :func:`read_image` reads, as a uint8 array of shape (height, width, 3), which is read-only."""
     import numpy
-    import torch
 
-    return torch.from_numpy(numpy.array(read_image(source)))
+    return _read(source, lambda image: numpy.asarray(_upright_rgb(image)))
 
 
-def centre_square(pixels: Tensor, size: int) -> Tensor:
+def centre_square(pixels: Pixels, size: int) -> Pixels:
     """The short side scaled to ``size``, and the centre cropped.
 
     Bicubic, with antialiasing: torch's for 8 bits, which is Pillow's algorithm and within 1 of it nearly everywhere.
     The square is cut out first, so that a long picture needs no more memory than a square one.
 
     Args:
-        pixels: uint8 tensor of shape (height, width, 3).
+        pixels: uint8 array of shape (height, width, 3).
         size: in pixels.
 
     Returns:
-        uint8 tensor of shape (size, size, 3).
+        uint8 array of shape (size, size, 3).
     """
+    import torch
     from torch.nn.functional import interpolate
 
     height, width = pixels.shape[:2]
@@ -106,8 +84,9 @@ def centre_square(pixels: Tensor, size: int) -> Tensor:
     square = pixels[top : top + side, left : left + side]
     if side == size:
         return square
-    planes = square.permute(2, 0, 1)[None]
-    return interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    batch = torch.from_numpy(square.copy())[None].permute(0, 3, 1, 2)  # channels_last, and so is the result
+    scaled: Pixels = interpolate(batch, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    return scaled
 
 
 def to_rgb(image: Image) -> Image:
@@ -124,6 +103,50 @@ def to_rgb(image: Image) -> Image:
         ImageError: it is damaged or truncated; its values cannot be mapped to 8 bits unambiguously (floating point,
             32-bit or signed integers); Pillow does not convert its colours, or not correctly.
     """
+    with _whole_files_only():
+        return _new_rgb(image)
+
+
+def _read(source: str | os.PathLike[str] | BinaryIO, convert: Callable[[Image], _T]) -> _T:
+    """What ``convert`` makes of an image that is open; raises as :func:`read_image`."""
+    from PIL import Image, UnidentifiedImageError
+
+    Image.init()
+    given: Any = source if hasattr(source, "read") else Path(source)
+    name = getattr(given, "name", "image") if given is source else given
+    formats = [format for format in FORMATS if format in Image.OPEN]
+    try:
+        if isinstance(given, Path) and not given.is_file():
+            raise ImageError("not a file")
+        with _whole_files_only(), Image.open(given, formats=formats) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                raise ImageError(f"the image is too large: {width:,} x {height:,} pixels")
+            result = convert(image)
+            check_file(given, image)
+            return result
+    except (ImportError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        kinds = ", ".join(FORMATS)
+        raise ImageError(f"{name}: not an image, or not of a kind that Pillow reads: {kinds}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: the image is too large: {error}") from None
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # what is raised for damaged files depends on the format
+        raise ImageError(f"{name}: cannot be read: {error or type(error).__name__}") from error
+
+
+def _new_rgb(image: Image) -> Image:
+    rgb = _upright_rgb(image)
+    rgb = rgb.copy() if rgb is image else rgb
+    rgb.info.clear()  # the orientation above all
+    return rgb
+
+
+def _upright_rgb(image: Image) -> Image:
+    """The image itself, if it is in 8-bit RGB and upright, or else a new one."""
     from PIL import Image
 
     if 0 in image.size:
@@ -134,8 +157,7 @@ def to_rgb(image: Image) -> Image:
     try:
         if image.format == "TIFF":
             check_tiff(image, MAX_PIXELS)
-        with _whole_files_only():
-            image.load()
+        image.load()
     except (ImportError, MemoryError):
         raise
     except Exception as error:
@@ -149,9 +171,10 @@ def to_rgb(image: Image) -> Image:
         raise ImageError(f"values of mode {image.mode!r} cannot be mapped to 8 bits: their range is not known")
     if image.mode == "RGB" and key is not None and (stored == "RGB;16B" or max(key) > 255):
         raise ImageError("one of its 16-bit colours is transparent, which is not supported")
-    extrema: Any = image.getextrema() if image.mode == "P" else (0, -1)
-    if extrema[1] >= len(image.getpalette() or ()) // 3 and extrema[1] != key:
-        raise ImageError("cannot be read: it has pixels of colours that are not in its palette")
+    if image.mode == "P":
+        extrema: Any = image.getextrema()
+        if extrema[1] >= len(image.getpalette() or ()) // 3 and extrema[1] != key:
+            raise ImageError("cannot be read: it has pixels of colours that are not in its palette")
     try:
         if image.mode.startswith("I"):
             rgb = _from_16_bits(image, key)
@@ -162,7 +185,7 @@ def to_rgb(image: Image) -> Image:
             white = Image.new("RGBA", visible.size, "white")
             rgb = Image.alpha_composite(white, visible.convert("RGBA")).convert("RGB")
         else:
-            rgb = image.convert("RGB")
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
     except (TypeError, ValueError) as error:
         raise ImageError(f"its colours cannot be converted: {error}") from None
     if rgb.size != size:
@@ -170,7 +193,6 @@ def to_rgb(image: Image) -> Image:
         rgb.paste(frame, box)
     if (turn := TRANSPOSITIONS.get(orientation)) is not None:
         rgb = rgb.transpose(Image.Transpose[turn])
-    rgb.info.clear()  # the orientation above all
     return rgb
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -35,11 +35,12 @@ class Batch(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """Pictures as bytes, the numbers of those that could be read, and why others could not."""
+    """Pictures as bytes, their numbers, and which could not be read and why; ``lent``: only until the next batch."""
 
     pictures: Tensor
     indices: Tensor
     failures: list[tuple[int, str]]
+    lent: bool
 
 
 def loader(
@@ -108,18 +109,7 @@ def loader(
         raise ValueError(f"loader(): pictures of {height}x{width} pixels are smaller than a crop of {crop}")
     if cache is not None:
         return Loader(dataset, order, Cached(dataset, shape, device), augment, device)
-    read = DataLoader(
-        Reader(dataset, shape),
-        batch_size=None,
-        sampler=(batches := Batches()),
-        num_workers=workers,
-        collate_fn=same,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=prefetch if workers else None,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # DataLoader would advance torch's own otherwise
-    )
-    return Loader(dataset, order, Read(read, batches), augment, device)
+    return Loader(dataset, order, Reading(dataset, shape, order.largest, workers, prefetch), augment, device)
 
 
 class Loader:
@@ -162,22 +152,31 @@ class Loader:
 
     def _batches(self, epoch: int, plan: list[Tensor], begun: int) -> Iterator[Batch]:
         read = 0
+        self._check_is_last(begun)
         for fetched in self.source(plan):
             self._skip(fetched.failures)
             read += len(fetched.indices)
             if len(fetched.indices) or self.order.world > 1:
                 yield self._batch(epoch, fetched)
-            if self._begun != begun:
-                raise RuntimeError("Loader.epoch(): another epoch has begun before the end of this one")
+            self._check_is_last(begun)
         if self.skipped and not read:
             raise ImageError(f"{self.dataset.source}: no picture could be read. {next(iter(self.skipped.values()))}")
 
     def _batch(self, epoch: int, fetched: Fetched) -> Batch:
-        pictures = fetched.pictures.to(self.device, non_blocking=True)
+        pictures = fetched.pictures
+        if pictures.device.type != self.device.type:
+            pin = self.device.type == "cuda"
+            pictures = _copy(pictures, pin).to(self.device, non_blocking=pin)
+        elif fetched.lent and self.augment is None:
+            pictures = _copy(pictures)
         labels = self.dataset.labels[fetched.indices].to(self.device, non_blocking=True)
         if self.augment is not None:
             pictures = self.augment(pictures, self.order.seed, epoch, fetched.indices)
         return Batch(pictures, labels, fetched.indices)
+
+    def _check_is_last(self, begun: int) -> None:
+        if self._begun != begun:
+            raise RuntimeError("Loader.epoch(): another epoch has begun before the end of this one")
 
     def _skip(self, failures: list[tuple[int, str]]) -> None:
         for index, why in failures:
@@ -187,44 +186,68 @@ class Loader:
 
 
 class Reader(torch.utils.data.Dataset):
-    """Batches by the numbers of their pictures."""
+    """Reads the pictures with given numbers into one of its buffers, or where there are none into new memory."""
 
-    def __init__(self, dataset: Dataset, shape: tuple[int, int]) -> None:
-        self.dataset, self.shape = dataset, shape
+    def __init__(self, dataset: Dataset, shape: tuple[int, int], buffers: Tensor | None) -> None:
+        self.dataset, self.shape, self.buffers = dataset, shape, buffers
 
-    def __getitem__(self, indices: Tensor) -> Fetched:
-        pictures = torch.empty((len(indices), *self.shape, 3), dtype=torch.uint8)
-        good: list[int] = []
+    def __getitem__(self, task: tuple[int, Tensor]) -> tuple[Tensor | int, list[int], list[tuple[int, str]]]:
+        """The buffer's number, or new memory; the numbers of the pictures in it; those that cannot be read, and why."""
+        buffer, indices = task
+        into = _new((len(indices), *self.shape, 3)) if self.buffers is None else self.buffers[buffer]
+        array = into.numpy()
+        read: list[int] = []
         failures: list[tuple[int, str]] = []
         for index in indices.tolist():
             try:
-                picture = self.dataset.image(index)
+                picture = self.dataset.pixels(index)
             except ImageError as error:
                 failures.append((index, str(error)))
                 continue
-            pictures[len(good)] = picture if picture.shape[:2] == self.shape else centre_square(picture, self.shape[0])
-            good.append(index)
-        return Fetched(pictures[: len(good)], torch.tensor(good, dtype=torch.int64), failures)
+            array[len(read)] = picture if picture.shape[:2] == self.shape else centre_square(picture, self.shape[0])
+            read.append(index)
+        return into if self.buffers is None else buffer, read, failures
 
 
-class Batches(torch.utils.data.Sampler[Tensor]):
-    """What a DataLoader is to read next; it asks at the beginning of an iteration."""
+class Tasks(torch.utils.data.Sampler[tuple[int, Tensor]]):
+    """What a DataLoader is to read in its next iteration; buffers are used in turn."""
 
-    plan: Sequence[Tensor] = ()
+    def __init__(self, buffers: int) -> None:
+        self.buffers, self.plan = buffers, list[Tensor]()
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.plan)
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        return ((step % self.buffers, indices) for step, indices in enumerate(self.plan))
 
 
-class Read:
-    """Batches by a DataLoader, whose processes live as long as it does."""
+class Reading:
+    """Batches by a DataLoader, whose processes live as long as it does.
 
-    def __init__(self, loader: DataLoader, batches: Batches) -> None:
-        self.loader, self.batches = loader, batches
+    They write into buffers in shared memory, which stay. If they sent tensors, as DataLoader does, the pages of each
+    would be mapped, cleared and unmapped again, which costs more than a quarter of the decoding. A buffer is read
+    before the next batch is asked for, and no more than ``workers * prefetch`` batches are on their way then.
+    """
+
+    def __init__(self, dataset: Dataset, shape: tuple[int, int], batch: int, workers: int, prefetch: int) -> None:
+        count = workers * prefetch + 1
+        self.buffers = _new((count, batch, *shape, 3)).share_memory_() if workers else None
+        self.tasks = Tasks(count)
+        self.loader = DataLoader(
+            Reader(dataset, shape, self.buffers),
+            batch_size=None,
+            sampler=self.tasks,
+            num_workers=workers,
+            collate_fn=same,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # or else torch's own would advance
+        )
 
     def __call__(self, plan: list[Tensor]) -> Iterator[Fetched]:
-        self.batches.plan = plan
-        return iter(self.loader)
+        self.tasks.plan = plan
+        for where, read, failures in self.loader:
+            pictures = where if self.buffers is None else self.buffers[where]
+            indices = torch.tensor(read, dtype=torch.int64, device="cpu")
+            yield Fetched(pictures[: len(read)], indices, failures, lent=self.buffers is not None)
 
 
 class Cached:
@@ -244,7 +267,20 @@ class Cached:
     def __call__(self, plan: list[Tensor]) -> Iterator[Fetched]:
         for indices in plan:
             pictures = self.pictures[indices.to(self.device, non_blocking=True)]
-            yield Fetched(pictures.expand(-1, -1, -1, 3), indices, [])
+            yield Fetched(pictures.expand(-1, -1, -1, 3), indices, [], lent=False)
+
+
+def _new(shape: tuple[int, ...], pin: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pin)
+
+
+def _copy(pictures: Tensor, pin: bool = False) -> Tensor:
+    """By one thread, because torch's would wait for each other while other processes have the CPUs."""
+    import numpy
+
+    copy = _new(tuple(pictures.shape), pin)
+    numpy.copyto(copy.numpy(), pictures.numpy())
+    return copy
 
 
 def _free(device: torch.device) -> int:

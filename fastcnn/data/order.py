@@ -81,6 +81,11 @@ class Order:
         """Batches of an epoch."""
         return self.pictures // self.batch if self.drop_last else -(-self.pictures // self.batch)
 
+    @property
+    def largest(self) -> int:
+        """Pictures in the largest batch of any rank."""
+        return -(-min(self.batch, self.pictures) // self.world)
+
     def epoch(self, epoch: int, step: int = 0) -> list[Tensor]:
         """The pictures of this rank, int64, in each batch of an epoch from a step on.
 

@@ -6,15 +6,14 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .colours import Statistics, total
@@ -24,6 +23,9 @@ from .images import ImageError, centre_square
 from .sources import open_splits
 from .sources.packed import MANIFEST, VERSION
 from .workers import cpus, same
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 FORMATS = ("npy", "parquet")
 SHARD = 512  # pictures in a file, the unit of work
@@ -169,28 +171,39 @@ class Packing(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> OSError | None:
         """Pack a shard; an error is returned, because a process of DataLoader would raise another one."""
-        dataset = self.splits[self.shards[index][0]]
-        pictures, labels, stored, skipped, sums = [], [], [], [], Statistics()
         try:
-            for member in self._members(index):
-                stored.append(dataset.stored(member))
-                try:
-                    picture = centre_square(dataset.image(member), self.job["size"])
-                except ImageError as error:
-                    skipped.append([dataset.name(member), str(error)])
-                    continue
-                pictures.append(picture)
-                labels.append(dataset.label(member))
-                sums += Statistics.of(picture)
-            file = self._file(index)
-            if pictures:
-                self._write(file, pictures, labels, dataset.classes)
-            size = file.stat().st_size if pictures else 0
-            record = {"bytes": size, "labels": labels, "stored": stored, "skipped": skipped, "sums": astuple(sums)}
-            _write_json(self._record(index), record)
+            self._pack(index)
         except OSError as error:
             return error
         return None
+
+    def _pack(self, index: int) -> None:
+        import numpy
+
+        dataset, members, size = self.splits[self.shards[index][0]], self._members(index), self.job["size"]
+        pictures = numpy.empty((len(members), size, size, 3), numpy.uint8)
+        labels: list[int] = []
+        skipped, sums = [], Statistics()
+        for member in members:
+            into = pictures[len(labels)]
+            try:
+                into[...] = centre_square(dataset.pixels(member), size)
+            except ImageError as error:
+                skipped.append([dataset.name(member), str(error)])
+                continue
+            labels.append(dataset.label(member))
+            sums += Statistics.of(torch.from_numpy(into))
+        file = self._file(index)
+        if labels:
+            self._write(file, pictures[: len(labels)], labels, dataset.classes)
+        record = {
+            "bytes": file.stat().st_size if labels else 0,
+            "labels": labels,
+            "stored": [dataset.stored(member) for member in members],
+            "skipped": skipped,
+            "sums": astuple(sums),
+        }
+        _write_json(self._record(index), record)
 
     def _members(self, index: int) -> range:
         split, number = self.shards[index]
@@ -238,9 +251,9 @@ class Packing(torch.utils.data.Dataset):
     def _remedy(self) -> str:
         return f"Remove {self.folder} to begin anew"
 
-    def _write(self, file: Path, pictures: list[Tensor], labels: list[int], classes: Sequence[str]) -> None:
+    def _write(self, file: Path, pictures: NDArray[Any], labels: list[int], classes: Sequence[str]) -> None:
         if self.job["format"] == "npy":
-            write_array(file, torch.stack(pictures))
+            write_array(file, pictures)
         else:
             quality = self.job["quality"]
             write_whole(file, lambda stream: write_table(stream, pictures, labels, classes, quality))
@@ -254,20 +267,21 @@ class Packing(torch.utils.data.Dataset):
             raise ImageError(f"{split}: none of {len(skipped):,} pictures can be decoded. {': '.join(skipped[0])}")
         if self.job["format"] == "npy":
             labels = self.folder / f"{split}-labels.npy"
-            write_array(labels, torch.tensor([label for _, record in mine for label in record["labels"]]))
+            numbers = [label for _, record in mine for label in record["labels"]]
+            write_array(labels, torch.tensor(numbers).numpy())
             files[labels.name] = labels.stat().st_size
         return {"rule": self.splits[split].rule, "files": files, "skipped": skipped}
 
 
-def write_array(file: Path, tensor: Tensor) -> None:
+def write_array(file: Path, array: NDArray[Any]) -> None:
     """Write a file of numpy's format."""
     import numpy
 
-    write_whole(file, lambda stream: numpy.save(stream, tensor.numpy()))
+    write_whole(file, lambda stream: numpy.save(stream, array))
 
 
 def write_table(
-    stream: BinaryIO, pictures: Sequence[Tensor], labels: Sequence[int], classes: Sequence[str], quality: int
+    stream: BinaryIO, pictures: Iterable[NDArray[Any]], labels: Sequence[int], classes: Sequence[str], quality: int
 ) -> None:
     """Write a parquet file of JPEG files and labels, in the layout of ``datasets``."""
     import datasets
@@ -277,7 +291,7 @@ def write_table(
     files = []
     for picture in pictures:
         encoded = BytesIO()
-        Image.fromarray(picture.contiguous().numpy()).save(encoded, "JPEG", quality=quality)
+        Image.fromarray(picture).save(encoded, "JPEG", quality=quality)
         files.append({"bytes": encoded.getvalue(), "path": None})
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(classes)))
     table = pyarrow.Table.from_pydict({"image": files, "label": list(labels)}, schema=features.arrow_schema)

@@ -6,12 +6,15 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..dataset import HELD_OUT, Dataset, held_out
 from ..images import read_pixels
+
+if TYPE_CHECKING:
+    from ..images import Pixels
 
 FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}
 SUFFIXES = frozenset(
@@ -36,7 +39,7 @@ class Files(Dataset):
         super().__init__(str(root), split, rule, classes, torch.tensor([label for _, label in files]))
         self.root, self.files = root, [file for file, _ in files]
 
-    def image(self, index: int) -> Tensor:
+    def pixels(self, index: int) -> Pixels:
         return read_pixels(self.root / self.files[index])
 
     def name(self, index: int) -> str:

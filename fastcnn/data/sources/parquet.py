@@ -6,13 +6,16 @@ import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..dataset import HELD_OUT, Dataset, held_out
 from ..images import ImageError, read_pixels
+
+if TYPE_CHECKING:
+    from ..images import Pixels
 
 NAMES = {"train": ("train",), "validation": ("validation", "val", "valid", "test")}
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -32,12 +35,15 @@ class Rows(Dataset):
         super().__init__(table.source, split, rule, classes, table.numbers(classes)[rows])
         self.images, self.rows = table.images, rows.tolist()
 
-    def image(self, index: int) -> Tensor:
-        file = self.images[self.rows[index]]["image"] or {}
-        if not (file.get("bytes") or file.get("path")):
-            raise ImageError(f"{self.name(index)}: there is no picture")
+    def pixels(self, index: int) -> Pixels:
+        row = self.images.data.column(0)[self.rows[index]]  # Arrow's, because a dictionary takes ten times as long
+        file, path = row["bytes"], row["path"]
         try:
-            return read_pixels(BytesIO(file["bytes"]) if file.get("bytes") else file["path"])
+            if file.is_valid:
+                return read_pixels(BytesIO(file.as_buffer()))
+            if path.is_valid:
+                return read_pixels(path.as_py())
+            raise ImageError("there is no picture")
         except ImageError as error:
             raise ImageError(f"{self.name(index)}: {error}") from None
 
@@ -60,8 +66,7 @@ class Table:
         if image is None or label is None:
             wanted = "pictures" if image is None else "labels"
             raise ValueError(f"{source}: none of its columns {', '.join(features)} holds {wanted}")
-        self.images = table.select_columns([image]).rename_column(image, "image")
-        self.images = self.images.cast_column("image", datasets.Image(decode=False))
+        self.images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         self.labels: list[Any] = table[label][:]
         self.names: list[str] = list(getattr(features[label], "names", None) or ())
         if any(type(value) is not (type(self.labels[0])) for value in self.labels) or not isinstance(
