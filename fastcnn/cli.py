@@ -19,12 +19,14 @@ from .export import export
 from .models import list_models
 from .models.summary import LayerRow, layer_table
 from .ops.register import IMPLEMENTATIONS, what_runs
+from .pack import pack
 from .predict import predict
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(bench, name="bench")
 app.command()(predict)
 app.command()(export)
+app.command()(pack)
 
 
 @app.callback()

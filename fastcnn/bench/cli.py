@@ -15,6 +15,7 @@ import typer
 from . import report
 from .cases import ANY_FORMAT, DTYPES, FORMATS, Case, Shape
 from .console import among, print_tables, tracked
+from .data_cli import data
 from .inputs import SOURCES, check_source
 from .measure import Budget, measure
 from .network_workload import NetworkWorkload
@@ -37,6 +38,7 @@ _NOT_QUICK = ("fastcnn NCHW", "torch.compile NCHW")
 bench = typer.Typer(no_args_is_help=True)
 bench.command()(zoo)
 bench.command()(serve)
+bench.command()(data)
 
 
 @bench.callback()

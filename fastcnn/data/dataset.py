@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
 
 from .colours import Statistics
+from .images import read_pixels
 
 if TYPE_CHECKING:
     from .images import Pixels
@@ -97,6 +99,23 @@ class Dataset(ABC):
             digest.update(f"{self.name(index)}\0".encode(errors="surrogateescape"))
         digest.update(repr(self.labels.tolist()).encode())
         return digest.hexdigest()
+
+
+class Encoded(Dataset):
+    """Pictures in files, of any size, that are decoded when they are asked for."""
+
+    decodes = True
+
+    @abstractmethod
+    def file(self, index: int) -> str | Path | BinaryIO:
+        """The file of a picture.
+
+        Raises:
+            ImageError: there is none.
+        """
+
+    def pixels(self, index: int) -> Pixels:
+        return read_pixels(self.file(index))
 
 
 class Arrays(Dataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -35,12 +36,11 @@ class Batch(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """Pictures as bytes, their numbers, and which could not be read and why; ``lent``: only until the next batch."""
+    """Pictures as bytes, their numbers, and which could not be read and why."""
 
     pictures: Tensor
     indices: Tensor
     failures: list[tuple[int, str]]
-    lent: bool
 
 
 def loader(
@@ -166,9 +166,7 @@ class Loader:
         pictures = fetched.pictures
         if pictures.device.type != self.device.type:
             pin = self.device.type == "cuda"
-            pictures = _copy(pictures, pin).to(self.device, non_blocking=pin)
-        elif fetched.lent and self.augment is None:
-            pictures = _copy(pictures)
+            pictures = (pictures.pin_memory() if pin else pictures).to(self.device, non_blocking=pin)
         labels = self.dataset.labels[fetched.indices].to(self.device, non_blocking=True)
         if self.augment is not None:
             pictures = self.augment(pictures, self.order.seed, epoch, fetched.indices)
@@ -186,15 +184,15 @@ class Loader:
 
 
 class Reader(torch.utils.data.Dataset):
-    """Reads the pictures with given numbers into one of its buffers, or where there are none into new memory."""
+    """Reads the pictures with given numbers into one of its buffers, or into new memory."""
 
-    def __init__(self, dataset: Dataset, shape: tuple[int, int], buffers: Tensor | None) -> None:
+    def __init__(self, dataset: Dataset, shape: tuple[int, int], buffers: Tensor) -> None:
         self.dataset, self.shape, self.buffers = dataset, shape, buffers
 
-    def __getitem__(self, task: tuple[int, Tensor]) -> tuple[Tensor | int, list[int], list[tuple[int, str]]]:
+    def __getitem__(self, task: tuple[int | None, Tensor]) -> tuple[Tensor | int, list[int], list[tuple[int, str]]]:
         """The buffer's number, or new memory; the numbers of the pictures in it; those that cannot be read, and why."""
         buffer, indices = task
-        into = _new((len(indices), *self.shape, 3)) if self.buffers is None else self.buffers[buffer]
+        into = _new((len(indices), *self.shape, 3)) if buffer is None else self.buffers[buffer]
         array = into.numpy()
         read: list[int] = []
         failures: list[tuple[int, str]] = []
@@ -206,33 +204,64 @@ class Reader(torch.utils.data.Dataset):
                 continue
             array[len(read)] = picture if picture.shape[:2] == self.shape else centre_square(picture, self.shape[0])
             read.append(index)
-        return into if self.buffers is None else buffer, read, failures
+        return into if buffer is None else buffer, read, failures
 
 
-class Tasks(torch.utils.data.Sampler[tuple[int, Tensor]]):
-    """What a DataLoader is to read in its next iteration; buffers are used in turn."""
+class Buffers:
+    """Memory that processes share, in parts of a batch each, which are lent and come back.
 
-    def __init__(self, buffers: int) -> None:
+    If workers sent tensors, as is usual, the pages of each would be mapped, cleared and unmapped again, which takes as
+    long as half of the decoding.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self.memory = _new((count, *shape))
+        if count:
+            self.memory.share_memory_()
+        self.free = list(range(count))
+        self.lent = set[int]()
+
+    def take(self) -> int | None:
+        """A free buffer, the one that was used last, if there is one."""
+        return self.free.pop() if self.free else None
+
+    def take_back(self) -> None:
+        """All but those that are lent."""
+        self.free = [buffer for buffer in range(len(self.memory)) if buffer not in self.lent]
+
+    def lend(self, buffer: int) -> Tensor:
+        """The tensor in a buffer, which is free again when neither it nor a view of it is left."""
+        array = self.memory[buffer].numpy()
+        self.lent.add(buffer)
+        weakref.finalize(array, self._returned, buffer).atexit = False
+        return torch.from_numpy(array)  # holds the array as long as its memory is in use
+
+    def _returned(self, buffer: int) -> None:
+        self.lent.remove(buffer)
+        self.free.append(buffer)
+
+
+class Tasks(torch.utils.data.Sampler[tuple[int | None, Tensor]]):
+    """What a DataLoader is to read in its next iteration, and into which buffers; None for memory of its own."""
+
+    def __init__(self, buffers: Buffers) -> None:
         self.buffers, self.plan = buffers, list[Tensor]()
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        return ((step % self.buffers, indices) for step, indices in enumerate(self.plan))
+    def __iter__(self) -> Iterator[tuple[int | None, Tensor]]:
+        self.buffers.take_back()  # what was being read when the last iteration was left
+        for indices in self.plan:
+            yield self.buffers.take(), indices
 
 
 class Reading:
-    """Batches by a DataLoader, whose processes live as long as it does.
-
-    They write into buffers in shared memory, which stay. If they sent tensors, as DataLoader does, the pages of each
-    would be mapped, cleared and unmapped again, which costs more than a quarter of the decoding. A buffer is read
-    before the next batch is asked for, and no more than ``workers * prefetch`` batches are on their way then.
-    """
+    """Batches by a DataLoader, whose processes live as long as it does."""
 
     def __init__(self, dataset: Dataset, shape: tuple[int, int], batch: int, workers: int, prefetch: int) -> None:
-        count = workers * prefetch + 1
-        self.buffers = _new((count, batch, *shape, 3)).share_memory_() if workers else None
-        self.tasks = Tasks(count)
+        count = workers * prefetch + 3 if workers else 0  # one with the caller, one for what it asks for, and one more
+        self.buffers = Buffers(count, (batch, *shape, 3))
+        self.tasks = Tasks(self.buffers)
         self.loader = DataLoader(
-            Reader(dataset, shape, self.buffers),
+            Reader(dataset, shape, self.buffers.memory),
             batch_size=None,
             sampler=self.tasks,
             num_workers=workers,
@@ -245,9 +274,9 @@ class Reading:
     def __call__(self, plan: list[Tensor]) -> Iterator[Fetched]:
         self.tasks.plan = plan
         for where, read, failures in self.loader:
-            pictures = where if self.buffers is None else self.buffers[where]
-            indices = torch.tensor(read, dtype=torch.int64, device="cpu")
-            yield Fetched(pictures[: len(read)], indices, failures, lent=self.buffers is not None)
+            pictures = self.buffers.lend(where) if isinstance(where, int) else where
+            yield Fetched(pictures[: len(read)], torch.tensor(read, dtype=torch.int64, device="cpu"), failures)
+            del pictures
 
 
 class Cached:
@@ -267,20 +296,11 @@ class Cached:
     def __call__(self, plan: list[Tensor]) -> Iterator[Fetched]:
         for indices in plan:
             pictures = self.pictures[indices.to(self.device, non_blocking=True)]
-            yield Fetched(pictures.expand(-1, -1, -1, 3), indices, [], lent=False)
+            yield Fetched(pictures.expand(-1, -1, -1, 3), indices, [])
 
 
-def _new(shape: tuple[int, ...], pin: bool = False) -> Tensor:
-    return torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pin)
-
-
-def _copy(pictures: Tensor, pin: bool = False) -> Tensor:
-    """By one thread, because torch's would wait for each other while other processes have the CPUs."""
-    import numpy
-
-    copy = _new(tuple(pictures.shape), pin)
-    numpy.copyto(copy.numpy(), pictures.numpy())
-    return copy
+def _new(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="cpu")
 
 
 def _free(device: torch.device) -> int:

@@ -270,7 +270,8 @@ class Packing(torch.utils.data.Dataset):
             numbers = [label for _, record in mine for label in record["labels"]]
             write_array(labels, torch.tensor(numbers).numpy())
             files[labels.name] = labels.stat().st_size
-        return {"rule": self.splits[split].rule, "files": files, "skipped": skipped}
+        pictures = sum(len(record["labels"]) for _, record in mine)
+        return {"rule": self.splits[split].rule, "pictures": pictures, "files": files, "skipped": skipped}
 
 
 def write_array(file: Path, array: NDArray[Any]) -> None:

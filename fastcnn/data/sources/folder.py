@@ -6,15 +6,10 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..dataset import HELD_OUT, Dataset, held_out
-from ..images import read_pixels
-
-if TYPE_CHECKING:
-    from ..images import Pixels
+from ..dataset import HELD_OUT, Dataset, Encoded, held_out
 
 FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}
 SUFFIXES = frozenset(
@@ -23,10 +18,8 @@ SUFFIXES = frozenset(
 log = logging.getLogger(__name__)
 
 
-class Files(Dataset):
-    """Pictures in files, of any size."""
-
-    decodes = True
+class Files(Encoded):
+    """Pictures in a folder."""
 
     def __init__(
         self, root: Path, split: str, rule: str, classes: Sequence[str], files: Sequence[tuple[str, int]]
@@ -39,8 +32,8 @@ class Files(Dataset):
         super().__init__(str(root), split, rule, classes, torch.tensor([label for _, label in files]))
         self.root, self.files = root, [file for file, _ in files]
 
-    def pixels(self, index: int) -> Pixels:
-        return read_pixels(self.root / self.files[index])
+    def file(self, index: int) -> Path:
+        return self.root / self.files[index]
 
     def name(self, index: int) -> str:
         return self.files[index]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..dataset import HELD_OUT, Dataset, held_out
-from ..images import ImageError, read_pixels
+from ..dataset import HELD_OUT, Dataset, Encoded, held_out
+from ..images import ImageError
 
 if TYPE_CHECKING:
     from ..images import Pixels
@@ -22,10 +22,8 @@ IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABELS = ("label", "labels", "cls", "class")
 
 
-class Rows(Dataset):
+class Rows(Encoded):
     """Pictures in a table of ``datasets``."""
-
-    decodes = True
 
     def __init__(self, table: Table, split: str, rule: str, classes: Sequence[str], rows: Tensor) -> None:
         """
@@ -35,15 +33,18 @@ class Rows(Dataset):
         super().__init__(table.source, split, rule, classes, table.numbers(classes)[rows])
         self.images, self.rows = table.images, rows.tolist()
 
-    def pixels(self, index: int) -> Pixels:
+    def file(self, index: int) -> BytesIO | str:
         row = self.images.data.column(0)[self.rows[index]]  # Arrow's, because a dictionary takes ten times as long
         file, path = row["bytes"], row["path"]
+        if file.is_valid:
+            return BytesIO(file.as_buffer())
+        if path.is_valid:
+            return str(path.as_py())
+        raise ImageError("there is no picture")
+
+    def pixels(self, index: int) -> Pixels:
         try:
-            if file.is_valid:
-                return read_pixels(BytesIO(file.as_buffer()))
-            if path.is_valid:
-                return read_pixels(path.as_py())
-            raise ImageError("there is no picture")
+            return super().pixels(index)
         except ImageError as error:
             raise ImageError(f"{self.name(index)}: {error}") from None
 
