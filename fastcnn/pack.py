@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .data import pack as write_packed
-from .data.pack import FORMATS
+from .data.packing import FORMATS
 from .data.sources import KINDS
 
 SHOWN = 10  # skipped pictures

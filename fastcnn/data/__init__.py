@@ -11,7 +11,7 @@ from .dataset import Dataset
 from .images import ImageError, read_image, to_rgb
 from .loading import Batch, Loader, loader, measure
 from .order import Order, epoch_order
-from .pack import pack
+from .packing import pack
 from .sources import open_dataset, open_splits
 
 __all__ = [

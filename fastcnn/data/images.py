@@ -65,8 +65,8 @@ def read_pixels(source: str | os.PathLike[str] | BinaryIO) -> Pixels:
 def centre_square(pixels: Pixels, size: int) -> Pixels:
     """The short side scaled to ``size``, and the centre cropped.
 
-    Bicubic, with antialiasing: torch's for 8 bits, which is Pillow's algorithm and within 1 of it nearly everywhere.
-    The square is cut out first, so that a long picture needs no more memory than a square one.
+    Bicubic, with antialiasing, by torch for 8 bits: rounded once in each direction, as Pillow does it. The square is
+    cut out first, so that a long picture needs no more memory than a square one.
 
     Args:
         pixels: uint8 array of shape (height, width, 3).

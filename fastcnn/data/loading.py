@@ -273,7 +273,9 @@ class Reading:
 
     def __call__(self, plan: list[Tensor]) -> Iterator[Fetched]:
         self.tasks.plan = plan
-        for where, read, failures in self.loader:
+        with torch.device("cpu"):  # the default, for a number that DataLoader draws
+            batches = iter(self.loader)
+        for where, read, failures in batches:
             pictures = self.buffers.lend(where) if isinstance(where, int) else where
             yield Fetched(pictures[: len(read)], torch.tensor(read, dtype=torch.int64, device="cpu"), failures)
             del pictures
@@ -284,9 +286,7 @@ class Cached:
 
     def __init__(self, dataset: Dataset, shape: tuple[int, int], device: torch.device) -> None:
         if not isinstance(dataset, Arrays) or dataset.shape != shape:
-            raise ValueError(
-                "loader(): only arrays in their own size can be cached on the device; fastcnn pack makes them"
-            )
+            raise ValueError("loader(): only arrays in their own size can be cached; fastcnn pack makes such")
         needed, free = sum(array.nbytes for array in dataset.arrays), _free(device)
         if needed > free:
             raise ValueError(f"loader(): {needed:,} bytes are to be cached on {device}, where {free:,} are free")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
@@ -278,7 +279,8 @@ def write_array(file: Path, array: NDArray[Any]) -> None:
     """Write a file of numpy's format."""
     import numpy
 
-    write_whole(file, lambda stream: numpy.save(stream, array))
+    # numpy hands a file of Python's to the C library, and does not notice when the disk is full
+    write_whole(file, lambda stream: numpy.save(SimpleNamespace(write=stream.write), array))
 
 
 def write_table(

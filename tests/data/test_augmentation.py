@@ -1,0 +1,97 @@
+"""Augmentation: picture by picture what its documentation says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from fastcnn import reference
+from fastcnn.data import Augmentation, Statistics, photographs
+from fastcnn.data.augment import choices
+
+PICTURES = photographs(40).permute(0, 2, 3, 1).contiguous()[:, :36]
+INDICES = torch.tensor([4, 0, 2**33, 7])
+STATISTICS = Statistics.of(PICTURES)
+
+
+def one_by_one(augment: Augmentation, epoch: int) -> Any:
+    """The same in numpy, for each picture, in float64."""
+    offsets, mirror, normal = (x.numpy() for x in choices(3, epoch, INDICES, (36, 40), augment.crop))
+    results = []
+    for n, picture in enumerate(PICTURES.numpy().astype(float)):
+        top, left = offsets[n] if augment.random else ((36 - augment.crop) // 2, (40 - augment.crop) // 2)
+        crop = picture[top : top + augment.crop, left : left + augment.crop]
+        if augment.random and mirror[n]:
+            crop = crop[:, ::-1]
+        for a, value, vector in zip(normal[n], STATISTICS.eigenvalues, STATISTICS.eigenvectors, strict=True):
+            crop = crop + augment.noise * a * value**0.5 * numpy.array(vector)
+        results.append((crop - augment.mean) / augment.std)
+    return numpy.stack(results).transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("random", [True, False])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("crop", [1, 29, 36])
+def test_each_picture_is_augmented_as_documented(random: bool, noise: float, crop: int) -> None:
+    augment = Augmentation(
+        crop, random=random, mean=(123.68, 116.779, 103.939), std=(58.4, 57.1, 57.4), noise=noise, statistics=STATISTICS
+    )
+    for epoch in range(3):
+        y = augment(PICTURES, 3, epoch, INDICES)
+        assert (y.shape, y.dtype) == ((4, 3, crop, crop), torch.float32)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert numpy.abs(y.numpy() - one_by_one(augment, epoch)).max() < 1e-5
+
+
+def test_both_mirrored_and_not_are_tested() -> None:
+    mirrored = torch.stack([choices(3, epoch, INDICES, (36, 40), 29)[1] for epoch in range(3)])
+    assert mirrored.any()
+    assert not mirrored.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_results_are_rounded_once(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    options: dict[str, Any] = {"mean": (100.0, 90.5, 80.25), "std": (2.0, 3.0, 7.0)}
+    y = Augmentation(29, dtype=dtype, memory_format=memory_format, **options)(PICTURES, 3, 0, INDICES)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    assert torch.equal(y, Augmentation(29, **options)(PICTURES, 3, 0, INDICES).to(dtype))
+
+
+def test_strided_pictures_will_do() -> None:
+    wide = torch.zeros(4, 36, 40, 4, dtype=torch.uint8)
+    wide[..., :3] = PICTURES
+    augment = Augmentation(29)
+    assert torch.equal(augment(wide[..., :3], 3, 0, INDICES), augment(PICTURES, 3, 0, INDICES))
+
+
+def test_the_reference_rounds_difference_and_product() -> None:
+    mean = torch.tensor([[0.1, 0.2, 0.3]])
+    y = reference.augment(
+        torch.full((1, 2, 2, 3), 9, dtype=torch.uint8),
+        torch.tensor([[1, 1]]),
+        torch.tensor([False]),
+        mean,
+        crop=1,
+        scale=(0.3, 0.7, 1.0),
+    )
+    expected = (numpy.float32(9) - mean[0].numpy()) * numpy.array([0.3, 0.7, 1.0], numpy.float32)
+    assert y.flatten().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": 0}, "crop=0"),
+        ({"crop": 5, "noise": -0.1}, "noise=-0.1"),
+        ({"crop": 5, "noise": float("nan")}, "noise=nan"),
+        ({"crop": 5, "noise": 0.1}, "noise needs the statistics of the training set"),
+    ],
+)
+def test_what_an_augmentation_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**options)
