@@ -7,11 +7,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from fastcnn.bench.data import DataRow, who
 from fastcnn.bench.environment import sources_digest
 from fastcnn.bench.report import ratio, read_rows
 from fastcnn.bench.rows import Row, fastest
+
+_R = TypeVar("_R")
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -76,6 +79,24 @@ def networks(rows: Sequence[Row]) -> list[str]:
     return [*lines, "", told, kept]
 
 
+def data(rows: Sequence[DataRow]) -> list[str]:
+    """Pictures a second of each source, and what part of Pillow's decoding alone the loader reaches."""
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    lines = [_line(["pictures per second", *providers, "fastcnn of Pillow's decoding"])]
+    lines.append("|---" * (len(providers) + 2) + "|")
+    for (source, processes), members in _grouped(rows, lambda row: (row.source, row.processes)):
+        found = {row.provider: row for row in members}
+        rates = [f"{found[name].pictures_per_s:,.0f}" if name in found else "" for name in providers]
+        share = found["fastcnn"].of_bare
+        lines.append(_line([f"{source}; {who(processes)}", *rates, "" if share is None else f"{share:.2f}"]))
+    return lines
+
+
+def read_data_rows(document: dict[str, Any]) -> list[DataRow]:
+    """The rows of a file of ``fastcnn bench data`` that have figures."""
+    return [row for row in (DataRow(**fields) for fields in document["rows"]) if row.failure is None]
+
+
 def _rate(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 20 else f"{value:.1f}"
 
@@ -84,23 +105,24 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _grouped(rows: Iterable[Row], key: Callable[[Row], tuple[Any, ...]]) -> list[tuple[tuple[Any, ...], list[Row]]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+def _grouped(rows: Iterable[_R], key: Callable[[_R], tuple[Any, ...]]) -> list[tuple[tuple[Any, ...], list[_R]]]:
+    groups: dict[tuple[Any, ...], list[_R]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return list(groups.items())
 
 
 # The files of each table; what they have in common is said once.
-TABLES = {
-    "kernels": (kernels, ["kernels.json"]),
-    "models": (networks, ["inference/models.json", "training/models.json"]),
+TABLES: dict[str, tuple[Callable[..., list[str]], Callable[..., list[Any]], list[str]]] = {
+    "kernels": (kernels, read_rows, ["kernels.json"]),
+    "models": (networks, read_rows, ["inference/models.json", "training/models.json"]),
+    "data": (data, read_data_rows, ["data.json"]),
 }
 
 
 def figures(name: str, documents: Sequence[dict[str, Any]], digest: str | None) -> str:
     """A table, under a line that says how it was measured; after it, whether that was of these sources."""
-    table, _ = TABLES[name]
+    table, read, _ = TABLES[name]
     headers = [document["header"] for document in documents]
     commands = " and ".join(f"`{header['command']}`" for header in headers)
     first = headers[0]
@@ -108,7 +130,7 @@ def figures(name: str, documents: Sequence[dict[str, Any]], digest: str | None) 
     machine = (
         f"{first['threads']} threads of an {first['cpu']} ({capability}), torch {first['torch'].partition('+')[0]}"
     )
-    rows = [row for document in documents for row in read_rows(document)]
+    rows = [row for document in documents for row in read(document)]
     changed = any(header.get("sources") is None or header["sources"] != digest for header in headers)
     stale = ["", "The sources have changed since these figures were measured."] if changed else []
     return "\n".join([f"{commands}, {machine}, {first['date'][:10]}:", "", *table(rows), *stale])
@@ -116,7 +138,7 @@ def figures(name: str, documents: Sequence[dict[str, Any]], digest: str | None) 
 
 def documents(name: str) -> list[dict[str, Any]]:
     """The files that a table is made of."""
-    return [json.loads((RESULTS / file).read_text()) for file in TABLES[name][1]]
+    return [json.loads((RESULTS / file).read_text()) for file in TABLES[name][2]]
 
 
 def rewritten(readme: str, digest: str | None) -> str:

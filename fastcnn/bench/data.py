@@ -127,8 +127,7 @@ def add_figures(row: DataRow, rates: Sequence[float], bare: Sequence[float] | No
 def data_table(rows: Sequence[DataRow]) -> Group:
     """The rows of a source."""
     first = rows[0]
-    who = f"{first.processes} process{'es' if first.processes > 1 else ''}" if first.processes else "this process"
-    table = new_table(f"{first.source}, {who}", "pictures/s", "quartiles", "of Pillow's")
+    table = new_table(f"{first.source}; {who(first.processes)}", "pictures/s", "quartiles", "of Pillow's")
     for row in rows:
         if row.failure is None:
             figures = f"{row.pictures_per_s:,.0f}", f"{row.q1:,.0f} to {row.q3:,.0f}", number(row.of_bare, 2)
@@ -137,6 +136,11 @@ def data_table(rows: Sequence[DataRow]) -> Group:
         table.add_row(row.provider, *figures, style="bold" if row.provider == LOADER else "")
     notes = [f"{row.provider}: {row.failure}" for row in rows if row.failure is not None]
     return Group(table, *(Text(note, style="red") for note in notes))
+
+
+def who(processes: int) -> str:
+    """Reads."""
+    return f"{processes} process{'es' if processes > 1 else ''}" if processes else "no process of its own"
 
 
 # Who takes part: each makes a function that reads an epoch and says how many pictures it has read.
