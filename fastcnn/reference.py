@@ -208,7 +208,13 @@ def augment(
 
     Returns:
         Tensor of shape (N, 3, crop, crop).
+
+    Raises:
+        ValueError: a crop is not within the pictures.
     """
+    last = torch.tensor(pictures.shape[1:3], device=offsets.device) - crop
+    if ((offsets < 0) | (offsets > last)).any():
+        raise ValueError(f"augment(): there are crops of {crop} that are not within pictures of {pictures.shape[1:3]}")
     along = torch.arange(crop, device=pictures.device)
     rows = offsets[:, :1] + along
     columns = offsets[:, 1:] + torch.where(mirror[:, None], crop - 1 - along, along)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import pi
+from math import inf, pi
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from .. import reference
 from .colours import Statistics, Triple
 from .order import Stream, random_words
+from .workers import integer
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """From uint8 pictures to the input of a network: ``(crop(pixels) + noise - mean) / std``.
+    """From uint8 pictures to the input of a network: ``(crop(pixels) + noise - mean) * (1 / std)``.
 
     The crop's place, whether it is mirrored, and its noise are functions of (seed, epoch, index of the picture); see
     :func:`choices`. The noise of the AlexNet paper, section 4.1, as the original code computes it: for each picture a
@@ -33,7 +34,9 @@ class Augmentation:
         memory_format: of the result.
 
     Raises:
-        ValueError: ``crop`` is not positive, ``noise`` is negative, or there is noise without statistics.
+        TypeError: ``crop`` is no integer, or ``dtype`` has no fractions.
+        ValueError: ``crop`` or ``std`` is not positive, ``mean`` or ``std`` is not of three channels, ``noise`` is
+            negative or not finite, or there is noise without statistics.
     """
 
     crop: int
@@ -46,10 +49,18 @@ class Augmentation:
     memory_format: torch.memory_format = torch.channels_last
 
     def __post_init__(self) -> None:
-        if self.crop < 1 or not self.noise >= 0:
+        object.__setattr__(self, "crop", integer("crop", self.crop))
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"Augmentation(): dtype must be a floating-point dtype, not {self.dtype}")
+        if self.crop < 1 or not 0 <= self.noise < inf:
             raise ValueError(
-                f"Augmentation(): crop must be greater than zero and noise not negative, but got crop={self.crop}, "
-                f"noise={self.noise}"
+                f"Augmentation(): crop must be greater than zero and noise finite and not negative, but got "
+                f"crop={self.crop}, noise={self.noise}"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(0 < std < inf for std in self.std):
+            raise ValueError(
+                f"Augmentation(): mean and std must be of three channels, and std positive, but got mean={self.mean}, "
+                f"std={self.std}"
             )
         if self.noise and self.statistics is None:
             raise ValueError("Augmentation(): noise needs the statistics of the training set")
@@ -63,8 +74,13 @@ class Augmentation:
 
         Returns:
             Tensor of shape (n, 3, crop, crop) on the device of ``pictures``.
+
+        Raises:
+            ValueError: the pictures are smaller than the crop.
         """
         height, width = pictures.shape[1:3]
+        if self.crop > min(height, width):
+            raise ValueError(f"pictures of {height}x{width} pixels are smaller than a crop of {self.crop}")
         offsets, mirror, normal = choices(seed, epoch, indices, (height, width), self.crop)
         if not self.random:
             offsets = offsets.new_tensor(((height - self.crop) // 2, (width - self.crop) // 2)).expand(len(indices), 2)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from .colours import Statistics, total
 from .dataset import Arrays, Dataset
 from .images import ImageError, centre_square
 from .order import Order
-from .workers import cpus, same
+from .workers import cpus, integer, same
 
 DEFAULT_SIZE = 256
 log = logging.getLogger(__name__)
@@ -27,7 +29,11 @@ class Batch(NamedTuple):
     """Pictures, their labels, and their numbers in the data set.
 
     ``images`` are uint8 of shape (n, height, width, 3), or what an augmentation makes of them; ``labels`` is int64 of
-    shape (n,), on the same device; ``indices`` is int64 of shape (n,), on the CPU.
+    shape (n,), on the same device; ``indices`` is int64 of shape (n,), on the CPU. ``n`` may be 0.
+
+    Without augmentation, on the CPU, images that a worker has read are in memory that forked processes share, and that
+    is
+    used again when no tensor is left in it: of a part that is to be kept for long, keep a clone.
     """
 
     images: Tensor
@@ -85,7 +91,7 @@ def loader(
             needs no workers.
 
     Raises:
-        TypeError: ``dataset`` is none.
+        TypeError: ``dataset`` is none, or an argument no integer.
         ValueError: an argument is out of range; the crop is larger than the pictures; what is to be cached is no array,
             or does not fit.
     """
@@ -97,7 +103,8 @@ def loader(
         world = (torch.distributed.get_world_size() if distributed else 1) if world is None else world
     order = Order(len(dataset), batch, seed, shuffle, drop_last, rank, world)
     device = torch.device(device)
-    workers = (cpus() if dataset.decodes else 0) if workers is None else workers
+    workers = (cpus() if dataset.decodes else 0) if workers is None else integer("workers", workers)
+    prefetch, size = integer("prefetch", prefetch), None if size is None else integer("size", size)
     if workers < 0 or prefetch < 1 or cache not in (None, "device"):
         raise ValueError(
             "loader(): expected workers >= 0, prefetch >= 1, and cache None or 'device', but got "
@@ -109,14 +116,15 @@ def loader(
         raise ValueError(f"loader(): pictures of {height}x{width} pixels are smaller than a crop of {crop}")
     if cache is not None:
         return Loader(dataset, order, Cached(dataset, shape, device), augment, device)
-    return Loader(dataset, order, Reading(dataset, shape, order.largest, workers, prefetch), augment, device)
+    reading = Reading(dataset, shape, order.largest, min(workers, order.steps), prefetch)
+    return Loader(dataset, order, reading, augment, device)
 
 
 class Loader:
     """See :func:`loader`, which makes it.
 
     Attributes:
-        skipped: pictures that could not be read so far, by their numbers, and why.
+        skipped: pictures of this rank that could not be read so far, by their numbers, and why.
     """
 
     def __init__(
@@ -138,28 +146,28 @@ class Loader:
     def epoch(self, epoch: int, step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from a step on, which are the same whatever was asked for before.
 
-        Pictures that cannot be read are missing in their batches, are logged as warnings, and are in ``skipped``. A
-        batch of which none can be read is left out; where there are several ranks it is given without pictures, so that
-        they keep step, as is the part of a rank that has none.
+        There are as many as steps. Pictures that cannot be read are missing in their batches, are logged as warnings,
+        and are in ``skipped``; so a batch may be empty, as may be the part of a rank.
 
         Raises:
-            ValueError: there is no such step.
-            ImageError: at the end of an epoch, none of whose pictures could be read.
-            RuntimeError: when another epoch of this loader has begun before this one has ended.
+            TypeError, ValueError: as :meth:`Order.epoch`.
+            ImageError: at the end of a whole epoch of one rank, if none of the pictures could be read.
+            RuntimeError: when another epoch of this loader has begun before this one has ended; or a worker has died,
+                after which another epoch may begin.
         """
+        plan = self.order.epoch(epoch, step)
         self._begun += 1
-        return self._batches(epoch, self.order.epoch(epoch, step), self._begun)
+        return self._batches(integer("epoch", epoch), plan, self._begun, whole=step == 0 and self.order.world == 1)
 
-    def _batches(self, epoch: int, plan: list[Tensor], begun: int) -> Iterator[Batch]:
-        read = 0
+    def _batches(self, epoch: int, plan: list[Tensor], begun: int, whole: bool) -> Iterator[Batch]:
+        read, failed = 0, 0
         self._check_is_last(begun)
         for fetched in self.source(plan):
             self._skip(fetched.failures)
-            read += len(fetched.indices)
-            if len(fetched.indices) or self.order.world > 1:
-                yield self._batch(epoch, fetched)
+            read, failed = read + len(fetched.indices), failed + len(fetched.failures)
+            yield self._batch(epoch, fetched)
             self._check_is_last(begun)
-        if self.skipped and not read:
+        if whole and failed and not read:
             raise ImageError(f"{self.dataset.source}: no picture could be read. {next(iter(self.skipped.values()))}")
 
     def _batch(self, epoch: int, fetched: Fetched) -> Batch:
@@ -220,25 +228,30 @@ class Buffers:
             self.memory.share_memory_()
         self.free = list(range(count))
         self.lent = set[int]()
+        self.returned = deque[int]()  # by whatever thread drops a tensor; the rest is of one thread alone
 
     def take(self) -> int | None:
         """A free buffer, the one that was used last, if there is one."""
+        self._sort()
         return self.free.pop() if self.free else None
 
     def take_back(self) -> None:
         """All but those that are lent."""
+        self._sort()
         self.free = [buffer for buffer in range(len(self.memory)) if buffer not in self.lent]
 
     def lend(self, buffer: int) -> Tensor:
         """The tensor in a buffer, which is free again when neither it nor a view of it is left."""
         array = self.memory[buffer].numpy()
         self.lent.add(buffer)
-        weakref.finalize(array, self._returned, buffer).atexit = False
+        weakref.finalize(array, self.returned.append, buffer).atexit = False
         return torch.from_numpy(array)  # holds the array as long as its memory is in use
 
-    def _returned(self, buffer: int) -> None:
-        self.lent.remove(buffer)
-        self.free.append(buffer)
+    def _sort(self) -> None:
+        while self.returned:
+            buffer = self.returned.popleft()
+            self.lent.remove(buffer)
+            self.free.append(buffer)
 
 
 class Tasks(torch.utils.data.Sampler[tuple[int | None, Tensor]]):
@@ -260,7 +273,8 @@ class Reading:
         count = workers * prefetch + 3 if workers else 0  # one with the caller, one for what it asks for, and one more
         self.buffers = Buffers(count, (batch, *shape, 3))
         self.tasks = Tasks(self.buffers)
-        self.loader = DataLoader(
+        self.start = partial(
+            DataLoader,
             Reader(dataset, shape, self.buffers.memory),
             batch_size=None,
             sampler=self.tasks,
@@ -270,15 +284,24 @@ class Reading:
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # or else torch's own would advance
         )
+        self.loader = self.start()
 
     def __call__(self, plan: list[Tensor]) -> Iterator[Fetched]:
         self.tasks.plan = plan
-        with torch.device("cpu"):  # the default, for a number that DataLoader draws
-            batches = iter(self.loader)
-        for where, read, failures in batches:
-            pictures = self.buffers.lend(where) if isinstance(where, int) else where
-            yield Fetched(pictures[: len(read)], torch.tensor(read, dtype=torch.int64, device="cpu"), failures)
-            del pictures
+        try:
+            with torch.device("cpu"):  # the default, for a number that DataLoader draws
+                batches = iter(self.loader)
+            for where, read, failures in batches:
+                indices = torch.tensor(read, dtype=torch.int64, device="cpu")
+                yield Fetched(self._pictures(where)[: len(read)], indices, failures)
+        except Exception:
+            self.loader = self.start()  # one that has lost a worker fails for ever
+            raise
+
+    def _pictures(self, where: Tensor | int) -> Tensor:
+        if isinstance(where, int):
+            return self.buffers.lend(where)
+        return where.clone() if self.loader.num_workers else where  # a file descriptor each, of which there are few
 
 
 class Cached:
@@ -290,13 +313,16 @@ class Cached:
         needed, free = sum(array.nbytes for array in dataset.arrays), _free(device)
         if needed > free:
             raise ValueError(f"loader(): {needed:,} bytes are to be cached on {device}, where {free:,} are free")
-        self.pictures = torch.cat([array.to(device) for array in dataset.arrays])
+        first = dataset.arrays[0]
+        self.pictures = torch.empty((len(dataset), *first.shape[1:]), dtype=first.dtype, device=device)
+        for array, part in zip(dataset.arrays, self.pictures.split(list(map(len, dataset.arrays))), strict=True):
+            part.copy_(array)
         self.device = device
 
     def __call__(self, plan: list[Tensor]) -> Iterator[Fetched]:
         for indices in plan:
             pictures = self.pictures[indices.to(self.device, non_blocking=True)]
-            yield Fetched(pictures.expand(-1, -1, -1, 3), indices, [])
+            yield Fetched(pictures.expand(-1, -1, -1, 3).contiguous(), indices, [])
 
 
 def _new(shape: tuple[int, ...]) -> Tensor:
@@ -304,7 +330,7 @@ def _new(shape: tuple[int, ...]) -> Tensor:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes of memory that can be had."""
+    """Bytes of memory: what is free on a GPU, or all that this machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference import philox4x32
+from .workers import integer
 
 
 class Stream(IntEnum):
@@ -58,7 +59,8 @@ class Order:
         rank, world: of this process, and of all.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError: an argument is no integer.
+        ValueError: it is out of range.
     """
 
     pictures: int
@@ -70,10 +72,12 @@ class Order:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or not 0 <= self.seed < 2**64 or not 0 <= self.rank < self.world:
+        for name in ("pictures", "batch", "seed", "rank", "world"):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        if self.pictures < 0 or self.batch < 1 or not 0 <= self.seed < 2**64 or not 0 <= self.rank < self.world:
             raise ValueError(
-                "expected batch >= 1, 0 <= seed < 2**64 and 0 <= rank < world, but got "
-                f"batch={self.batch}, seed={self.seed}, rank={self.rank}, world={self.world}"
+                "expected pictures >= 0, batch >= 1, 0 <= seed < 2**64 and 0 <= rank < world, but got pictures="
+                f"{self.pictures}, batch={self.batch}, seed={self.seed}, rank={self.rank}, world={self.world}"
             )
 
     @property
@@ -90,8 +94,10 @@ class Order:
         """The pictures of this rank, int64, in each batch of an epoch from a step on.
 
         Raises:
+            TypeError: ``epoch`` or ``step`` is no integer.
             ValueError: ``epoch`` is not from 0 to 2**32 - 1, or ``step`` not from 0 to the number of steps.
         """
+        epoch, step = integer("epoch", epoch), integer("step", step)
         if not 0 <= epoch < 2**32 or not 0 <= step <= self.steps:
             raise ValueError(
                 f"expected 0 <= epoch < 2**32 and 0 <= step <= {self.steps}, but got epoch={epoch}, step={step}"

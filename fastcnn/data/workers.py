@@ -1,7 +1,8 @@
-"""What the processes of torch's DataLoader have in common, be it for training or for packing."""
+"""What training and packing have in common: the processes of torch's DataLoader, numbers that are given to them."""
 
 from __future__ import annotations
 
+import operator
 import os
 from typing import TypeVar
 
@@ -9,8 +10,20 @@ _T = TypeVar("_T")
 
 
 def cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many CPUs this process may use; under torchrun, its part of those of all ranks on this machine."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def integer(name: str, value: object) -> int:
+    """An argument that must be an integer, of Python, numpy or torch.
+
+    Raises:
+        TypeError: it is none, or a bool.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    return operator.index(value)
 
 
 def same(value: _T) -> _T:

@@ -83,10 +83,30 @@ def test_the_reference_rounds_difference_and_product() -> None:
     assert y.flatten().tolist() == expected.tolist()
 
 
+def test_crops_must_be_within_the_pictures() -> None:
+    for random in (True, False):
+        with pytest.raises(ValueError, match="pictures of 36x40 pixels are smaller than a crop of 37"):
+            Augmentation(37, random=random)(PICTURES, 3, 0, INDICES)
+    for offset in ((-1, 0), (0, -1), (8, 0), (0, 12)):
+        offsets = torch.tensor([(0, 0), (7, 11), offset, (0, 0)])
+        with pytest.raises(ValueError, match="crops of 29 that are not within pictures of"):
+            reference.augment(PICTURES, offsets, torch.zeros(4).bool(), torch.zeros(4, 3), crop=29)
+
+
+@pytest.mark.parametrize("options", [{"crop": 2.5}, {"crop": True}, {"crop": 5, "dtype": torch.uint8}])
+def test_types_that_an_augmentation_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="must be"):
+        Augmentation(**options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"crop": 0}, "crop=0"),
+        ({"crop": 5, "noise": float("inf"), "statistics": STATISTICS}, "noise=inf"),
+        ({"crop": 5, "mean": (1.0,)}, r"mean=\(1.0,\)"),
+        ({"crop": 5, "std": (1.0, 0.0, 1.0)}, r"std=\(1.0, 0.0, 1.0\)"),
+        ({"crop": 5, "std": (1.0, float("nan"), 1.0)}, r"std=\(1.0, nan, 1.0\)"),
         ({"crop": 5, "noise": -0.1}, "noise=-0.1"),
         ({"crop": 5, "noise": float("nan")}, "noise=nan"),
         ({"crop": 5, "noise": 0.1}, "noise needs the statistics of the training set"),

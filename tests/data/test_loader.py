@@ -7,8 +7,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy
@@ -30,7 +33,8 @@ from fastcnn.data import (
     pack,
 )
 from fastcnn.data.images import centre_square
-from fastcnn.data.loading import Reading
+from fastcnn.data.loading import Buffers, Reading
+from fastcnn.data.workers import cpus
 
 pytest.importorskip("PIL")
 from .pictures import picture, write_folder, write_mnist
@@ -71,7 +75,8 @@ def content(batches: Any) -> list[tuple[bytes, list[int], list[int]]]:
 
 def squares(indices: Tensor) -> Tensor:
     """What the pictures of ``folder`` become at 16 pixels."""
-    return torch.stack([torch.from_numpy(centre_square(picture(index), 16).copy()) for index in indices.tolist()])
+    found = [centre_square(picture(index), 16) for index in indices.tolist()]
+    return torch.from_numpy(numpy.array(found, numpy.uint8).reshape(-1, 16, 16, 3))
 
 
 # What is in a batch
@@ -205,6 +210,40 @@ def test_memory_is_used_again_when_a_batch_is_dropped(folder: Dataset) -> None:
     assert len(set(addresses)) <= 5  # 2 ahead, one here, one that is asked for, one more
 
 
+def test_batches_may_be_dropped_by_any_thread(folder: Dataset) -> None:
+    """Also while another epoch begins: no part of the memory is given out twice."""
+    buffers, interval = Buffers(8, (4,)), sys.getswitchinterval()
+    queue: SimpleQueue[Tensor | None] = SimpleQueue()
+
+    def drop() -> None:
+        while queue.get() is not None:
+            pass
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    try:
+        sys.setswitchinterval(1e-6)
+        for step in range(20_000):
+            if step % 7 == 0:
+                buffers.take_back()
+            taken = buffers.take()
+            if taken is not None:
+                queue.put(buffers.lend(taken))
+            assert len({*buffers.free, *buffers.lent}) == len(buffers.free) + len(buffers.lent) <= 8
+    finally:
+        sys.setswitchinterval(interval)
+        queue.put(None)
+        thread.join()
+
+
+def test_who_keeps_all_batches_needs_no_file_for_each(folder: Dataset) -> None:
+    load = make(folder, batch=1, workers=1)
+    before = len(os.listdir("/proc/self/fd"))
+    kept = list(load.epoch(0))
+    assert len(kept) == 23
+    assert len(os.listdir("/proc/self/fd")) <= before + 12  # of the processes
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_may_be_left(folder: Dataset, workers: int) -> None:
     """Again and again; each time memory that was being read into comes back."""
@@ -226,6 +265,11 @@ def test_two_epochs_at_once_are_refused(folder: Dataset, workers: int) -> None:
     with pytest.raises(RuntimeError, match="another epoch has begun"):
         next(first)
     assert content(second) == content(make(folder).epoch(1))
+    going_on = load.epoch(0)
+    next(going_on)
+    with pytest.raises(ValueError, match="epoch=-1"):
+        load.epoch(-1)
+    next(going_on)
     never = load.epoch(2)
     assert content(load.epoch(0)) == content(make(folder).epoch(0))
     with pytest.raises(RuntimeError, match="another epoch has begun"):
@@ -241,6 +285,9 @@ def test_a_cached_set_gives_the_same(packed: Dataset, tmp_path: Path, grey: bool
     for epoch, step in ((0, 0), (1, 1)):
         assert content(cached.epoch(epoch, step)) == content(make(packed, size=None).epoch(epoch, step))
     assert not isinstance(cached.source, Reading)
+    images = next(cached.epoch(0)).images
+    images[..., 0] += 1
+    assert images.is_contiguous()
 
 
 # Pictures that cannot be read
@@ -259,12 +306,13 @@ def test_broken_pictures_are_left_out_counted_and_named(folder: Dataset, logged:
             assert sorted([*seen.tolist(), *broken]) == list(range(23))
             for batch in batches:
                 assert torch.equal(batch.images, squares(batch.indices))
-                assert len(batch.labels) == len(batch.indices) > 0
+                assert len(batch.labels) == len(batch.indices)
         assert sorted(load.skipped) == sorted(broken)
         assert sorted(logged) == sorted(f"skipped: {why}" for why in load.skipped.values())
         assert all(folder.name(index) in load.skipped[index] for index in broken)
         logged.clear()
-    assert [len(batch.indices) for batch in make(folder).epoch(0)] == [4, 5, 5, 3]
+    assert [len(batch.indices) for batch in make(folder).epoch(0)] == [4, 0, 5, 5, 3]
+    assert [len(batch.indices) for batch in make(folder).epoch(0, 1)] == [0, 5, 5, 3]
 
 
 def test_ranks_keep_step_where_none_can_be_read(folder: Dataset) -> None:
@@ -274,6 +322,17 @@ def test_ranks_keep_step_where_none_can_be_read(folder: Dataset) -> None:
     parts = [list(make(folder, rank=rank, world=2, augment=Augmentation(9)).epoch(0)) for rank in range(2)]
     assert [[len(batch.indices) for batch in part] for part in parts] == [[2, 2, 0, 2, 1], [3, 3, 3, 3, 2]]
     assert parts[0][2].images.shape == (0, 3, 9, 9)
+
+
+def test_a_rest_that_cannot_be_read_is_no_error(folder: Dataset) -> None:
+    """Nor the part of a rank: the others would wait for it."""
+    last = int(epoch_order(23, SEED, 0)[-1])
+    Path(folder.source, folder.name(last)).unlink()
+    load = make(folder, batch=22)
+    assert [len(batch.indices) for batch in load.epoch(0)] == [22, 0]
+    assert [len(batch.indices) for batch in load.epoch(0, 1)] == [0]
+    assert list(load.epoch(1, 2)) == []
+    assert [len(batch.indices) for batch in make(folder, batch=23, rank=22, world=23).epoch(0)] == [0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -293,10 +352,15 @@ def test_other_errors_are_errors(folder: Dataset, monkeypatch: pytest.MonkeyPatc
             list(make(folder, workers=workers).epoch(0))
 
 
-def test_a_worker_that_dies_is_an_error(folder: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(folder), "pixels", lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RuntimeError, match=r"worker .* exited unexpectedly|killed by signal: Killed"):
-        list(make(folder, workers=1).epoch(0))
+def test_a_worker_that_dies_is_an_error_and_then_there_are_others(
+    folder: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = make(folder, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder), "pixels", lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(RuntimeError, match=r"worker .* exited unexpectedly|killed by signal: Killed"):
+            list(load.epoch(0))
+    assert content(load.epoch(0)) == content(make(folder).epoch(0))
 
 
 # What is refused
@@ -310,6 +374,34 @@ def test_what_a_loader_refuses(folder: Dataset, options: dict[str, Any]) -> None
     name, value = next(iter(options.items()))
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         make(folder, **options)
+
+
+@pytest.mark.parametrize("name", ["batch", "seed", "rank", "world", "workers", "prefetch", "size"])
+@pytest.mark.parametrize("value", [1.0, True, "1"])
+def test_numbers_must_be_integers(folder: Dataset, name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an integer, not {value!r}"):
+        make(folder, **{name: value})
+
+
+def test_integers_of_numpy_and_torch_will_do(folder: Dataset) -> None:
+    load = make(folder, batch=numpy.int64(5), seed=torch.tensor(SEED), size=numpy.uint8(16))
+    expected = content(make(folder).epoch(1, 2))
+    assert content(load.epoch(numpy.uint32(1), torch.tensor(2))) == expected  # type: ignore[arg-type]
+    for epoch, step in ((1.0, 0), (0, 1.0), (True, 0)):
+        with pytest.raises(TypeError, match="must be an integer"):
+            load.epoch(epoch, step)  # type: ignore[arg-type]
+
+
+def test_workers_are_no_more_than_steps_and_a_share_of_the_cpus(
+    folder: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for workers, batch, expected in ((9, 10, 3), (1, 10, 1), (0, 10, 0)):
+        source = make(folder, batch, workers=workers).source
+        assert isinstance(source, Reading)
+        assert source.loader.num_workers == expected
+    here = cpus()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(2 * here))
+    assert cpus() == 1
 
 
 def test_what_no_loader_can_be_made_of(folder: Dataset, packed: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

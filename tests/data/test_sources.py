@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,6 +195,16 @@ def test_a_hub_is_asked_for_what_is_no_path(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(FileNotFoundError, match="photos/trian"):
         open_splits("photos/trian")
     assert asked == ["owner/name", "owner/missing"]
+
+
+def test_relative_paths_are_those_of_when_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "source/train", {"a": 1, "b": 1})
+    monkeypatch.chdir(tmp_path)
+    pack("source", "packed", size=16, workers=0)
+    found = open_dataset("source"), pickle.dumps(open_dataset("packed"))
+    monkeypatch.chdir("/")
+    assert numpy.array_equal(found[0].image(1), picture(1))
+    assert len(pickle.loads(found[1]).image(1)) == 16
 
 
 def test_pictures_that_cannot_be_read_raise_when_asked_for(tmp_path: Path) -> None:

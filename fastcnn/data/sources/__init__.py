@@ -33,7 +33,7 @@ def open_splits(data: str) -> dict[str, Dataset]:
         return digits.splits()
     if data == "fashion-mnist":
         return idx.splits(idx.FASHION_MNIST)
-    path = Path(data)
+    path = Path(data).absolute()  # also when the folder one is in has become another
     if path.is_dir():
         kind = next((kind for kind in _FOLDERS if kind.is_here(path)), None)
         if kind is None:
