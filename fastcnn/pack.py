@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -36,20 +37,32 @@ def pack(
     if format not in FORMATS:
         raise typer.BadParameter(f"{format!r} is not one of {', '.join(FORMATS)}", param_hint="--format")
     rate = TextColumn("{task.fields[rate]}")
+    began, first = time.monotonic(), None
     with Progress(BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None, rate="")
 
         def progress(done: int, of: int) -> None:
-            speed = bar.tasks[0].speed
+            nonlocal first
+            first = done if first is None else first  # was done before
+            speed = (done - first) / (time.monotonic() - began)
             bar.update(task, completed=done, total=of, rate=f"{speed:,.0f} pictures/s" if speed else "")
 
         try:
             packed = write_packed(
                 source, out, size=size, format=format, quality=quality, workers=workers, progress=progress
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise typer.BadParameter(str(error)) from None
+        except (FileNotFoundError, FileExistsError, ValueError, ImportError) as error:
+            raise typer.BadParameter(printable(str(error))) from None
+        except (OSError, RuntimeError, MemoryError) as error:
+            what = f"{printable(str(error) or type(error).__name__)}. The same command goes on with what is missing."
+            bar.console.print(what, style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from None
     _print(packed, out)
+
+
+def printable(text: str) -> str:
+    """With escapes in place of control characters, and of bytes that are no text."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _print(packed: dict, out: Path) -> None:
@@ -65,8 +78,8 @@ def _print(packed: dict, out: Path) -> None:
         for name in ("mean", "std"):
             console.print(f"{name}: {', '.join(f'{value:.3f}' for value in packed['statistics'][name])}")
     for split, part in packed["splits"].items():
-        for name, why in part["skipped"][:SHOWN]:
-            console.print(f"skipped of {split}: {escape(name)}: {escape(why)}", style="yellow", soft_wrap=True)
+        for _, why in part["skipped"][:SHOWN]:
+            console.print(f"skipped: {escape(printable(why))}", style="yellow", soft_wrap=True)
         if len(part["skipped"]) > SHOWN:
-            console.print(f"skipped of {split}: {len(part['skipped']) - SHOWN} more, see packed.json", style="yellow")
-    console.print(f"written: {escape(str(out))}")
+            console.print(f"skipped of {split}: {len(part['skipped']) - SHOWN:,} more, see packed.json", style="yellow")
+    console.print(f"written: {escape(printable(str(out)))}", soft_wrap=True)

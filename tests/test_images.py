@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import struct
 import threading
 import zlib
@@ -574,3 +576,27 @@ def test_preprocessing_takes_images_as_they_were_opened(picture: Any) -> None:
     sixteen = Image.fromarray(numpy.rot90(eight).astype(numpy.uint16) * 257)
     opened = Image.open(io.BytesIO(encoded(sixteen, "PNG", exif=exif)))
     assert PREPROCESSINGS["caffe"](opened, 67).equal(PREPROCESSINGS["caffe"](Image.fromarray(eight), 67))
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also sparse ones, of which a folder may have many."""
+    file = tmp_path / "large.png"
+    file.write_bytes(encoded(Image.new("RGB", (3, 2)), "PNG"))
+    os.truncate(file, 2**43)
+    with pytest.raises(ImageError, match=r"large\.png: the file is too large: 8,796,093,022,208 bytes"):
+        read_image(file)
+    monkeypatch.setattr(images, "MAX_BYTES", 20)
+    with pytest.raises(ImageError, match="the file is too large"):
+        pixels(encoded(Image.new("RGB", (3, 2)), "PNG"))
+
+
+def test_outages_are_no_fault_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "x.png"
+    file.write_bytes(encoded(Image.new("RGB", (3, 2)), "PNG"))
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_image(file)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ _PAIRS = [(i, j) for i in range(3) for j in range(i, 3)]
 class Statistics:
     """Sums over pixels (r, g, b), from 0 to 255, as integers: whoever adds them up in whatever order gets the same.
 
-    What is derived is the correctly rounded value of these sums; only eigenvalues and eigenvectors are iterated.
+    Mean and covariances derived from them are correctly rounded.
 
     Args:
         pixels: how many.
@@ -36,6 +37,11 @@ class Statistics:
         pixels = picture.reshape(-1, 3).double()  # products of bytes and their sums are exact below 2**53
         products = (pixels.T @ pixels).tolist()
         return cls(len(pixels), tuple(map(int, pixels.sum(0).tolist())), tuple(int(products[i][j]) for i, j in _PAIRS))
+
+    @classmethod
+    def from_manifest(cls, sums: dict[str, Any]) -> Statistics:
+        """As ``packed.json`` has them."""
+        return cls(int(sums["pixels"]), tuple(map(int, sums["sums"])), tuple(map(int, sums["products"])))
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(

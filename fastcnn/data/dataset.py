@@ -89,11 +89,11 @@ class Dataset(ABC):
         return f"{self.split} picture {index}"
 
     def stored(self, index: int) -> int:
-        """How many bytes a picture takes where it is stored; 0 if all take the same."""
+        """How many bytes a picture takes where it is stored; 0 if that says nothing."""
         return 0
 
     def fingerprint(self) -> str:
-        """Of the names and labels of all pictures, and of the classes; not of their pixels."""
+        """Of the names and labels of all pictures, and of the classes; of pixels where they are in memory."""
         digest = sha256(repr((self.split, self.classes)).encode(errors="surrogateescape"))
         for index in range(len(self)):
             digest.update(f"{self.name(index)}\0".encode(errors="surrogateescape"))
@@ -130,6 +130,12 @@ class Arrays(Dataset):
         self._places = [(array, row) for array, pictures in enumerate(arrays) for row in range(len(pictures))]
         if len(self._places) != len(labels):
             raise ValueError(f"{source}, {split}: {len(self._places):,} pictures, but {len(labels):,} labels")
+
+    def fingerprint(self) -> str:
+        digest = sha256(super().fingerprint().encode())
+        for array in self.arrays:
+            digest.update(repr(array.shape).encode() + array.numpy().tobytes())
+        return digest.hexdigest()
 
     def pixels(self, index: int) -> Pixels:
         array, row = self._places[index]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,10 +23,34 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(file)
         raise
     flush_folder(file.parent)
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file, which is removed in the end. The lock ends with this process, and is not its children's.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    import fcntl
+
+    with open(file, "w") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(stream.fileno()).st_ino != os.stat(file).st_ino:  # another one, by now
+                raise BlockingIOError
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            raise BlockingIOError(errno.EAGAIN, "another process holds it", str(file)) from None
+        try:
+            yield
+        finally:
+            file.unlink()
 
 
 def flush_folder(folder: Path) -> None:

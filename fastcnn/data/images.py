@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ _T = TypeVar("_T")
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # for EPS Pillow runs Ghostscript
 MAX_PIXELS = 2 * 89_478_485  # Pillow's limit, which scripts like to switch off
 MAX_SIDE = 65_535  # that of JPEG
+MAX_BYTES = 2**31  # of a file, which may be read as a whole
+OUTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)  # no fault of a file
 ORIENTATION = 0x0112  # of EXIF
 TRANSPOSITIONS = {  # by the orientation in EXIF
     2: "FLIP_LEFT_RIGHT",
@@ -49,7 +52,8 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> Image:
 
     Raises:
         ImageError: it is not a file of these formats; it is damaged, or truncated; it would have more than MAX_PIXELS
-            pixels, or more than MAX_SIDE on a side (nothing is decoded then); or what :func:`to_rgb` refuses.
+            pixels, more than MAX_SIDE on a side, or MAX_BYTES in all (nothing is decoded then); or what :func:`to_rgb`
+            refuses.
         ImportError: Pillow or numpy is not installed (both come with ``fastcnn[models]``).
     """
     return _read(source, _new_rgb)
@@ -118,6 +122,9 @@ def _read(source: str | os.PathLike[str] | BinaryIO, convert: Callable[[Image], 
     try:
         if isinstance(given, Path) and not given.is_file():
             raise ImageError("not a file")
+        size = given.stat().st_size if isinstance(given, Path) else given.seek(0, os.SEEK_END)
+        if size > MAX_BYTES:
+            raise ImageError(f"the file is too large: {size:,} bytes")
         with _whole_files_only(), Image.open(given, formats=formats) as image:
             width, height = image.size
             if width * height > MAX_PIXELS or max(image.size) > MAX_SIDE:
@@ -135,6 +142,8 @@ def _read(source: str | os.PathLike[str] | BinaryIO, convert: Callable[[Image], 
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # what is raised for damaged files depends on the format
+        if isinstance(error, OSError) and error.errno in OUTAGES:
+            raise
         raise ImageError(f"{name}: cannot be read: {error or type(error).__name__}") from error
 
 

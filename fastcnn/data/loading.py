@@ -19,7 +19,7 @@ from .colours import Statistics, total
 from .dataset import Arrays, Dataset
 from .images import ImageError, centre_square
 from .order import Order
-from .workers import cpus, integer, same
+from .workers import cpus, integer, same, watch_parent
 
 DEFAULT_SIZE = 256
 log = logging.getLogger(__name__)
@@ -283,6 +283,7 @@ class Reading:
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # or else torch's own would advance
+            worker_init_fn=partial(watch_parent, os.getpid()),
         )
         self.loader = self.start()
 

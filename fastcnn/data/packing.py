@@ -6,9 +6,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, astuple
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 
 from .colours import Statistics, total
 from .dataset import Dataset
-from .files import flush_folder, write_whole
-from .images import ImageError, centre_square
+from .files import flush_folder, locked, write_whole
+from .images import MAX_SIDE, ImageError, centre_square
 from .sources import open_splits
 from .sources.packed import MANIFEST, VERSION
-from .workers import cpus, same
+from .workers import cpus, end_if_orphaned, integer, same, watch_parent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,29 +71,39 @@ def pack(
         ImageError: no picture of a split could be decoded.
         OSError: files cannot be written; what was finished stays.
     """
-    if size < 1 or not 1 <= quality <= 100 or format not in FORMATS:
+    size, quality = integer("size", size), integer("quality", quality)
+    if not 1 <= size <= MAX_SIDE or not 1 <= quality <= 100 or format not in FORMATS:
         raise ValueError(
-            f"pack(): expected a size of at least 1, a quality from 1 to 100, and a format among {', '.join(FORMATS)}, "
-            f"but got size={size}, quality={quality}, format={format!r}"
+            f"pack(): expected a size from 1 to {MAX_SIDE}, a quality from 1 to 100, and a format among "
+            f"{', '.join(FORMATS)}, but got size={size}, quality={quality}, format={format!r}"
         )
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(errno.EEXIST, "is there already", str(out))
-    splits = open_splits(data)
-    job = {"source": str(Path(data)), "size": size, "format": format, "shard": SHARD}
-    job |= {"quality": quality} if format == "parquet" else {}
-    job |= {"pictures": {split: dataset.fingerprint() for split, dataset in splits.items()}}
-    packing = Packing(out.with_name(f"{out.name}.partial"), splits, job)
-    with _locked(packing.folder / RECORDS):
+    out = Path(out).resolve()
+    if os.path.lexists(data) and out.is_relative_to(Path(data).resolve()):
+        raise ValueError(f"pack(): {out} would be within {data}, which would be another data set then")
+    if os.path.ismount(out):
+        raise ValueError(f"pack(): {out} is where a disk is mounted, so that it cannot be replaced")
+    folder = out.with_name(f"{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f"{out.name}.partial.lock")):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(errno.EEXIST, "is there already", str(out))
+        begun = (folder / RECORDS / "job.json").exists() or (folder / MANIFEST).exists()
+        if folder.exists() and not begun and any(path.name != RECORDS for path in folder.iterdir()):
+            raise FileExistsError(errno.EEXIST, "is there already, and not from packing", str(folder))
+        splits = open_splits(data)
+        job = {"source": Path(data).name, "size": size, "format": format, "shard": SHARD}
+        job |= {"quality": quality} if format == "parquet" else {}
+        job |= {"pictures": {split: dataset.fingerprint() for split, dataset in splits.items()}}
+        packing = Packing(folder, splits, job)
         if packing.is_complete():
             progress(packing.pictures, packing.pictures)
         else:
             packing.begin()
-            packing.run(cpus() if workers is None else workers, progress)
+            packing.run(cpus() if workers is None else integer("workers", workers), progress)
             packing.complete()
         packing.clean()
-        os.rename(packing.folder, out)
-        flush_folder(out.absolute().parent)
+        os.rename(folder, out)
+        flush_folder(out.parent)
     return json.loads((out / MANIFEST).read_text())
 
 
@@ -101,7 +111,7 @@ class Packing(torch.utils.data.Dataset):
     """Shards by number; to ask for one writes its file, and then its record: JSON that says what is in it."""
 
     def __init__(self, folder: Path, splits: dict[str, Dataset], job: dict[str, Any]) -> None:
-        self.folder, self.splits, self.job = folder, splits, job
+        self.folder, self.splits, self.job, self.process = folder, splits, job, os.getpid()
         self.shards = [(split, number) for split, dataset in splits.items() for number in range(_shards(dataset))]
         self.pictures = sum(map(len, splits.values()))
 
@@ -122,6 +132,7 @@ class Packing(torch.utils.data.Dataset):
         job = self.folder / RECORDS / "job.json"
         if job.exists():
             self._check_job(_read_json(job))
+        job.parent.mkdir(parents=True, exist_ok=True)
         _write_json(job, self.job)
         if self.job["format"] == "parquet":
             (self.folder / "data").mkdir(exist_ok=True)
@@ -136,7 +147,14 @@ class Packing(torch.utils.data.Dataset):
         missing = self._missing()
         done = self.pictures - sum(len(self._members(index)) for index in missing)
         progress(done, self.pictures)
-        loader = DataLoader(self, None, sampler=missing, num_workers=min(workers, len(missing)), collate_fn=same)
+        loader = DataLoader(
+            self,
+            batch_size=None,
+            sampler=missing,
+            num_workers=min(workers, len(missing)),
+            collate_fn=same,
+            worker_init_fn=partial(watch_parent, self.process),
+        )
         for index, error in zip(missing, loader, strict=True):
             if error is not None:
                 raise error
@@ -150,6 +168,7 @@ class Packing(torch.utils.data.Dataset):
             ImageError: no picture of a split could be decoded.
         """
         records = [_read_json(self._record(index)) for index in range(len(self.shards))]
+        self._check_classes(records)
         parts = {split: self._part(split, records) for split in self.splits}
         sums = total(
             _statistics(record["sums"])
@@ -163,7 +182,7 @@ class Packing(torch.utils.data.Dataset):
 
     def clean(self) -> None:
         """Remove what is of no use to readers, also what processes that were killed have left."""
-        shutil.rmtree(self.folder / RECORDS)
+        shutil.rmtree(self.folder / RECORDS, ignore_errors=True)
         for file in self.folder.rglob("*.tmp"):
             file.unlink()
 
@@ -195,6 +214,7 @@ class Packing(torch.utils.data.Dataset):
             labels.append(dataset.label(member))
             sums += Statistics.of(torch.from_numpy(into))
         file = self._file(index)
+        end_if_orphaned()  # or it might write into what others have begun meanwhile
         if labels:
             self._write(file, pictures[: len(labels)], labels, dataset.classes)
         record = {
@@ -259,6 +279,19 @@ class Packing(torch.utils.data.Dataset):
             quality = self.job["quality"]
             write_whole(file, lambda stream: write_table(stream, pictures, labels, classes, quality))
 
+    def _check_classes(self, records: list[dict[str, Any]]) -> None:
+        """Whether the training split still has pictures of all classes."""
+        if dataset := self.splits.get("train"):
+            trained = {
+                label
+                for (split, _), record in zip(self.shards, records, strict=True)
+                if split == "train"
+                for label in record["labels"]
+            }
+            lost = [name for label, name in enumerate(dataset.classes) if label not in trained]
+            if trained and lost:
+                raise ImageError(f"train: no picture can be decoded of {len(lost)} classes: {', '.join(lost[:5])}")
+
     def _part(self, split: str, records: list[dict[str, Any]]) -> dict[str, Any]:
         """What the manifest says of a split, whose labels are written."""
         mine = [(self._file(index), record) for index, record in enumerate(records) if self.shards[index][0] == split]
@@ -321,17 +354,3 @@ def _read_json(file: Path) -> Any:
 
 def _write_json(file: Path, content: object) -> None:
     write_whole(file, lambda stream: stream.write(json.dumps(content, indent=1).encode()))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out, but not a next one: the lock ends with this process, and is not its children's."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BlockingIOError(errno.EAGAIN, "another process is packing into it", str(folder.parent)) from None
-        yield

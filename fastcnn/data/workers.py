@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import operator
 import os
 from typing import TypeVar
@@ -24,6 +25,24 @@ def integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     return operator.index(value)
+
+
+_parent: int | None = None  # of a worker, when it began
+
+
+def watch_parent(process: int, worker: int) -> None:
+    """The ``worker_init_fn`` of processes that ``process`` starts: one that has lost it already ends, as torch's do
+    later."""
+    global _parent
+    _parent = os.getppid()
+    if multiprocessing.get_start_method() == "fork" and _parent != process:
+        os._exit(1)
+
+
+def end_if_orphaned() -> None:
+    """End a worker whose parent was killed."""
+    if _parent is not None and os.getppid() != _parent:
+        os._exit(1)
 
 
 def same(value: _T) -> _T:

@@ -45,8 +45,8 @@ SEED = 5
 @pytest.fixture
 def folder(tmp_path: Path) -> Dataset:
     """23 pictures of 20x16 pixels."""
-    write_folder(tmp_path / "train", {"a": 12, "b": 11})
-    return open_dataset(str(tmp_path))
+    write_folder(tmp_path / "source/train", {"a": 12, "b": 11})
+    return open_dataset(str(tmp_path / "source"))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def test_the_same_bytes_with_any_number_of_processes(tmp_path: Path, source: str
         pack(source, tmp_path / str(workers), size=16, format=format, workers=workers)
         trees.append(tree(tmp_path / str(workers)))
     assert trees[1:] == trees[:1] * 3
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def child(work: Callable[[], object]) -> int:
@@ -323,6 +324,65 @@ def test_other_options_do_not_go_on(
         pack(source, tmp_path / "out", **{"size": 16, "workers": 0, **options})
 
 
+def test_orphans_write_nothing(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose parent was killed finds another packing in its place when it has decoded its shard."""
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "centre_square", lambda *arguments: (time.sleep(0.1), centre_square(*arguments))[1])
+        pid = child(lambda: pack(source, tmp_path / "out", size=24, workers=1))
+        time.sleep(0.4)
+        os.kill(pid, signal.SIGKILL)
+        status_of(pid)
+    shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+    interrupted(source, tmp_path / "out", monkeypatch)
+    before = tree(tmp_path / "out.partial")
+    time.sleep(1.2)
+    assert tree(tmp_path / "out.partial") == before
+
+
+def test_what_others_have_put_there_stays(tmp_path: Path, source: str) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine.tmp").write_text("")
+    with pytest.raises(FileExistsError, match=r"is there already, and not from packing: .*out\.partial"):
+        pack(source, tmp_path / "out", size=16, workers=0)
+    assert list(tree(tmp_path / "out.partial")) == ["mine.tmp"]
+
+
+def test_a_set_of_other_pixels_does_not_go_on(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of files for each picture, but of the same number and labels."""
+    for kind in ("mnist", "parquet", "npy"):
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        for first in (0, 5):
+            shutil.rmtree(tmp_path / "other", ignore_errors=True)
+            if kind == "mnist":
+                write_mnist(tmp_path / "other", train=24)
+                file = tmp_path / "other/train-images-idx3-ubyte"
+                file.write_bytes(file.read_bytes()[:-1] + bytes([first]))
+            else:
+                monkeypatch.setattr("fastcnn.data.packing.SHARD", 512)
+                pack(source, tmp_path / "other", size=16 + first, format=kind, workers=0)
+            monkeypatch.setattr("fastcnn.data.packing.SHARD", 8)
+            if not first:
+                interrupted(str(tmp_path / "other"), tmp_path / "out", monkeypatch)
+        with pytest.raises(ValueError, match=r"others were there|when it was packed"):
+            pack(str(tmp_path / "other"), tmp_path / "out", size=16, workers=0)
+        shutil.rmtree(tmp_path / "out.partial")
+
+
+def test_outputs_that_are_refused_before(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="would be within"):
+        pack(source, Path(source, "packed"))
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(ValueError, match="where a disk is mounted"):
+        pack(source, tmp_path / "out")
+
+
+def test_a_class_of_which_nothing_can_be_decoded_is_an_error(tmp_path: Path, source: str) -> None:
+    for file in Path(source, "train/b").iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(ImageError, match="no picture can be decoded of 1 classes: b"):
+        pack(source, tmp_path / "out", size=16, workers=0)
+
+
 def test_what_is_there_already_is_not_overwritten(tmp_path: Path, source: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").write_text("")
@@ -341,7 +401,7 @@ def test_two_at_once_are_refused(tmp_path: Path, source: str, monkeypatch: pytes
         patch.setattr(packing, "centre_square", lambda *arguments: (os.write(writing, b"x"), time.sleep(60)))
         pid = child(lambda: pack(source, tmp_path / "out", size=16, workers=0))
     os.read(reading, 1)
-    with pytest.raises(BlockingIOError, match="another process is packing into it"):
+    with pytest.raises(BlockingIOError, match=r"another process holds it: .*out\.partial\.lock"):
         pack(source, tmp_path / "out", size=16, workers=0)
     os.kill(pid, signal.SIGKILL)
     status_of(pid)
@@ -374,8 +434,6 @@ def test_a_full_disk_leaves_what_was_finished(tmp_path: Path, source: str, worke
 def test_a_disk_that_is_too_small_is_noticed_before(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 9_000, 1_000))  # type: ignore[attr-defined]
     with pytest.raises(OSError, match="18,432 bytes are needed, and 1,000 are free"):
         pack(source, tmp_path / "out", size=16)
@@ -400,7 +458,9 @@ def test_a_shard_of_broken_pictures_is_left_out(tmp_path: Path, monkeypatch: pyt
         assert [dataset.image(index).shape for index in range(4)] == [(16, 16, 3)] * 4
 
 
-@pytest.mark.parametrize("options", [{"size": 0}, {"quality": 0}, {"quality": 101}, {"format": "zip"}])
+@pytest.mark.parametrize(
+    "options", [{"size": 0}, {"size": 65_536}, {"quality": 0}, {"quality": 101}, {"format": "zip"}]
+)
 def test_what_pack_refuses(tmp_path: Path, options: dict[str, Any]) -> None:
     name, value = next(iter(options.items()))
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
@@ -421,7 +481,7 @@ def test_the_command_says_what_it_wrote_and_what_it_skipped(tmp_path: Path, sour
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["train", "11", "3", "0.0"] in lines
     assert ["validation", "11", "0", "0.0"] in lines
-    assert "skipped of train: train/a/[bold]x.png: " in result.stdout
+    assert f"skipped: {source}/train/a/[bold]x.png: " in result.stdout
     dataset = open_dataset(str(tmp_path / "out"))
     assert dataset.statistics is not None
     assert f"mean: {', '.join(f'{value:.3f}' for value in dataset.statistics.mean)}" in result.stdout
@@ -440,12 +500,23 @@ def test_the_command_packs_other_kinds(tmp_path: Path) -> None:
         (("nothing", "out"), "nothing: there is no such file"),
         (("digits", "out", "--format", "zip"), "'zip' is not one of npy, parquet"),
         (("digits", "out", "--size", "0"), "--size"),
-        (("digits", "/proc/out", "--size", "8"), "/proc/out"),
+        (("digits", ".", "--size", "8"), "is there already"),
     ],
 )
 def test_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any, message: str) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
     result = pack_command(*arguments)
     assert result.exit_code == 2
     assert message in result.output
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_command_says_that_it_can_go_on(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "train\x1b[31m-00000.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr(Packing, "__getitem__", lambda self, index: full)
+        result = pack_command(source, tmp_path / "out", "--size", 16, "--workers", 0)
+    assert result.exit_code == 1
+    assert r"No space left on device: 'train\x1b[31m-00000.npy'. The same command goes on" in result.output
+    assert pack_command(source, tmp_path / "out", "--size", 16, "--workers", 0).exit_code == 0

@@ -73,7 +73,22 @@ def test_idx_files(tmp_path: Path, suffix: str) -> None:
     for first, (split, count) in enumerate({"train": 6, "validation": 3}.items()):
         pictures = [picture(100 * first + number, 7, 5)[..., :1] for number in range(count)]
         assert_is(found[split], split, ["0", "1", "2"], [number % 3 for number in range(count)], pictures)
-    assert found["train"].rule == "the files train-*"
+    assert found["train"].rule == f"the file train-images-idx3-ubyte{suffix} and its labels"
+
+
+def test_labels_of_idx_files_are_those_that_occur(tmp_path: Path) -> None:
+    """EMNIST's letters are 1 to 26, in files with longer names; of a file both plain and compressed, one is read."""
+    for name, count in (("train", 6), ("test", 2)):
+        images = numpy.stack([picture(number, 7, 5)[..., 0] for number in range(count)])
+        write_idx(tmp_path / f"emnist-letters-{name}-images-idx3-ubyte", images)
+        write_idx(tmp_path / f"emnist-letters-{name}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"emnist-letters-{name}-labels-idx1-ubyte.gz", numpy.uint8([3, 1, 2, 3, 1, 2][:count]))
+    found = open_splits(str(tmp_path))
+    assert (found["train"].classes, found["train"].labels.tolist()) == (("1", "2", "3"), [2, 0, 1, 2, 0, 1])
+    assert found["validation"].labels.tolist() == [2, 0]
+    write_idx(tmp_path / "train-images-idx3-ubyte", images)
+    with pytest.raises(ValueError, match="several files are images for train: emnist-letters-train"):
+        open_splits(str(tmp_path))
 
 
 def test_fashion_mnist_is_found_where_debian_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +143,11 @@ def test_folders_are_searched_to_the_bottom(tmp_path: Path, logged: list[str]) -
     write_folder(tmp_path / "train", {"a": 1, "b/deep/deeper": 1, "c": 0})
     write_folder(tmp_path / "elsewhere", {"c": 2}, first=9)
     (tmp_path / "train/c/link").symlink_to(tmp_path / "elsewhere/c")
-    (tmp_path / "train/c/loop").symlink_to(tmp_path / "train/c")
+    for name, target in (("loop", "train/c"), ("up", "train"), ("top", ".")):
+        (tmp_path / "train/c" / name).symlink_to(tmp_path / target)
+    (tmp_path / "train/itself").symlink_to(tmp_path / "train/itself")
+    (tmp_path / "train/a/.hidden").mkdir()
+    (tmp_path / "train/a/.hidden/x.png").write_bytes(png(picture(8)))
     (tmp_path / "train/a/notes.txt").write_text("no picture")
     (tmp_path / "train/a/.hidden.png").write_text("no picture")
     (tmp_path / "train/a/PHOTO.JPG").write_bytes(png(picture(7)))
@@ -142,6 +161,33 @@ def test_folders_are_searched_to_the_bottom(tmp_path: Path, logged: list[str]) -
     ]
     assert dataset.labels.tolist() == [0, 0, 1, 2, 2]
     assert logged == [f"{tmp_path}/train: 1 files that are no pictures by their names are ignored"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "train", {"a/closed": 1, "b": 1})
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        open_splits(str(tmp_path))
+
+
+def test_no_class_is_held_out_as_a_whole(tmp_path: Path) -> None:
+    write_folder(tmp_path, {f"class{number}": 1 for number in range(40)}, width=2, height=2)
+    assert list(open_splits(str(tmp_path))) == ["train"]
+
+
+def test_labels_that_are_kept_secret_are_no_validation_split(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [ONE] * 40, [0, 1] * 20, ["a", "b"])
+    write_parquet(tmp_path / "test.parquet", [ONE] * 3, [-1] * 3, ["a", "b"])
+    found = open_splits(str(tmp_path))
+    assert sum(map(len, found.values())) == 40
+    assert "hash" in found["validation"].rule
 
 
 def test_parquet_with_the_features_of_datasets(tmp_path: Path) -> None:
@@ -281,6 +327,13 @@ def too_few_labels(root: Path) -> str:
     return str(root)
 
 
+def words(root: Path) -> str:
+    write_parquet(root / "[train].parquet", [ONE] * 2, ["cat", "dog"])  # no pattern
+    (root / "[train].parquet").rename(root / "train-[0].parquet")
+    write_parquet(root / "test.parquet", [ONE], ["zebra"])
+    return str(root)
+
+
 def truncated_parquet(root: Path) -> str:
     parquet([ONE] * 4, [0, 1, 0, 1], names=["a", "b"])(root)
     data = (root / "train.parquet").read_bytes()
@@ -301,12 +354,16 @@ WRONG: dict[str, tuple[Callable[[Path], str], type[Exception], str]] = {
     "idx that shrank": (mnist_with(IMAGES, lambda data: data[:-1]), ValueError, f"{IMAGES}: has 209 bytes of data"),
     "idx that grew": (mnist_with(IMAGES, lambda data: data + b"x"), ValueError, f"{IMAGES}: has 211 bytes of data"),
     "idx of another kind": (mnist_with(LABELS, lambda data: b"\0\0\x0d" + data[3:]), ValueError, "not an idx file"),
-    "idx without labels": (mnist_with(LABELS, lambda data: None), FileNotFoundError, f"but {LABELS} is not"),
+    "idx without labels": (
+        mnist_with(LABELS, lambda data: None),
+        FileNotFoundError,
+        f"{IMAGES} is there, but its labels",
+    ),
     "too few labels": (too_few_labels, ValueError, "6 pictures, but 5 labels"),
     "labels of 255": (
         mnist_with("t10k-labels-idx1-ubyte", lambda data: data[:-1] + b"\xff"),
         ValueError,
-        "no pictures of 253 classes",
+        "no pictures of 1 classes: 255",
     ),
     "STL-10 that shrank": (stl10(27_000), ValueError, "has 27,000 bytes, which is not a multiple of 27,648"),
     "STL-10 with fewer": (stl10(27_648), ValueError, "1 pictures, but 10 labels"),
@@ -315,6 +372,10 @@ WRONG: dict[str, tuple[Callable[[Path], str], type[Exception], str]] = {
         ValueError,
         "1 labels are out of range: the one of picture 1 is -1, and there are 2 classes",
     ),
+    "label that is too large": (parquet([ONE] * 2, [0, 2**60]), ValueError, f"has the label {2**60}, but only 2 pict"),
+    "words that are no class": (words, ValueError, "labels that are no class of training: zebra"),
+    "numbers for pictures": (parquet([3] * 2, [0, 1]), ValueError, "the column 'image' does not hold pictures"),
+    "no name": (lambda root: "", ValueError, "data is empty"),
     "labels missing": (parquet([ONE] * 3, [0, None, 1]), ValueError, "does not hold a label in each row"),
     "labels that are none": (parquet([ONE] * 2, [0.5, 1.5]), ValueError, "does not hold a label in each row"),
     "no column of labels": (parquet([ONE], [0], columns=("image", "x")), ValueError, "columns image, x holds labels"),
@@ -379,6 +440,24 @@ def test_packed_sets_of_other_versions_are_refused(packed: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(ValueError, match="was packed as version 2, and this is version 1"):
         open_splits(str(packed))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"version": 1}'])
+def test_damaged_manifests_are_refused(packed: Path, content: bytes) -> None:
+    (packed / "packed.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"packed/packed\.json: is not that of a packed set"):
+        open_splits(str(packed))
+
+
+def test_arrays_of_another_shape_or_kind_are_refused(packed: Path) -> None:
+    file = packed / "train-00000.npy"
+    if not file.exists():
+        return
+    written = file.read_bytes()
+    for changed in (written.replace(b"16, 16, 3", b"16, 3, 16"), written.replace(b"|u1", b"|i1"), b"x" + written[1:]):
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"not pictures of 16x16|has files that numpy cannot read"):
+            open_splits(str(packed))
 
 
 def test_packed_sets_know_their_splits_and_statistics(packed: Path) -> None:

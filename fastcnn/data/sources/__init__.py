@@ -33,6 +33,8 @@ def open_splits(data: str) -> dict[str, Dataset]:
         return digits.splits()
     if data == "fashion-mnist":
         return idx.splits(idx.FASHION_MNIST)
+    if not data:
+        raise ValueError(f"open_splits(): data is empty. Known are {KINDS}")
     path = Path(data).absolute()  # also when the folder one is in has become another
     if path.is_dir():
         kind = next((kind for kind in _FOLDERS if kind.is_here(path)), None)

@@ -74,6 +74,8 @@ def _hashed(folder: Path) -> dict[str, Dataset]:
     classes = _directories(folder)
     files = _pictures(folder, "", classes)
     out = held_out([file for file, _ in files]).tolist()
+    trained = {label for (_, label), is_out in zip(files, out, strict=True) if not is_out}
+    out = [is_out and label in trained for (_, label), is_out in zip(files, out, strict=True)]
     parts = [[file for file, is_out in zip(files, out, strict=True) if is_out == part] for part in (False, True)]
     train: Dataset = Files(folder, "train", f"all but a {HELD_OUT}", classes, parts[0])
     return {"train": train} | (
@@ -83,7 +85,7 @@ def _hashed(folder: Path) -> dict[str, Dataset]:
 
 def _directories(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(e.name for e in entries if not e.name.startswith(".") and os.path.isdir(e.path))
 
 
 def _pictures(root: Path, inner: str, classes: Sequence[str]) -> list[tuple[str, int]]:
@@ -102,12 +104,21 @@ def _pictures(root: Path, inner: str, classes: Sequence[str]) -> list[tuple[str,
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """All files below a folder, also through links, each folder once."""
-    seen = set()
-    for path, directories, files in os.walk(folder, followlinks=True):
+    """All files below a folder, also through links, but not those that lead back to where they come from.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    top, seen = os.path.realpath(folder), set()
+    for path, directories, files in os.walk(folder, followlinks=True, onerror=_raise):
         here = os.path.realpath(path)
-        if here in seen:
+        if here in seen or top.startswith(here.rstrip(os.sep) + os.sep):
             directories.clear()
             continue
         seen.add(here)
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
         yield from (os.path.join(path, file) for file in files if not file.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error

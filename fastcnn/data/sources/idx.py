@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import zlib
 from pathlib import Path
 
@@ -14,43 +15,57 @@ from ..dataset import Arrays, Dataset
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 FASHION_CLASSES = "T-shirt/top,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot"
-PREFIXES = {"train": "train", "validation": "t10k"}
+PREFIXES = {"train": ("train",), "validation": ("t10k", "test")}
 
 
 def is_here(folder: Path) -> bool:
     """Whether a folder has the images of a split."""
-    return any(_file(folder, f"{prefix}-images-idx3-ubyte") for prefix in PREFIXES.values())
+    return any(_images(folder, split) for split in PREFIXES)
 
 
 def splits(folder: Path) -> dict[str, Dataset]:
-    """The splits in a folder: ``train-*`` and ``t10k-*``, each of images (``idx3-ubyte``) and labels
-    (``idx1-ubyte``)."""
+    """The splits in a folder: ``train-*`` and ``t10k-*`` (``test-*``), each of images (``idx3-ubyte``) and labels
+    (``idx1-ubyte``). Classes are the labels that occur."""
     fashion = folder == FASHION_MNIST
     if fashion and not is_here(folder):
         raise FileNotFoundError(
             f"{folder}: no Fashion-MNIST. Install Debian's dataset-fashion-mnist, or give the folder of its idx files"
         )
-    read = {}
-    for split, prefix in PREFIXES.items():
-        images, labels = (_file(folder, f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-        if images is not None:
+    read: dict[str, tuple[Path, Tensor, Tensor]] = {}
+    for split in PREFIXES:
+        if images := _images(folder, split):
+            if len(images) > 1:
+                raise ValueError(f"{folder}: several files are images for {split}: {', '.join(f.name for f in images)}")
+            labels = _variant(folder / images[0].name.replace("images", "labels").replace("idx3", "idx1"))
             if labels is None:
-                raise FileNotFoundError(f"{images} is there, but {prefix}-labels-idx1-ubyte is not")
-            read[split] = _read(images, 3), _read(labels, 1).long()
-    count = 1 + max(int(labels.max()) if len(labels) else 0 for _, labels in read.values())
-    classes = FASHION_CLASSES.split(",") if fashion else [str(label) for label in range(count)]
-    name = "fashion-mnist" if fashion else str(folder)
+                raise FileNotFoundError(f"{images[0]} is there, but its labels, idx1-ubyte, are not")
+            read[split] = images[0], _read(images[0], 3), _read(labels, 1)
+    occurring = torch.cat([labels for _, _, labels in read.values()]).unique()
+    classes = FASHION_CLASSES.split(",") if fashion else [str(label) for label in occurring.tolist()]
     return {
-        split: Arrays(name, split, f"the files {PREFIXES[split]}-*", classes, labels, [images[..., None]])
-        for split, (images, labels) in read.items()
+        split: Arrays(
+            "fashion-mnist" if fashion else str(folder),
+            split,
+            f"the file {file.name} and its labels",
+            classes,
+            labels.long() if fashion else torch.searchsorted(occurring, labels),
+            [images[..., None]],
+        )
+        for split, (file, images, labels) in read.items()
     }
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    candidates = (
-        folder / (variant + suffix) for variant in (name, name.replace("-idx", ".idx")) for suffix in ("", ".gz")
-    )
-    return next((file for file in candidates if file.is_file()), None)
+def _images(folder: Path, split: str) -> list[Path]:
+    """The files of a split's images; of the same one both plain and compressed, the plain one."""
+    names = re.compile(rf"(.*[-_.])?({'|'.join(PREFIXES[split])})[-_]images[-.]idx3-ubyte(\.gz)?")
+    found = sorted(file for file in folder.iterdir() if names.fullmatch(file.name) and file.is_file())
+    return [file for file in found if file.suffix != ".gz" or file.with_suffix("") not in found]
+
+
+def _variant(file: Path) -> Path | None:
+    """The file, plain or compressed."""
+    plain = file.with_suffix("") if file.suffix == ".gz" else file
+    return next((f for f in (plain, plain.with_name(f"{plain.name}.gz")) if f.is_file()), None)
 
 
 def _read(file: Path, dimensions: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,26 @@ class Mapped(Arrays):
     """Pictures in memory-mapped files, of which other processes get the names."""
 
     def __init__(
-        self, source: str, split: str, rule: str, classes: Sequence[str], labels: Tensor, files: Sequence[Path]
+        self,
+        source: str,
+        split: str,
+        rule: str,
+        classes: Sequence[str],
+        labels: Tensor,
+        files: Sequence[Path],
+        size: int,
     ) -> None:
         self.files = files
         super().__init__(source, split, rule, classes, labels, _map(files))
+        for file, array in zip(files, self.arrays, strict=True):
+            if array.dtype != torch.uint8 or array.shape[1:] != (size, size, 3):
+                raise ValueError(
+                    f"{file}: has {array.dtype} of shape {tuple(array.shape)}, not pictures of {size}x{size}"
+                )
+
+    def fingerprint(self) -> str:
+        sizes = [file.stat().st_size for file in self.files]
+        return sha256(f"{Dataset.fingerprint(self)} {sizes}".encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "arrays": None}
@@ -41,41 +58,40 @@ def is_here(folder: Path) -> bool:
 
 def splits(folder: Path) -> dict[str, Dataset]:
     """The splits of a packed set, whose files must have the sizes that they were written with."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"{folder}: was packed as version {manifest.get('version')}, and this is version {VERSION}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["version"] != VERSION:
+            raise ValueError(f"it was packed as version {manifest['version']}, and this is version {VERSION}")
+        statistics = manifest["statistics"] and Statistics.from_manifest(manifest["statistics"])
+        parts = {
+            split: (part["rule"], {folder / name: size for name, size in part["files"].items()})
+            for split, part in manifest["splits"].items()
+        }
+        classes, format, size = manifest["classes"], manifest["job"]["format"], manifest["job"]["size"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / MANIFEST}: is not that of a packed set: {error}") from error
     found: dict[str, Dataset] = {}
-    for split, part in manifest["splits"].items():
-        files = []
-        for name, written in part["files"].items():
-            files.append(folder / name)
-            size = files[-1].stat().st_size if files[-1].is_file() else None
-            if size != written:
-                is_now = "is missing" if size is None else f"has {size:,} bytes"
-                raise ValueError(f"{files[-1]}: {is_now}, and had {written:,} when it was packed")
-        found[split] = _split(folder, split, part, manifest, files)
-        if manifest["statistics"]:
-            sums = manifest["statistics"]
-            found[split].statistics = Statistics(sums["pixels"], tuple(sums["sums"]), tuple(sums["products"]))
+    for split, (rule, files) in parts.items():
+        for file, written in files.items():
+            if (now := file.stat().st_size if file.is_file() else None) != written:
+                is_now = "is missing" if now is None else f"has {now:,} bytes"
+                raise ValueError(f"{file}: {is_now}, and had {written:,} when it was packed")
+        if format == "npy":
+            *pictures, labels = files
+            numbers = _map([labels])[0]
+            found[split] = Mapped(str(folder), split, rule, classes, numbers, pictures, size)
+        else:
+            table = Table(str(folder), read_column(list(files)))
+            found[split] = Rows(table, split, rule, classes, torch.arange(len(table.labels)))
+            found[split].shape = (size, size)
+        found[split].statistics = statistics
     return found
-
-
-def _split(folder: Path, split: str, part: dict[str, Any], manifest: dict[str, Any], files: list[Path]) -> Dataset:
-    source, rule, classes, size = str(folder), part["rule"], manifest["classes"], manifest["job"]["size"]
-    if manifest["job"]["format"] == "npy":
-        import numpy
-
-        *pictures, labels = files
-        return Mapped(source, split, rule, classes, torch.from_numpy(numpy.load(labels)), pictures)
-    table = Table(source, read_column(files))
-    rows = Rows(table, split, rule, classes, torch.arange(len(table.labels)))
-    rows.shape = (size, size)
-    return rows
 
 
 def _map(files: Sequence[Path]) -> list[Tensor]:
     import numpy
 
-    return [
-        torch.from_numpy(numpy.load(file, mmap_mode="c")) for file in files
-    ]  # "c": torch warns of what is read-only
+    try:  # copy on write, because torch warns of arrays that are read-only
+        return [torch.from_numpy(numpy.load(file, mmap_mode="c")) for file in files]
+    except ValueError as error:
+        raise ValueError(f"{files[0].parent}: has files that numpy cannot read: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
 from io import BytesIO
@@ -42,6 +43,10 @@ class Rows(Encoded):
             return str(path.as_py())
         raise ImageError("there is no picture")
 
+    def stored(self, index: int) -> int:
+        file = self.images.data.column(0)[self.rows[index]]["bytes"]
+        return file.as_buffer().size if file.is_valid else 0
+
     def pixels(self, index: int) -> Pixels:
         try:
             return super().pixels(index)
@@ -67,7 +72,10 @@ class Table:
         if image is None or label is None:
             wanted = "pictures" if image is None else "labels"
             raise ValueError(f"{source}: none of its columns {', '.join(features)} holds {wanted}")
-        self.images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        try:
+            self.images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        except Exception as error:
+            raise ValueError(f"{source}: the column {image!r} does not hold pictures: {error}") from error
         self.labels: list[Any] = table[label][:]
         self.names: list[str] = list(getattr(features[label], "names", None) or ())
         if any(type(value) is not (type(self.labels[0])) for value in self.labels) or not isinstance(
@@ -81,14 +89,22 @@ class Table:
             return self.names
         if isinstance(self.labels[0], str):
             return sorted(set(self.labels))
+        if max(self.labels) >= len(self.labels):
+            raise ValueError(f"{self.source}: has the label {max(self.labels)}, but only {len(self.labels)} pictures")
         return [str(label) for label in range(1 + max(self.labels))]
 
     def numbers(self, classes: Sequence[str]) -> Tensor:
-        """The labels; -1 for those of no class."""
+        """The labels.
+
+        Raises:
+            ValueError: one is a word that is no class.
+        """
         if not isinstance(self.labels[0], str):
             return torch.tensor(self.labels)
         index = {name: number for number, name in enumerate(classes)}
-        return torch.tensor([index.get(label, -1) for label in self.labels])
+        if unknown := sorted(set(self.labels) - set(index)):
+            raise ValueError(f"{self.source}: labels that are no class of training: {', '.join(unknown[:5])}")
+        return torch.tensor([index[label] for label in self.labels])
 
 
 def is_here(folder: Path) -> bool:
@@ -124,7 +140,7 @@ def read_column(files: Sequence[Path]) -> Any:
     """All rows of parquet files."""
     load = _package().load_dataset
     try:
-        return load("parquet", data_files=[str(file) for file in files], split="train")
+        return load("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
     except Exception as error:
         raise ValueError(f"{files[0]}: cannot be read: {error.__cause__ or error}") from error
 
@@ -152,7 +168,9 @@ def _from_datasets(source: str, found: dict[str, Any]) -> dict[str, Dataset]:
     here = {split: name for split, name in chosen.items() if name is not None}
     if not here:
         raise ValueError(f"{source}: has the splits {', '.join(found)}, none of which is for training or validation")
-    tables = {split: Table(f"{source}", found[name]) for split, name in here.items()}
+    tables = {split: Table(source, found[name]) for split, name in here.items()}
+    if len(tables) == 2 and set(tables["validation"].labels) == {-1}:  # they are kept secret
+        del tables["validation"]
     classes = next(iter(tables.values())).classes()
     if list(tables) != ["train"]:
         return {

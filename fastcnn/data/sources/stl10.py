@@ -24,7 +24,7 @@ def splits(folder: Path) -> dict[str, Dataset]:
     used."""
     inner = _inner(folder)
     names = inner / "class_names.txt"
-    classes = names.read_text().split() if names.is_file() else CLASSES
+    classes = names.read_text(errors="backslashreplace").split() if names.is_file() else CLASSES
     found: dict[str, Dataset] = {}
     for split, name in FILES.items():
         images, labels = inner / f"{name}_X.bin", inner / f"{name}_y.bin"
