@@ -201,7 +201,8 @@ def augment(
         pictures: uint8, of shape (N, H, W, 3).
         offsets: int64, of shape (N, 2): the first row and column of each crop.
         mirror: bool, of shape (N,): which crops are mirrored, left and right, after they are cut out.
-        mean: float32, of shape (N, 3): what is subtracted from each channel of each picture.
+        mean: float32, of shape (N, 3): what is subtracted from each channel of each picture. Like ``offsets`` and
+            ``mirror`` it may be on another device than the pictures.
         crop: height and width of the crops.
         scale: of each channel.
         dtype, memory_format: of the result.
@@ -215,6 +216,7 @@ def augment(
     last = torch.tensor(pictures.shape[1:3], device=offsets.device) - crop
     if ((offsets < 0) | (offsets > last)).any():
         raise ValueError(f"augment(): there are crops of {crop} that are not within pictures of {pictures.shape[1:3]}")
+    offsets, mirror, mean = (x.to(pictures.device) for x in (offsets, mirror, mean))
     along = torch.arange(crop, device=pictures.device)
     rows = offsets[:, :1] + along
     columns = offsets[:, 1:] + torch.where(mirror[:, None], crop - 1 - along, along)

@@ -92,9 +92,9 @@ class Augmentation:
             mean = mean - ((normal * self.noise * deviations)[..., None] * vectors).sum(1)
         return reference.augment(
             pictures,
-            offsets.to(pictures.device),
-            mirror.to(pictures.device),
-            mean.float().to(pictures.device),
+            offsets,
+            mirror,
+            mean.float(),
             crop=self.crop,
             scale=(1 / self.std[0], 1 / self.std[1], 1 / self.std[2]),
             dtype=self.dtype,

@@ -60,15 +60,15 @@ def pack(
         progress: called with the number of pictures that are done, and of all.
 
     Returns:
-        What ``packed.json`` in ``out`` holds: classes, files, labels' rules, skipped pictures, and exact sums over the
-        pixels of the training split (before they become JPEG), with mean, deviation and principal components.
+        What ``packed.json`` in ``out`` holds: classes, rules of the splits, files, skipped pictures, and exact sums over
+        the pixels of the training split (before they become JPEG), with mean, deviation and principal components.
 
     Raises:
-        FileExistsError: ``out`` holds something.
+        FileExistsError: ``out`` or ``<out>.partial`` holds something else.
         BlockingIOError: another process is packing into ``out``.
-        ValueError: the arguments, the data set, or a partial result of other data or arguments, which the message
-        names.
-        ImageError: no picture of a split could be decoded.
+        TypeError: ``size``, ``quality`` or ``workers`` is no integer.
+        ValueError: the arguments, the data set, or what was begun with others: the message says which.
+        ImageError: no picture could be decoded of a split, or of a class for training.
         OSError: files cannot be written; what was finished stays.
     """
     size, quality = integer("size", size), integer("quality", quality)
