@@ -120,10 +120,7 @@ def _read(source: str | os.PathLike[str] | BinaryIO, convert: Callable[[Image], 
     name = getattr(given, "name", "image") if given is source else given
     formats = [format for format in FORMATS if format in Image.OPEN]
     try:
-        if isinstance(given, Path) and not given.is_file():
-            raise ImageError("not a file")
-        size = given.stat().st_size if isinstance(given, Path) else given.seek(0, os.SEEK_END)
-        if size > MAX_BYTES:
+        if (size := _size(given)) > MAX_BYTES:
             raise ImageError(f"the file is too large: {size:,} bytes")
         with _whole_files_only(), Image.open(given, formats=formats) as image:
             width, height = image.size
@@ -145,6 +142,15 @@ def _read(source: str | os.PathLike[str] | BinaryIO, convert: Callable[[Image], 
         if isinstance(error, OSError) and error.errno in OUTAGES:
             raise
         raise ImageError(f"{name}: cannot be read: {error or type(error).__name__}") from error
+
+
+def _size(source: Path | BinaryIO) -> int:
+    """Of a file, in bytes."""
+    if not isinstance(source, Path):
+        return source.seek(0, os.SEEK_END)
+    if not source.is_file():
+        raise ImageError("not a file")
+    return source.stat().st_size
 
 
 def _new_rgb(image: Image) -> Image:

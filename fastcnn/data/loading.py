@@ -31,8 +31,8 @@ class Batch(NamedTuple):
     ``images`` are uint8 of shape (n, height, width, 3), or what an augmentation makes of them; ``labels`` is int64 of
     shape (n,), on the same device; ``indices`` is int64 of shape (n,), on the CPU. ``n`` may be 0.
 
-    Without augmentation, on the CPU, images that a worker has read are in memory that forked processes share. It is used
-    again when no tensor is left in it: of a part that is to be kept for long, keep a clone.
+    Without augmentation, on the CPU, images that a worker has read are in memory that forked processes share. It is
+    used again when no tensor is left in it: of a part that is to be kept for long, keep a clone.
     """
 
     images: Tensor

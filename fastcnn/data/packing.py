@@ -60,8 +60,8 @@ def pack(
         progress: called with the number of pictures that are done, and of all.
 
     Returns:
-        What ``packed.json`` in ``out`` holds: classes, rules of the splits, files, skipped pictures, and exact sums over
-        the pixels of the training split (before they become JPEG), with mean, deviation and principal components.
+        What ``packed.json`` in ``out`` holds: classes, rules of the splits, files, skipped pictures, and exact sums
+        over the pixels of the training split (before they become JPEG), with mean, deviation and principal components.
 
     Raises:
         FileExistsError: ``out`` or ``<out>.partial`` holds something else.

@@ -36,10 +36,9 @@ class Rows(Encoded):
 
     def file(self, index: int) -> BytesIO | str:
         row = self.images.data.column(0)[self.rows[index]]  # Arrow's, because a dictionary takes ten times as long
-        file, path = row["bytes"], row["path"]
-        if file.is_valid:
+        if (file := row["bytes"]).is_valid:
             return BytesIO(file.as_buffer())
-        if path.is_valid:
+        if (path := row["path"]).is_valid:
             return str(path.as_py())
         raise ImageError("there is no picture")
 
