@@ -364,7 +364,9 @@ RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 
 
 @pytest.mark.parametrize(
-    "file", sorted(RESULTS.glob("amd*/**/*.json")), ids=lambda file: str(file.relative_to(RESULTS))
+    "file",
+    sorted(file for file in RESULTS.glob("amd*/**/*.json") if file.name in ("kernels.json", "models.json")),
+    ids=lambda file: str(file.relative_to(RESULTS)),
 )
 def test_tables_are_readable_at_80_columns(file: Path) -> None:
     rows = report.read_rows(json.loads(file.read_text()))

@@ -17,16 +17,10 @@ from fastcnn.bench import data
 from fastcnn.bench.data import BARE, LOADER, DataRow, add_figures, data_table, make_sources, measure_source
 from fastcnn.cli import app
 from fastcnn.data import Dataset, loading, open_dataset, photographs
+from tools import readme
 
 pytest.importorskip("PIL")
-pytest.importorskip("datasets")
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 @pytest.fixture
@@ -99,6 +93,14 @@ def test_figures_follow_from_the_rates() -> None:
     shown = text_of([row, DataRow("folder", BARE, 2, 8, failure="not installed: no module")])
     assert "folder; 2 processes" in shown
     assert f"{LOADER} 200 150 to 250 0.50" in " ".join(shown.split())
+
+
+def test_tables_of_the_results_are_readable() -> None:
+    rows = readme.read_data_rows(readme.documents("data")[0])
+    assert {row.provider for row in rows} == set(data.PROVIDERS)
+    for source in dict.fromkeys(row.source for row in rows):
+        mine = [row for row in rows if row.source == source]
+        assert_readable(text_of(mine), source, *(row.provider for row in mine))
 
 
 def test_the_command_prints_tables_and_writes_a_file(tmp_path: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -53,16 +51,6 @@ def folder(tmp_path: Path) -> Dataset:
 def packed(folder: Dataset, tmp_path: Path) -> Dataset:
     pack(folder.source, tmp_path / "packed", size=16, workers=0)
     return open_dataset(str(tmp_path / "packed"))
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("fastcnn.data").addHandler(handler)
-    yield lines
-    logging.getLogger("fastcnn.data").removeHandler(handler)
 
 
 def make(dataset: Dataset, batch: int = 5, **options: Any) -> Loader:

@@ -27,9 +27,9 @@ from fastcnn.data.images import centre_square
 from fastcnn.data.packing import Packing
 
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("datasets")
 from .pictures import picture, png, write_folder, write_mnist  # noqa: E402
-from .test_sources import cache  # noqa: E402, F401
+
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 Tree = dict[str, bytes]
 

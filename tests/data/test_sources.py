@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,9 @@ from fastcnn.data import Dataset, ImageError, open_dataset, open_splits, pack
 from fastcnn.data.sources import idx
 
 pytest.importorskip("PIL")
-pytest.importorskip("datasets")
 from .pictures import picture, png, write_folder, write_idx, write_mnist, write_parquet, write_stl10
 
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    """What is logged."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("fastcnn.data").addHandler(handler)
-    yield lines
-    logging.getLogger("fastcnn.data").removeHandler(handler)
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def assert_is(dataset: Dataset, split: str, classes: list[str], labels: list[int], pictures: list[Any]) -> None:
