@@ -86,6 +86,17 @@ def test_wrong_pictures_have_no_figures(sources: dict[str, Dataset], monkeypatch
     assert "failed" in text_of(rows)
 
 
+def test_rivals_that_decode_something_else_have_no_figures(
+    sources: dict[str, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {"turned": lambda file: torch.zeros(3, 256, 256), "black": lambda file: numpy.zeros((256, 256, 3))}
+    for name, decode in wrong.items():
+        monkeypatch.setitem(data.PROVIDERS, name, data._alone(decode))
+    rows = measure_source("x", sources["folder, JPEG of 256x256"], batch=5, pictures=12, workers=0, repeats=1)
+    found = {row.provider: row for row in rows}
+    assert all("is not what it should be" in (found[name].failure or "") for name in wrong)
+
+
 def test_figures_follow_from_the_rates() -> None:
     row = DataRow("folder", LOADER, 2, 8)
     add_figures(row, [100.0, 300.0, 200.0], [200.0, 300.0, 800.0])

@@ -139,7 +139,7 @@ def data_table(rows: Sequence[DataRow]) -> Group:
 
 
 def who(processes: int) -> str:
-    """Reads."""
+    """In words, who reads."""
     return f"{processes} process{'es' if processes > 1 else ''}" if processes else "no process of its own"
 
 
@@ -185,7 +185,7 @@ class Epochs(torch.utils.data.Sampler[torch.Tensor]):
 def _alone(decode: Callable[[Any], object]) -> Callable[[Dataset, Order, int], Callable[[int], int]]:
     def make(dataset: Dataset, order: Order, workers: int) -> Callable[[int], int]:
         assert isinstance(dataset, Encoded)
-        decode(dataset.file(0))
+        _check_decoded(decode(dataset.file(0)), dataset)
         epochs = Epochs(order)
         reading = DataLoader(
             Decoding(dataset, decode),
@@ -203,6 +203,15 @@ def _alone(decode: Callable[[Any], object]) -> Callable[[Dataset, Order, int], C
         return run
 
     return make
+
+
+def _check_decoded(decoded: Any, dataset: Dataset) -> None:
+    """Whether it is the first picture, where it is kept; decoders round differently."""
+    if decoded is not None:
+        pixels = torch.as_tensor(decoded.copy() if hasattr(decoded, "copy") else decoded.permute(1, 2, 0))
+        expected = dataset.image(0)
+        if pixels.shape != expected.shape or (pixels.float() - expected).abs().mean() > 1:
+            raise AssertionError("the first picture is not what it should be")
 
 
 def _pillow(file: Any) -> None:
