@@ -39,8 +39,8 @@ class Statistics:
         return cls(len(pixels), tuple(map(int, pixels.sum(0).tolist())), tuple(int(products[i][j]) for i, j in _PAIRS))
 
     @classmethod
-    def from_manifest(cls, sums: dict[str, Any]) -> Statistics:
-        """As ``packed.json`` has them."""
+    def from_json(cls, sums: dict[str, Any]) -> Statistics:
+        """Back from a file, such as ``packed.json``."""
         return cls(int(sums["pixels"]), tuple(map(int, sums["sums"])), tuple(map(int, sums["products"])))
 
     def __add__(self, other: Statistics) -> Statistics:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .images import Pixels
 
 SPLITS = ("train", "validation")
+SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}  # of others
 HELD_OUT = "tenth of the pictures, chosen by a hash of their names"
 
 

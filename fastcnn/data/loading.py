@@ -145,8 +145,8 @@ class Loader:
     def epoch(self, epoch: int, step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from a step on, which are the same whatever was asked for before.
 
-        There are as many as steps. Pictures that cannot be read are missing in their batches, are logged as warnings,
-        and are in ``skipped``; so a batch may be empty, as may be the part of a rank.
+        There is one for each step that is left. Pictures that cannot be read are missing in their batches, are logged
+        as warnings, and are in ``skipped``; so a batch may be empty, as may be the part of a rank.
 
         Raises:
             TypeError, ValueError: as :meth:`Order.epoch`.

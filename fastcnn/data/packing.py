@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -171,7 +171,7 @@ class Packing(torch.utils.data.Dataset):
         self._check_classes(records)
         parts = {split: self._part(split, records) for split in self.splits}
         sums = total(
-            _statistics(record["sums"])
+            Statistics.from_json(record["sums"])
             for (split, _), record in zip(self.shards, records, strict=True)
             if split == "train"
         )
@@ -222,7 +222,7 @@ class Packing(torch.utils.data.Dataset):
             "labels": labels,
             "stored": [dataset.stored(member) for member in members],
             "skipped": skipped,
-            "sums": astuple(sums),
+            "sums": asdict(sums),
         }
         _write_json(self._record(index), record)
 
@@ -332,11 +332,6 @@ def write_table(
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(classes)))
     table = pyarrow.Table.from_pydict({"image": files, "label": list(labels)}, schema=features.arrow_schema)
     pyarrow.parquet.write_table(table, stream)
-
-
-def _statistics(sums: Sequence[Any]) -> Statistics:
-    """Back from a record."""
-    return Statistics(sums[0], tuple(sums[1]), tuple(sums[2]))
 
 
 def _derived(sums: Statistics) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..dataset import HELD_OUT, Dataset, Encoded, held_out
+from ..dataset import HELD_OUT, SPLIT_NAMES, Dataset, Encoded, held_out
 
-FOLDERS = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "test")}
 SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"]
 )
@@ -56,7 +55,7 @@ def splits(folder: Path) -> dict[str, Dataset]:
     Classes are the directories of the training split, in the order of their names; their pictures may be in directories
     below them.
     """
-    inner = {split: next((n for n in names if (folder / n).is_dir()), None) for split, names in FOLDERS.items()}
+    inner = {split: next((n for n in names if (folder / n).is_dir()), None) for split, names in SPLIT_NAMES.items()}
     here = {split: name for split, name in inner.items() if name is not None}
     if not here:
         return _hashed(folder)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..colours import Statistics
 from ..dataset import Arrays, Dataset
-from .parquet import Rows, Table, read_column
+from .parquet import Rows, Table, read_rows
 
 MANIFEST = "packed.json"
 VERSION = 1
@@ -62,7 +62,7 @@ def splits(folder: Path) -> dict[str, Dataset]:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["version"] != VERSION:
             raise ValueError(f"it was packed as version {manifest['version']}, and this is version {VERSION}")
-        statistics = manifest["statistics"] and Statistics.from_manifest(manifest["statistics"])
+        statistics = manifest["statistics"] and Statistics.from_json(manifest["statistics"])
         parts = {
             split: (part["rule"], {folder / name: size for name, size in part["files"].items()})
             for split, part in manifest["splits"].items()
@@ -81,7 +81,7 @@ def splits(folder: Path) -> dict[str, Dataset]:
             numbers = _map([labels])[0]
             found[split] = Mapped(str(folder), split, rule, classes, numbers, pictures, size)
         else:
-            table = Table(str(folder), read_column(list(files)))
+            table = Table(str(folder), read_rows(list(files)))
             found[split] = Rows(table, split, rule, classes, torch.arange(len(table.labels)))
             found[split].shape = (size, size)
         found[split].statistics = statistics

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..dataset import HELD_OUT, Dataset, Encoded, held_out
+from ..dataset import HELD_OUT, SPLIT_NAMES, Dataset, Encoded, held_out
 from ..images import ImageError
 
 if TYPE_CHECKING:
     from ..images import Pixels
 
-NAMES = {"train": ("train",), "validation": ("validation", "val", "valid", "test")}
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABELS = ("label", "labels", "cls", "class")
 
@@ -120,7 +119,7 @@ def splits(path: Path) -> dict[str, Dataset]:
     for file in files:
         name = re.split(r"[-_.]", file.stem)[0]
         by_split.setdefault(name, []).append(file)
-    if not any(name in by_split for names in NAMES.values() for name in names):
+    if not any(name in by_split for names in SPLIT_NAMES.values() for name in names):
         by_split = {"train": files}
     return _splits(str(path), by_split)
 
@@ -135,7 +134,7 @@ def splits_of_hub(name: str) -> dict[str, Dataset]:
     return _from_datasets(name, found)
 
 
-def read_column(files: Sequence[Path]) -> Any:
+def read_rows(files: Sequence[Path]) -> Any:
     """All rows of parquet files."""
     load = _package().load_dataset
     try:
@@ -157,13 +156,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _splits(source: str, files: dict[str, list[Path]]) -> dict[str, Dataset]:
-    return _from_datasets(source, {name: read_column(paths) for name, paths in files.items()})
+    return _from_datasets(source, {name: read_rows(paths) for name, paths in files.items()})
 
 
 def _from_datasets(source: str, found: dict[str, Any]) -> dict[str, Dataset]:
     """The splits, with the training split's classes; by a hash of the rows' numbers if there is only one for
     training."""
-    chosen = {split: next((name for name in names if name in found), None) for split, names in NAMES.items()}
+    chosen = {split: next((name for name in names if name in found), None) for split, names in SPLIT_NAMES.items()}
     here = {split: name for split, name in chosen.items() if name is not None}
     if not here:
         raise ValueError(f"{source}: has the splits {', '.join(found)}, none of which is for training or validation")
