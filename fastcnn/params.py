@@ -15,9 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .memory_format import format_of
+
 IntOrPair = int | Sequence[int]
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Height and width up to which 32 bits are enough for the positions in a picture that is resized.
+MOST_RESIZED = 2**14
 
 
 def opmath(dtype: torch.dtype) -> torch.dtype:
@@ -216,6 +221,117 @@ class PoolParams:
                 f"kernel_size={kernel}, stride={stride}, padding={padding}, dilation={dilation}: at least 1x1 is needed"
             )
         return oh, ow
+
+
+@dataclass(frozen=True)
+class AugmentParams:
+    """Parameters of :func:`fastcnn.functional.augment`.
+
+    Args:
+        crop: height and width of the crops, one int or two, each at least 1.
+        scale: of each of the three channels.
+        dtype: of the result: float16, bfloat16, float32 or float64.
+        memory_format: of the result: ``torch.channels_last`` or ``torch.contiguous_format``.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        NotImplementedError: ``dtype`` is not one of these.
+        RuntimeError: ``crop`` is not positive, ``scale`` is not of three channels, or ``memory_format`` is another.
+    """
+
+    SCHEMA: ClassVar[str] = "int[] crop, float[] scale, ScalarType dtype, bool channels_last"
+
+    crop: IntOrPair
+    scale: Sequence[float] = (1.0, 1.0, 1.0)
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.channels_last
+
+    def __post_init__(self) -> None:
+        op = "augment"
+        crop, scale = _pair("crop", self.crop, op), self.scale
+        if not isinstance(scale, Sequence) or not all(isinstance(factor, Real) for factor in scale):
+            raise TypeError(f"{op}(): argument 'scale' must be a tuple of three numbers, not {scale!r}")
+        for name, value, kind in (("dtype", self.dtype, torch.dtype), ("memory_format", self.memory_format, torch.memory_format)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{op}(): argument '{name}' must be {kind}, not {type(value).__name__}")
+        if min(crop) <= 0:
+            raise RuntimeError(f"{op}(): crop must be greater than zero, but got crop={crop}")
+        if len(scale) != 3:
+            raise RuntimeError(f"{op}(): scale must have three factors, one per channel, but got scale={scale}")
+        if self.dtype not in FLOATING_DTYPES:
+            raise NotImplementedError(
+                f"{op}(): not implemented for dtype={self.dtype}; allowed are float16, bfloat16, float32 and float64"
+            )
+        if self.memory_format not in (torch.channels_last, torch.contiguous_format):
+            raise RuntimeError(
+                f"{op}(): memory_format must be torch.channels_last or torch.contiguous_format, "
+                f"but got {self.memory_format}"
+            )
+        channels_last = self.memory_format == torch.channels_last
+        object.__setattr__(self, "_op_args", (crop, [float(factor) for factor in scale], self.dtype, channels_last))
+
+    def op_args(self) -> tuple[list[int], list[float], torch.dtype, bool]:
+        """``crop, scale, dtype, channels_last`` as the registered op takes them."""
+        return self._op_args  # type: ignore[attr-defined]
+
+    @staticmethod
+    def from_op(crop: list[int], scale: list[float], dtype: torch.dtype, channels_last: bool) -> AugmentParams:
+        """The parameters of which these are the :meth:`op_args`."""
+        return _augment_params(tuple(crop), tuple(scale), dtype, channels_last)
+
+    def check_tensors(
+        self, input: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor, sizes: Tensor | None
+    ) -> None:
+        """Raise what torch would raise where a tensor is not what :func:`fastcnn.functional.augment` says."""
+        op = "augment"
+        given = {"input": input, "offsets": offsets, "mirror": mirror, "mean": mean, "sizes": sizes}
+        for name, value in given.items():
+            if not isinstance(value, Tensor) and not (name == "sizes" and value is None):
+                raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+        if input.dtype != torch.uint8:
+            raise NotImplementedError(f"{op}(): not implemented for input of dtype {input.dtype}; allowed is uint8")
+        if input.layout != torch.strided:
+            raise NotImplementedError(f"{op}(): input must have layout torch.strided, got {input.layout}")
+        if input.dim() != 4 or input.shape[3] != 3:
+            raise RuntimeError(
+                f"{op}(): expected a 4D (N, H, W, 3) input, but got input of size {list(input.shape)} "
+                f"({input.dim()} dimensions)"
+            )
+        n = input.shape[0]
+        wanted = {"offsets": ((n, 2), torch.int64), "mirror": ((n,), torch.bool), "mean": ((n, 3), mean.dtype)}
+        if sizes is not None:
+            wanted["sizes"] = (n, 2), torch.int64
+        for name, (shape, dtype) in wanted.items():
+            value = given[name]
+            assert value is not None
+            if value.shape != shape or value.dtype != dtype:
+                raise RuntimeError(
+                    f"{op}(): expected {name} of size {list(shape)} and {dtype}, but got size {list(value.shape)} and "
+                    f"{value.dtype}"
+                )
+            if value.device not in (input.device, torch.device("cpu")):
+                raise RuntimeError(
+                    f"{op}(): expected {name} on the CPU or with the input on {input.device}, but it is on "
+                    f"{value.device}"
+                )
+        if not mean.is_floating_point():
+            raise RuntimeError(f"{op}(): expected mean of a floating-point dtype, but got {mean.dtype}")
+
+    def check_values(self, shape: Sequence[int], offsets: Tensor, sizes: Tensor | None) -> None:
+        """Raise ValueError if a crop is not within its picture, or a picture too large to be resized."""
+        (h, w), (ch, cw) = shape[1:3], self.op_args()[0]
+        if sizes is not None:
+            if max(h, w) > MOST_RESIZED or ((sizes < 1) | (sizes > MOST_RESIZED)).any():
+                raise ValueError(
+                    f"augment(): pictures can be resized from and to 1 to {MOST_RESIZED} pixels, but got pictures of "
+                    f"{h}x{w} and sizes from {int(sizes.min())} to {int(sizes.max())}"
+                )
+            last = sizes.to(offsets.device) - offsets.new_tensor((ch, cw))
+        else:
+            last = offsets.new_tensor((h - ch, w - cw))
+        if ((offsets < 0) | (offsets > last)).any():
+            of = f"pictures of {h}x{w}" if sizes is None else "the resized pictures"
+            raise ValueError(f"augment(): there are crops of {ch}x{cw} that are not within {of}")
 
 
 @dataclass(frozen=True)
@@ -418,6 +534,13 @@ class ConvBackwardParams:
 
 # What `from_op` makes, once for the same arguments; lists are not hashable.
 _pool_params = lru_cache(PoolParams)
+
+
+@lru_cache
+def _augment_params(
+    crop: tuple[int, ...], scale: tuple[float, ...], dtype: torch.dtype, channels_last: bool
+) -> AugmentParams:
+    return AugmentParams(crop, scale, dtype, format_of(channels_last))
 
 
 @lru_cache

@@ -5,13 +5,15 @@ The names and arguments are those of :mod:`fastcnn.functional`. Also here is the
 happens to training pictures, :func:`philox4x32`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .params import IntOrPair, LRNParams, PoolParams, check_bias, check_input, opmath
+from .memory_format import format_of, output
+from .params import AugmentParams, IntOrPair, LRNParams, PoolParams, check_bias, check_input, opmath
 
 
 def local_response_norm(
@@ -183,44 +185,71 @@ def philox4x32(counter: Tensor, key: int) -> Tensor:
 
 
 def augment(
-    pictures: Tensor,
+    input: Tensor,
     offsets: Tensor,
     mirror: Tensor,
     mean: Tensor,
+    sizes: Tensor | None = None,
     *,
-    crop: int,
-    scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    crop: IntOrPair,
+    scale: Sequence[float] = (1.0, 1.0, 1.0),
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Tensor:
-    """Crops of pictures, some of them mirrored, as ``(pixels - mean) * scale``.
+    """``(crop(resize(pixels)) - mean) * scale``; see :func:`fastcnn.functional.augment`.
 
-    Pixels become float32; difference and product are rounded to float32 each, and the result to ``dtype``.
-
-    Args:
-        pictures: uint8, of shape (N, H, W, 3).
-        offsets: int64, of shape (N, 2): the first row and column of each crop.
-        mirror: bool, of shape (N,): which crops are mirrored, left and right, after they are cut out.
-        mean: float32, of shape (N, 3): what is subtracted from each channel of each picture. Like ``offsets`` and
-            ``mirror`` it may be on another device than the pictures.
-        crop: height and width of the crops.
-        scale: of each channel.
-        dtype, memory_format: of the result.
-
-    Returns:
-        Tensor of shape (N, 3, crop, crop).
-
-    Raises:
-        ValueError: a crop is not within the pictures.
+    All is computed in float32, for a float64 result in float64. Without ``sizes`` difference and product are rounded
+    once each, and the result once to ``dtype``: these bits are those of every backend. A resized pixel is ``sum(v * h *
+    pixel)`` over the pixels of the picture, with the weights ``v`` of its row and ``h`` of its column, which are
+    ``a(i) / sum(a)`` with integers ``a``: for an axis that goes from ``length`` to ``size`` pixels, ``a(i) = max(0,
+    2 * max(length, size) - abs((2 * i + 1) * size - (2 * o + 1) * length))``. This is the triangle filter of
+    ``F.interpolate(mode="bilinear", antialias=True, align_corners=False)``, not rounded to bytes.
     """
-    last = torch.tensor(pictures.shape[1:3], device=offsets.device) - crop
-    if ((offsets < 0) | (offsets > last)).any():
-        raise ValueError(f"augment(): there are crops of {crop} that are not within pictures of {pictures.shape[1:3]}")
-    offsets, mirror, mean = (x.to(pictures.device) for x in (offsets, mirror, mean))
-    along = torch.arange(crop, device=pictures.device)
-    rows = offsets[:, :1] + along
-    columns = offsets[:, 1:] + torch.where(mirror[:, None], crop - 1 - along, along)
+    params = AugmentParams(crop, scale, dtype, memory_format)
+    params.check_tensors(input, offsets, mirror, mean, sizes)
+    params.check_values(input.shape, offsets, sizes)
+    return augmented(input, offsets, mirror, mean, sizes, params)
+
+
+def augmented(
+    input: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor, sizes: Tensor | None, params: AugmentParams
+) -> Tensor:
+    """:func:`augment` of checked arguments."""
+    (ch, cw), scale, dtype, channels_last = params.op_args()
+    wide, device, (_, height, width, _) = opmath(dtype), input.device, input.shape
+    offsets, mirror, mean = offsets.to(device), mirror.to(device)[:, None], mean.to(device, wide)
+    rows = offsets[:, :1] + torch.arange(ch, device=device)
+    along = torch.arange(cw, device=device)
+    columns = offsets[:, 1:] + torch.where(mirror, cw - 1 - along, along)
+    if sizes is None:
+        pixels = _at(input, rows, columns).to(wide)
+    else:
+        sizes = sizes.to(device)
+        row_taps = _taps(rows, height, sizes[:, :1], wide)
+        column_taps = _taps(columns, width, sizes[:, 1:], wide)
+        pixels = torch.zeros(len(input), ch, cw, 3, dtype=wide, device=device)
+        for r, v in row_taps:
+            for c, h in column_taps:
+                pixels = pixels + _at(input, r, c).to(wide) * (v[:, :, None] * h[:, None, :])[..., None]
+    y = (pixels - mean[:, None, None]) * torch.tensor(scale, dtype=wide, device=device)
+    return output(y.permute(0, 3, 1, 2).to(dtype), format_of(channels_last))
+
+
+def _at(pictures: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Of each picture the pixels in these rows and columns."""
     each = torch.arange(len(pictures), device=pictures.device)[:, None, None]
-    pixels = pictures[each, rows[:, :, None], columns[:, None, :]].float()
-    y = (pixels - mean[:, None, None]) * torch.tensor(scale, dtype=torch.float32, device=pictures.device)
-    return y.permute(0, 3, 1, 2).to(dtype).contiguous(memory_format=memory_format)
+    return pictures[each, rows[:, :, None], columns[:, None, :]]
+
+
+def _taps(places: Tensor, length: int, sizes: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """For each place in an axis that goes from ``length`` to ``sizes``: pixels that it is made of, and their weights."""
+    reach = 2 * sizes.clamp(min=length)
+    centre = (2 * places + 1) * length
+    first = (centre - reach - sizes).div(2 * sizes, rounding_mode="floor") + 1
+    count = int((-(-reach // sizes)).max()) if places.numel() else 0
+    pixels = [first + i for i in range(count)]
+    weights = [
+        (reach - ((2 * i + 1) * sizes - centre).abs()).clamp(min=0).where((i >= 0) & (i < length), 0) for i in pixels
+    ]
+    total = torch.stack(weights).sum(0) if weights else places
+    return [(i.clamp(0, length - 1), a.to(dtype) / total.to(dtype)) for i, a in zip(pixels, weights, strict=True)]

@@ -88,6 +88,21 @@ FASTCNN_INLINE Vec<float> load(const Half* p) {
 #endif
 }
 
+// Numbers from 0 to 255.
+template <typename A>
+FASTCNN_INLINE Vec<A> load_bytes(const uint8_t* p) {
+  using Bytes = typename VectorOf<uint8_t, kLanes<A>>::type;
+  using Shorts = typename VectorOf<uint16_t, kLanes<A>>::type;
+  using Ints = typename VectorOf<int32_t, kLanes<A>>::type;
+  const Bytes bytes = load_as<Bytes>(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)bytes));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadu_si64(p)));
+#endif
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, Shorts), Ints), Vec<A>);
+}
+
 template <typename A>
 FASTCNN_INLINE void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);

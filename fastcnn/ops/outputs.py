@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..memory_format import format_of, output_format
-from ..params import ConvBackwardParams, ConvParams, PoolParams, pooled_size
+from ..params import AugmentParams, ConvBackwardParams, ConvParams, PoolParams, pooled_size
 
 
 def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -58,6 +58,14 @@ def convolution_gradients(dy: Tensor, weight: Tensor, params: ConvBackwardParams
     dx = empty_input(dy, params) if input_needs else dy.new_empty(0)
     dw = torch.empty_like(weight) if weight_needs else dy.new_empty(0)
     return dx, dw, dy.new_empty(weight.shape[0] if bias_needs else 0)
+
+
+def augmented(x: Tensor, params: AugmentParams) -> Tensor:
+    """Crops of the pictures ``x``."""
+    crop, _, dtype, channels_last = params.op_args()
+    return torch.empty(
+        (x.shape[0], 3, *crop), dtype=dtype, device=x.device, memory_format=format_of(channels_last)
+    )
 
 
 def empty_input(dy: Tensor, params: ConvBackwardParams) -> Tensor:

@@ -45,8 +45,8 @@ def define(
     *,
     implementations: dict[str, Implementation],
     fake: Implementation,
-    setup_context: Callable[..., None],
-    backward: Callable[..., tuple[Tensor | None, ...]],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
     vmap: Callable[..., Any] | int,
     select: Mapping[str, Callable[..., Implementation]] = MappingProxyType({}),
     engine: Callable[[str, torch.device], str] | None = None,
@@ -62,7 +62,8 @@ def define(
         implementations: backend name -> function of the arguments.
         fake: shapes, dtypes and strides of the outputs.
         setup_context: ``(ctx, inputs, output)``, saves what backward needs.
-        backward: ``(ctx, *grads)`` -> the gradients of the first arguments; those of the others are None.
+        backward: ``(ctx, *grads)`` -> the gradients of the first arguments; those of the others are None. Without it,
+            a tensor that asks for a gradient is refused.
         vmap: as for :func:`torch.library.register_vmap`; or, where the op treats every image alone, how many of its
             first arguments are tensors, whose mapped dimension then joins the batch.
         select: backend name -> its implementation and the arguments -> the function that runs in its place.
@@ -75,6 +76,8 @@ def define(
     schema = schema.format(params=params.SCHEMA)
     count = schema[: schema.index("->")].count(",") + 1
     from_op = params.from_op
+    if setup_context is None or backward is None:
+        setup_context, backward = _refuse_gradients(schema), lambda ctx, *grads: ()
 
     def gathered(args: Sequence[Any]) -> tuple[Any, ...]:
         return *args[:first], from_op(*args[first:last]), *args[last:]
@@ -146,6 +149,22 @@ def define(
     return call
 
 
+def _refuse_gradients(schema: str) -> Callable[..., None]:
+    """The ``setup_context`` of an operator without a derivative."""
+    name, _, rest = schema.partition("(")
+    arguments = [argument.split()[-1] for argument in rest[: rest.index(")")].split(", ")]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        for argument, value, needed in zip(arguments, inputs, ctx.needs_input_grad, strict=False):
+            if needed and isinstance(value, Tensor):
+                raise RuntimeError(
+                    f"{name}(): it is not differentiable with respect to argument '{argument}', which cannot have "
+                    "requires_grad True"
+                )
+
+    return setup_context
+
+
 def what_runs(name: str, device: str) -> str:
     """What computes the operator on this device as things stand: a backend, or the library that it calls.
 
@@ -182,8 +201,10 @@ def double_backward(
     return torch.func.vjp(gradient, dy, *inputs)[1](filled)
 
 
-def fold_batch(x: Tensor, dim: int | None, batch_size: int) -> Tensor:
-    """``x`` with the vmapped dimension ``dim`` (None: not mapped) merged into its first."""
+def fold_batch(x: Tensor | None, dim: int | None, batch_size: int) -> Tensor | None:
+    """``x``, if there is one, with the vmapped dimension ``dim`` (None: not mapped) merged into its first."""
+    if x is None:
+        return None
     x = x.unsqueeze(0).expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.flatten(0, 1)
 

@@ -104,16 +104,20 @@ def layout(x: Tensor, channels: int, share: tuple[int, int], block: int, lanes: 
         channels: of a group.
         share: how many of them a lane owns, and how many it loads at once.
     """
-    import triton.language as tl
-
-    last = is_channels_last(x)
-    acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+    last, acc = is_channels_last(x), acc_dtype(x.dtype)
     return Layout(x.shape[1], channels, *share, x.shape[1] if last else 1, last, block, index_dtype(lanes), acc)
 
 
 def cdiv(a: int, b: int) -> int:
     """``a / b``, rounded up."""
     return -(-a // b)
+
+
+def acc_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of the dtype in which tensors of ``dtype`` are computed."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def index_dtype(items: int) -> Any:

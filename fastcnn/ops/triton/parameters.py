@@ -67,3 +67,19 @@ class Layout(NamedTuple):
     BLOCK: int
     INDEX: Any
     ACC: Any
+
+
+class Augmentation(NamedTuple):
+    """The factors of the channels, and how programs share out a crop: ROWS rows of BLOCK elements.
+
+    RESIZED where pictures are; ACC is Triton's dtype of what is computed.
+    """
+
+    RED: float
+    GREEN: float
+    BLUE: float
+    CHANNELS_LAST: bool
+    RESIZED: bool
+    ROWS: int
+    BLOCK: int
+    ACC: Any
