@@ -2,6 +2,7 @@
 // std::runtime_error with the kernel's name and CUDA's error.
 #pragma once
 
+#include "../augment.h"
 #include "../conv2d_relu.h"
 #include "../relu_lrn_max_pool2d.h"
 #include "device.h"
@@ -17,6 +18,7 @@ namespace fastcnn::cuda {
 FASTCNN_TAIL_OPERATORS(FASTCNN_DECLARE)
 #undef FASTCNN_DECLARE
 
+void augment(const AugmentTask&, Stream);
 void conv2d_relu(const ConvTask&, Stream);
 
 int64_t lrn_terms(const TailTask&);      // elements of TailTask::terms

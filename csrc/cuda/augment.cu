@@ -1,0 +1,111 @@
+// Augmentation: y = (crop(resize(pixels)) - mean) * scale, of bytes, some crops mirrored.
+// Memory: reads the crops once and writes them once. A thread has one element of a row, so that what depends on column
+// and channel is found once, and goes through kRows rows. Rows of a crop begin at any byte: all accesses are of single
+// elements, which warps have next to each other.
+#include "../augment.h"
+#include "dispatch.cuh"
+#include "divisor.cuh"
+#include "operators.h"
+
+namespace fastcnn::cuda {
+namespace {
+
+constexpr int kRows = 8;
+
+struct Arguments {
+  const uint8_t* x;
+  const int64_t *offsets, *sizes;
+  const bool* mirror;
+  const void* mean;
+  void* out;
+  int64_t N;
+  int H, W, crop_h, crop_w;
+  double scale[3];
+  int blocks;  // for a row
+  Divisor by_blocks;
+};
+
+// The element of a row of a resized picture.
+template <typename A>
+FASTCNN_DEVICE A resized(const uint8_t* picture, const ResizedAxis<int>& rows, const ResizedAxis<int>& columns, int row,
+                         int column, int channel) {
+  A total = 0, rows_total = 0, columns_total = 0;
+  for (int r = rows.first(row); r < rows.length; ++r) {
+    const A row_weight = static_cast<A>(rows.weight(row, r));
+    if (row_weight == 0) break;
+    const uint8_t* const line = picture + (static_cast<int64_t>(r) * columns.length * 3 + channel);
+    A sum = 0;
+    columns_total = 0;
+    for (int c = columns.first(column); c < columns.length; ++c) {
+      const A weight = static_cast<A>(columns.weight(column, c));
+      if (weight == 0) break;
+      sum += weight * static_cast<A>(line[3 * c]);
+      columns_total += weight;
+    }
+    total += row_weight * sum, rows_total += row_weight;
+  }
+  return total / (rows_total * columns_total);
+}
+
+template <typename T, bool channels_last, bool resizes>
+__global__ void __launch_bounds__(kThreads) augment_rows(const Arguments a) {
+  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  const int64_t image = block_y();
+  const int block_of_rows = a.by_blocks.divide(blockIdx.x), first_row = block_of_rows * kRows;
+  const int element =
+      (static_cast<int>(blockIdx.x) - block_of_rows * a.blocks) * kThreads + static_cast<int>(threadIdx.x);
+  if (image >= a.N || element >= 3 * a.crop_w) return;
+
+  const int channel = channels_last ? element % 3 : (element >= a.crop_w) + (element >= 2 * a.crop_w);
+  const int in_plane = channels_last ? element / 3 : element - channel * a.crop_w;
+  const int column = a.mirror[image] ? a.crop_w - 1 - in_plane : in_plane;
+  const A mean = static_cast<const A*>(a.mean)[3 * image + channel];
+  const A scale = static_cast<A>(channel == 0 ? a.scale[0] : channel == 1 ? a.scale[1] : a.scale[2]);
+  const int64_t top = a.offsets[2 * image] + first_row, left = a.offsets[2 * image + 1] + column;
+  const uint8_t* const picture = a.x + image * a.H * a.W * 3;
+
+  const int64_t plane = static_cast<int64_t>(a.crop_h) * a.crop_w, out_row = (channels_last ? 3 : 1) * a.crop_w;
+  T* const out = static_cast<T*>(a.out) + image * 3 * plane + (channels_last ? element : channel * plane + in_plane) +
+                 first_row * out_row;
+  const auto write = [&](int row, A pixel) { out[row * out_row] = narrow<T>((pixel - mean) * scale); };
+  if constexpr (resizes) {
+    const ResizedAxis<int> rows{a.H, static_cast<int>(a.sizes[2 * image])};
+    const ResizedAxis<int> columns{a.W, static_cast<int>(a.sizes[2 * image + 1])};
+    for (int row = 0; row < kRows && first_row + row < a.crop_h; ++row) {
+      write(row, resized<A>(picture, rows, columns, static_cast<int>(top) + row, static_cast<int>(left), channel));
+    }
+  } else {
+    const int64_t stride = 3 * static_cast<int64_t>(a.W);
+    const uint8_t* const from = picture + top * stride + 3 * left + channel;
+    uint8_t pixels[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) pixels[row] = load_if(first_row + row < a.crop_h, from + row * stride);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (first_row + row < a.crop_h) write(row, static_cast<A>(pixels[row]));
+    }
+  }
+}
+
+}  // namespace
+
+void augment(const AugmentTask& task, Stream stream) {
+  constexpr int64_t most = std::numeric_limits<int>::max() / 4;
+  if (task.N == 0) return;
+  if (task.H >= most || task.W >= most) {
+    throw std::runtime_error("fastcnn: CUDA kernels augment pictures of fewer than 2**29 rows and columns");
+  }
+  Arguments a{task.x, task.offsets, task.sizes, task.mirror, task.mean, task.out, task.N};
+  a.H = static_cast<int>(task.H), a.W = static_cast<int>(task.W);
+  a.crop_h = static_cast<int>(task.crop_h), a.crop_w = static_cast<int>(task.crop_w);
+  std::copy(task.scale, task.scale + 3, a.scale);
+  a.blocks = (3 * a.crop_w + kThreads - 1) / kThreads, a.by_blocks = Divisor(a.blocks);
+  const dim3 grid = folded_grid(int64_t{a.blocks} * ((a.crop_h + kRows - 1) / kRows), task.N);
+  with_dtype_and_format(task.dtype, task.channels_last, [&](auto t, auto channels_last) {
+    using T = decltype(t);
+    if (task.sizes) launch<&augment_rows<T, channels_last, true>>("augment", grid, dim3(kThreads), 0, stream, a);
+    else launch<&augment_rows<T, channels_last, false>>("augment", grid, dim3(kThreads), 0, stream, a);
+  });
+}
+
+}  // namespace fastcnn::cuda
