@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import functional as FF
-from .params import LRNParams, PoolParams
+from .params import AugmentParams, IntOrPair, LRNParams, PoolParams
 
 
 class LocalResponseNorm(torch.nn.LocalResponseNorm):
@@ -138,3 +139,46 @@ class ReLULRNMaxPool2d(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"relu={self.relu}, lrn={self.lrn}, pool={self.pool}"
+
+
+class Augment(torch.nn.Module):
+    """Crop, mirroring, mean and scale of a batch of pictures in bytes, as one pass.
+
+    Args:
+        crop: height and width of the crops.
+        scale: of each channel.
+        dtype: of the result.
+        memory_format: of the result.
+
+    Shape: pictures (N, H, W, 3), offsets (N, 2), mirror (N,), mean (N, 3) and optionally sizes (N, 2) -> (N, 3, crop
+    height, crop width). See :func:`fastcnn.functional.augment` for them, dtypes and errors.
+    """
+
+    def __init__(
+        self,
+        crop: IntOrPair,
+        scale: Sequence[float] = (1.0, 1.0, 1.0),
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
+        super().__init__()
+        AugmentParams(crop, scale, dtype, memory_format)  # raises for what forward would refuse
+        self.crop, self.scale, self.dtype, self.memory_format = crop, scale, dtype, memory_format
+
+    def forward(
+        self, input: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor, sizes: Tensor | None = None
+    ) -> Tensor:
+        return FF.augment(
+            input,
+            offsets,
+            mirror,
+            mean,
+            sizes,
+            crop=self.crop,
+            scale=self.scale,
+            dtype=self.dtype,
+            memory_format=self.memory_format,
+        )
+
+    def extra_repr(self) -> str:
+        return f"crop={self.crop}, scale={self.scale}, dtype={self.dtype}, memory_format={self.memory_format}"

@@ -251,7 +251,10 @@ class AugmentParams:
         crop, scale = _pair("crop", self.crop, op), self.scale
         if not isinstance(scale, Sequence) or not all(isinstance(factor, Real) for factor in scale):
             raise TypeError(f"{op}(): argument 'scale' must be a tuple of three numbers, not {scale!r}")
-        for name, value, kind in (("dtype", self.dtype, torch.dtype), ("memory_format", self.memory_format, torch.memory_format)):
+        for name, value, kind in (
+            ("dtype", self.dtype, torch.dtype),
+            ("memory_format", self.memory_format, torch.memory_format),
+        ):
             if not isinstance(value, kind):
                 raise TypeError(f"{op}(): argument '{name}' must be {kind}, not {type(value).__name__}")
         if min(crop) <= 0:
@@ -279,24 +282,22 @@ class AugmentParams:
         """The parameters of which these are the :meth:`op_args`."""
         return _augment_params(tuple(crop), tuple(scale), dtype, channels_last)
 
-    def check_tensors(
-        self, input: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor, sizes: Tensor | None
-    ) -> None:
+    def check_tensors(self, input: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor, sizes: Tensor | None) -> None:
         """Raise what torch would raise where a tensor is not what :func:`fastcnn.functional.augment` says."""
         op = "augment"
         given = {"input": input, "offsets": offsets, "mirror": mirror, "mean": mean, "sizes": sizes}
         for name, value in given.items():
             if not isinstance(value, Tensor) and not (name == "sizes" and value is None):
                 raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
-        if input.dtype != torch.uint8:
-            raise NotImplementedError(f"{op}(): not implemented for input of dtype {input.dtype}; allowed is uint8")
-        if input.layout != torch.strided:
-            raise NotImplementedError(f"{op}(): input must have layout torch.strided, got {input.layout}")
         if input.dim() != 4 or input.shape[3] != 3:
             raise RuntimeError(
                 f"{op}(): expected a 4D (N, H, W, 3) input, but got input of size {list(input.shape)} "
                 f"({input.dim()} dimensions)"
             )
+        if input.dtype != torch.uint8:
+            raise NotImplementedError(f"{op}(): not implemented for input of dtype {input.dtype}; allowed is uint8")
+        if input.layout != torch.strided:
+            raise NotImplementedError(f"{op}(): input must have layout torch.strided, got {input.layout}")
         n = input.shape[0]
         wanted = {"offsets": ((n, 2), torch.int64), "mirror": ((n,), torch.bool), "mean": ((n, 3), mean.dtype)}
         if sizes is not None:

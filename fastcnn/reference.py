@@ -242,7 +242,7 @@ def _at(pictures: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _taps(places: Tensor, length: int, sizes: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """For each place in an axis that goes from ``length`` to ``sizes``: pixels that it is made of, and their weights."""
+    """The pixels that each place is made of, in an axis that goes from ``length`` to ``sizes``, and their weights."""
     reach = 2 * sizes.clamp(min=length)
     centre = (2 * places + 1) * length
     first = (centre - reach - sizes).div(2 * sizes, rounding_mode="floor") + 1

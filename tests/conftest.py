@@ -17,6 +17,7 @@ import fastcnn
 from fastcnn.models import convnet
 
 if TYPE_CHECKING:
+    from operators import Case
     from places import Place
 
 pytest.register_assert_rewrite(
@@ -72,6 +73,13 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     """Where a promise is kept; in use."""
     with request.param.in_use():
         yield request.param
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    """A promise's case, for the dtype and memory format of the test."""
+    given = request.node.callspec.params
+    return request.param.op.in_form(request.param, given.get("dtype"), given.get("format"))
 
 
 @pytest.hookimpl(tryfirst=True)

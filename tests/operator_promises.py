@@ -44,7 +44,11 @@ STEPS = [(1, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 2), (2, 1, 3, 1)]
 def lying(tensors, order=None, steps=None, offset=0):
     """The tensors with other strides: those of 4 dimensions in this order, with steps between the others' elements."""
     return [
-        t if t is None else embedded(t, order, steps, offset) if t.dim() == 4 else embedded(t, steps=[2], offset=offset)
+        t
+        if t is None
+        else embedded(t, order, steps, offset)
+        if t.dim() == 4
+        else embedded(t, steps=[2] * t.dim(), offset=offset)
         for t in tensors
     ]
 
@@ -103,6 +107,12 @@ def test_gradient_in_any_memory_format(place, case, dtype, format):
     case.op.agree(place, case, tensors, dy[0, 0, 0, 0].expand(dy.shape))  # as sum().backward() makes it
 
 
+def everything(case, tensors):
+    """What the ops of forward and backward give out."""
+    kept = case.op.forward(case, tensors)
+    return [*kept, *(case.op.backward(case, tensors, kept, kept[0]) if case.op.differentiable else ())]
+
+
 @over("strides")
 def test_output_strides_are_channels_last_only_for_channels_last(place, case):
     """Of everything that the ops give out, also where they are only traced."""
@@ -111,14 +121,12 @@ def test_output_strides_are_channels_last_only_for_channels_last(place, case):
     inputs = plain, in_format(plain, torch.channels_last), embedded(plain, [*range(plain.dim())][::-1])
     for x, format in itertools.product((*inputs, embedded(plain, steps=steps)), FORMATS):
         tensors = [x, *(t if t is None else in_format(t, format) for t in others)]
-        kept = case.op.forward(case, tensors)
-        found = [*kept, *case.op.backward(case, tensors, kept, kept[0])]
-        assert found[0].stride() == expected_strides(x, found[0].shape)
-        assert found[len(kept)].stride() == expected_strides(x, x.shape)
+        found = everything(case, tensors)
+        assert found[0].stride() == case.op.output_strides(case, x, found[0].shape)
         with FakeTensorMode() as mode:
-            fakes = [t if t is None else mode.from_tensor(t) for t in tensors]
-            kept = case.op.forward(case, fakes)
-            fake = [*kept, *case.op.backward(case, fakes, kept, kept[0])]
+            fake = everything(case, [t if t is None else mode.from_tensor(t) for t in tensors])
+        if case.op.differentiable:
+            assert found[len(found) - len(tensors)].stride() == expected_strides(x, x.shape)
         assert [(t.shape, t.dtype, t.stride()) for t in found] == [(t.shape, t.dtype, t.stride()) for t in fake]
 
 
@@ -146,6 +154,9 @@ def test_no_kernel_reads_or_writes_out_of_bounds(place, case):
 @over("empty", formats=FORMATS)
 def test_empty_batch_and_empty_maps(place, case, format):
     tensors = case.tensors(format=format)
+    if not case.op.differentiable:
+        case.op.check(place, case, tensors)
+        return
     results = place.run(case, tensors)
     # torch pools and convolves no empty maps, and neither do we
     empty_maps = 0 in tensors[0].shape[1:]
@@ -229,10 +240,13 @@ def test_nothing_is_kept_and_nothing_computed_for_it_without_gradient(place, cas
 
 @over()
 def test_a_call_is_one_op(place, case):
+    name, backward = case.op.name, case.op.differentiable
     with recorded_calls() as calls:
-        case(*case.leaves(case.tensors())).sum().backward()
-    name = case.op.name
-    assert [called for called, _ in calls] == [f"fastcnn.{name}.default", f"fastcnn.{name}_backward.default"]
+        y = case(*case.leaves(case.tensors()))
+        if backward:
+            y.sum().backward()
+    expected = [f"fastcnn.{name}.default", f"fastcnn.{name}_backward.default"]
+    assert [called for called, _ in calls] == expected[: 1 + backward]
 
 
 @over()
@@ -267,6 +281,8 @@ def assert_passes_opcheck(case, dtype, format):
     if dtype != torch.float32:
         options["test_utils"] = ("test_schema", "test_faketensor")
     torch.library.opcheck(op.op, op.forward_args(case, case.leaves(tensors)), **options)
+    if not op.differentiable:
+        return
     kept = op.forward(case, tensors)
     dy = randn(*kept[0].shape, dtype=dtype, seed=1)
     torch.library.opcheck(op.backward_op, op.backward_args(case, tensors, kept, dy), **options)
@@ -292,18 +308,20 @@ def test_gradcheck_and_gradgradcheck(place, case):
         torch.autograd.gradgradcheck(run, varied, check_batched_grad=batched)
 
 
-def layer_and_inputs(case, shape=None):
+def layer_and_inputs(case):
     """A layer of the case, and the tensors that it is called with, as leaves."""
-    tensors = [leaf(t) for t in case.tensors()[: case.op.layer_inputs]]
-    return case.layer(), [leaf(randn(*shape, format=case.format)), *tensors[1:]] if shape else tensors
+    tensors = case.tensors()[: case.op.layer_inputs]
+    return case.layer(), [leaf(t) for t in tensors] if case.op.differentiable else tensors
 
 
 def assert_same_outputs_and_gradients(place, case, outputs, expected, ours, theirs):
-    """With respect to the tensors ``ours`` and ``theirs``."""
+    """With respect to the tensors ``ours`` and ``theirs``, if there are gradients."""
     (y, *others), (z, *expected_others) = tree_leaves(outputs), tree_leaves(expected)
     dy = randn(*z.shape, seed=2)
     case.op.assert_same(place, [y.detach(), *others], [z.detach(), *expected_others])
     assert y.stride() == z.stride()
+    if not case.op.differentiable:
+        return
     case.op.assert_same(place, gradients(y, asked(ours), dy), gradients(z, asked(theirs), dy))
 
 
@@ -314,10 +332,9 @@ def test_compile_without_graph_break(place, case, dynamic):
     counter = CompileCounterWithBackend("aot_eager")
     layer = case.layer()
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend=counter)
-    _, channels, height, _ = case.shapes[0]
     compilations = []
     for batch, width in [(2, 5), (3, 7), (4, 9)]:
-        _, inputs = layer_and_inputs(case, (batch, channels, height, width))
+        _, inputs = layer_and_inputs(case.op.varied(case, batch, width))
         outputs, expected, tensors = compiled(*inputs), layer(*inputs), [*inputs, *layer.parameters()]
         assert_same_outputs_and_gradients(place, case, outputs, expected, tensors, tensors)
         with torch.no_grad():
@@ -339,6 +356,8 @@ def test_compile_with_inductor(place, case):
     y, expected = torch.compile(stage, fullgraph=True)(*tensors), stage(*tensors)
     dy = randn(*y.shape, seed=2)
     torch.testing.assert_close(y, expected)
+    if not case.op.differentiable:
+        return
     torch.testing.assert_close(gradients(y, asked(tensors), dy), gradients(expected, asked(tensors), dy))
 
 
@@ -380,9 +399,11 @@ def test_autocast_keeps_the_dtype_of_the_input(place, case, dtype):
     expected = case(*tensors)
     with torch.autocast("cpu", torch.bfloat16):
         y = case(*tensors)
-        inside = gradients(y, asked(tensors), y.detach())
+        inside = gradients(y, asked(tensors), y.detach()) if case.op.differentiable else []
     assert y.dtype == dtype
     assert_bitwise(y.detach(), expected.detach())
+    if not case.op.differentiable:
+        return
     case.op.assert_same(place, inside, gradients(expected, asked(tensors), expected.detach()))
 
 
@@ -400,7 +421,7 @@ def batched(case, in_dims):
 @over("vmap", "each")
 @pytest.mark.parametrize("out_dim", [0, 2])
 def test_vmap(place, case, out_dim):
-    for in_dims in case.op.in_dims:
+    for in_dims in case.op.mapped(case):
         args, single = batched(case, in_dims)
         y = torch.func.vmap(case, in_dims, out_dim)(*args)
         expected = torch.stack([case(*tensors) for tensors in single], out_dim)
@@ -413,7 +434,7 @@ def test_vmap_of_backward(place, case, dy_dim):
     """Of every choice of the tensors whose gradients are asked for."""
     count = len(case.shapes)
     choices = [c for n in range(1, count + 1) for c in itertools.combinations(range(count), n)]
-    for in_dims, wanted in itertools.product([(None,) * count, *case.op.in_dims], choices):
+    for in_dims, wanted in itertools.product([(None,) * count, *case.op.mapped(case)], choices):
         if dy_dim is None and not any(d is not None for d in in_dims):
             continue
         args, single = batched(case, in_dims)
@@ -545,7 +566,11 @@ def test_wrong_rank_raises_as_torch(place, case):
 )
 def test_other_dtypes_raise(place, case, dtype):
     """As torch's counterpart does, if it lacks them too."""
-    tensors = [t if t is None else torch.ones(t.shape).to(dtype) for t in case.tensors()]
+    dtype = torch.float32 if dtype in case.op.input_dtypes else dtype
+    x, *others = case.tensors()
+    tensors = [torch.ones(x.shape).to(dtype), *others]
+    if case.op.differentiable:
+        tensors = [t if t is None else torch.ones(t.shape).to(dtype) for t in case.tensors()]
     if dtype in case.op.torch_runs:
         assert_bitwise(case(*tensors), case.counterpart(*tensors))
         return

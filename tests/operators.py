@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume
 from hypothesis import strategies as st
-from places import Place, Results
+from places import GRADIENTS, Place, Results
 from promises import (
+    DTYPES,
     FORMATS,
     NARROW,
     Input,
     assert_bitwise,
+    assert_same_answer,
     assert_tail_answer,
     expected_strides,
     gradients,
@@ -39,7 +41,7 @@ from torch import Tensor
 import fastcnn
 import fastcnn.functional as FF
 from fastcnn import LRNParams, PoolParams, reference
-from fastcnn.params import ConvParams
+from fastcnn.params import AugmentParams, ConvParams
 
 INF, NAN = float("inf"), float("nan")
 Tensors = Sequence[Tensor | None]
@@ -91,6 +93,8 @@ class Case:
 
     def leaves(self, tensors: Tensors, dtype: torch.dtype | None = None) -> list[Any]:
         """The tensors, those that are trained as leaves."""
+        if not self.op.differentiable:
+            return list(tensors)
         return [leaf(t, dtype) if i == 0 or not self.frozen else t for i, t in enumerate(tensors)]
 
     def apart(self) -> list[Tensor | None]:
@@ -127,17 +131,23 @@ class Operator:
     exact = True
     # Whether its bits are the same for every number of threads.
     ignores_threads: Callable[[Place], bool] = lambda self, place: True
+    # Whether its tensors have gradients.
+    differentiable = True
     # How many inputs hypothesis draws.
     examples = 60
     # Of the tensors that the layer is called with; the others are its parameters.
     layer_inputs = 1
-    # Dtypes that only torch's counterpart has, and those that are handed on to it.
+    # Dtypes of the input, those that only torch's counterpart has, and those that are handed on to it.
+    input_dtypes: tuple[torch.dtype, ...] = DTYPES
     only_torch_has: tuple[torch.dtype, ...] = ()
     torch_runs: tuple[torch.dtype, ...] = ()
     wrong_ranks: tuple[tuple[int, ...], ...] = ()
     rank_error: tuple[type[Exception], str]
     # Dimensions that vmap takes of its tensors.
     in_dims: tuple[tuple[int | None, ...], ...] = ((0,), (1,), (2,), (-1,))
+
+    def mapped(self, case: Case) -> tuple[tuple[int | None, ...], ...]:
+        return self.in_dims
 
     # Lists without cases where kernels run in an interpreter, for want of time.
     too_slow: tuple[str, ...] = ()
@@ -162,6 +172,18 @@ class Operator:
 
     def of(self, name: str, kind: str) -> list[Case]:
         return self.cases.get(f"{name}@{kind}", self.cases.get(name, self.cases["usual"]))
+
+    def in_form(self, case: Case, dtype: torch.dtype | None, format: torch.memory_format | None) -> Case:
+        """The case for tests of this dtype and memory format, if they are arguments and not the input's."""
+        return case
+
+    def varied(self, case: Case, batch: int, width: int) -> Case:
+        """The case with more or fewer pictures, of another width."""
+        (_, channels, height, _), *others = case.shapes
+        return replace(case, shapes=((batch, channels, height, width), *others))
+
+    def output_strides(self, case: Case, x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+        return expected_strides(x, shape)
 
     @property
     def op(self) -> Any:
@@ -920,5 +942,159 @@ def errors(run: Callable[..., Tensor], tensors: Tensors, kwargs: dict[str, Any],
     return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
 
-OPERATORS = [LRN(), MaxPool2d(), ReLULRNMaxPool2d(), Conv2dReLU()]
-lrn, max_pool2d, relu_lrn_max_pool2d, conv2d_relu = OPERATORS
+# -- augmentation -----------------------------------------------------------------------------------------------------
+
+
+class Augment(Operator):
+    """Its tensors are pictures, offsets, mirror, mean and, where pictures are resized, sizes."""
+
+    name = "augment"
+    differentiable = False
+    function = staticmethod(FF.augment)
+    layer_inputs = 5
+    input_dtypes = (torch.uint8,)
+    only_torch_has = (torch.bool, torch.complex64, torch.float8_e4m3fn, torch.int64, torch.float32)
+    wrong_ranks, rank_error = ((2,), (4, 3), (5, 4, 3), (2, 5, 5, 4, 3)), (RuntimeError, r"\({} dimensions\)")
+    except_for = {  # noqa: RUF012
+        **dict.fromkeys(GRADIENTS, "it has no gradient"),
+        "test_export_with_gradients": "it has no gradient; tests/ops/test_augment.py exports it",
+    }
+    too_slow = ("opcheck", "dtypes", "misaligned", "empty", "strides")
+
+    def layer(self, case: Case) -> torch.nn.Module:
+        return fastcnn.nn.Augment(**case.kwargs)
+
+    def in_form(self, case: Case, dtype: torch.dtype | None, format: torch.memory_format | None) -> Case:
+        given = {"dtype": dtype, "memory_format": format}
+        return replace(case, kwargs={**case.kwargs, **{k: v for k, v in given.items() if v is not None}})
+
+    def varied(self, case: Case, batch: int, width: int) -> Case:
+        (_, height, least, _), *others = case.shapes
+        batch += 3  # or torch.compile would take it for the same as the 2 of offsets, or the 3 of colours
+        others = [None if s is None else (batch, *s[1:]) for s in others]
+        return replace(case, shapes=((batch, height, least + width, 3), *others))
+
+    def mapped(self, case: Case) -> tuple[tuple[int | None, ...], ...]:
+        """A size and the offsets in pictures of it are drawn together."""
+        sizes = lambda dim: None if case.shapes[4] is None else dim  # noqa: E731
+        return (
+            (0, 0, 0, 0, sizes(0)),
+            (1, 0, 1, -1, sizes(1)),
+            (0, None, None, None, None),
+            (None, 1, 0, 0, sizes(-1)),
+        )
+
+    def output_strides(self, case: Case, x: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+        return torch.empty(*shape, memory_format=case.kwargs.get("memory_format", torch.channels_last)).stride()
+
+    def draw(self, case: Case, dtype: torch.dtype, format: torch.memory_format, seed: int) -> list[Tensor | None]:
+        (n, height, width, _), *_, sizes = case.shapes
+        crop = case.kwargs["crop"]
+        size = torch.tensor([(height, width)] * n, dtype=torch.int64).view(n, 2)
+        if sizes is not None:
+            size = torch.stack(
+                [
+                    integers(n, dtype=torch.int64, low=c, high=2 * s + c, seed=seed + i)
+                    for i, (c, s) in enumerate(zip(crop, (height, width), strict=True))
+                ],
+                1,
+            )
+        room = size - torch.tensor(crop) + 1
+        offsets = integers(n, 2, dtype=torch.int64, low=0, high=2**31, seed=seed + 2) % room
+        mirror = integers(n, dtype=torch.bool, low=0, high=2, seed=seed + 3)
+        mean = integers(n, 3, dtype=torch.float64, low=0, high=2**16, seed=seed + 4).div(256).float()
+        pictures = integers(*case.shapes[0], dtype=torch.uint8, low=0, high=256, seed=seed + 5)
+        return [pictures, offsets, mirror, mean, None if sizes is None else size]
+
+    def counterpart(self, *tensors: Tensor | None, crop: Any, scale: Any, dtype: Any = None, memory_format: Any = None):
+        """Picture by picture, in float64."""
+        x, offsets, mirror, mean, sizes = tensors
+        results = []
+        for i, picture in enumerate(x):
+            y = picture.permute(2, 0, 1)[None].double()
+            if sizes is not None:
+                y = F.interpolate(y, sizes[i].tolist(), mode="bilinear", antialias=True)
+            (top, left), (height, width) = offsets[i].tolist(), crop
+            y = y[0, :, top : top + height, left : left + width]
+            y = y.flip(-1) if mirror[i] else y
+            results.append((y - mean[i].double().view(3, 1, 1)) * torch.tensor(scale).double().view(3, 1, 1))
+        return torch.stack(results) if results else torch.empty(0, 3, *crop, dtype=torch.float64)
+
+    def forward_args(self, case: Case, tensors: Tensors) -> tuple[Any, ...]:
+        return (*tensors, *AugmentParams(**case.kwargs).op_args())
+
+    def check(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
+        """Without resizing the very bits of the reference."""
+        results = place.run(case, tensors)
+        dtype = case.kwargs.get("dtype", torch.float32)
+        assert results.y.dtype == dtype
+        assert results.y.stride() == self.output_strides(case, tensors[0], results.y.shape)
+        exact = reference.augment(*tensors, **{**case.kwargs, "dtype": torch.float64})
+        torch.testing.assert_close(exact, case.counterpart(*tensors).contiguous(), rtol=1e-6, atol=1e-5)
+        assert_same_answer(results.y, exact)
+        if tensors[4] is None:
+            assert_bitwise(results.y, reference.augment(*tensors, **case.kwargs))
+        return results
+
+    def augment_case(
+        self, shape: tuple[int, ...], crop: tuple[int, int], resized: bool = False, **options: Any
+    ) -> Case:
+        n, name = shape[0], f"{ident(shape)}-{ident(crop)}{'-resized' * resized}"
+        shapes = shape, (n, 2), (n,), (n, 3), (n, 2) if resized else None
+        return self.case(name, *shapes, crop=crop, scale=(1.0, 0.017, 3.0), **options)
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            shape = draw(st.integers(0, 3)), draw(st.integers(1, 40)), draw(st.integers(1, 70)), 3
+            crop = draw(st.integers(1, shape[1])), draw(st.integers(1, shape[2]))
+            format = draw(st.sampled_from(FORMATS))
+            return self.augment_case(shape, crop, draw(st.booleans()), memory_format=format), draw(inputs(shape))
+
+        return cases()
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        """Bytes that lie in memory as these numbers do."""
+        memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+        pictures = memory.double().nan_to_num().mul(64).add(128).clamp(0, 255).to(torch.uint8)
+        pictures = pictures.as_strided(x.shape, x.stride(), x.storage_offset())
+        case = self.in_form(case, x.dtype, None)
+        self.check(place, case, [pictures, *case.tensors()[1:]])
+
+    def make_cases(self) -> dict[str, list[Case]]:
+        of = self.augment_case
+
+        def both(shape: tuple[int, ...], crop: tuple[int, int]) -> list[Case]:
+            return [of(shape, crop, resized) for resized in (False, True)]
+
+        usual = both((3, 40, 36, 3), (29, 31))
+        # Crops narrower than a vector, as wide, wider; of the whole picture; of one pixel.
+        answers = [
+            *both((2, 7, 5, 3), (3, 2)),
+            *both((1, 1, 1, 3), (1, 1)),
+            *both((2, 9, 16, 3), (9, 16)),
+            *both((2, 5, 75, 3), (2, 17)),
+            *both((3, 70, 80, 3), (65, 67)),
+            of((1, 300, 8, 3), (3, 5), resized=True),
+        ]
+        return {
+            "usual": usual,
+            "parts": usual,
+            "single": [],
+            "images": [],
+            "answers": answers,
+            "answers@interpreter": answers[:8],
+            "answers@gpu": [*answers, *both((16, 256, 256, 3), (227, 227))],
+            "empty": both((0, 5, 4, 3), (2, 3)),
+            "strides": [*both((2, 4, 5, 3), (3, 2)), *both((1, 4, 5, 3), (1, 1)), *both((0, 4, 5, 3), (3, 2))],
+            "bits": both((5, 120, 130, 3), (113, 127)),
+            "bits@interpreter": both((2, 12, 13, 3), (7, 9)),
+            "bits@gpu": both((32, 256, 256, 3), (227, 227)),
+            "vmap": both((2, 6, 7, 3), (4, 5)),
+            "compile": [of((2, 6, 7, 3), (4, 5), False), of((2, 6, 7, 3), (4, 5), True)],
+            "kept": [],
+        }
+
+
+OPERATORS = [LRN(), MaxPool2d(), ReLULRNMaxPool2d(), Conv2dReLU(), Augment()]
+lrn, max_pool2d, relu_lrn_max_pool2d, conv2d_relu, augment = OPERATORS

@@ -31,13 +31,13 @@ class Results:
 
     Args:
         argmax: the offsets in the windows that are kept for backward, where there is a pool.
-        dy: the gradient that ``gradients`` are computed from.
-        gradients: of each tensor, None where it has none; empty where the place has no backward.
+        dy: the gradient that ``gradients`` are computed from; None where the operator has no gradient.
+        gradients: of each tensor, None where it has none; empty where the place or the operator has no backward.
     """
 
     y: Tensor
     argmax: Tensor | None
-    dy: Tensor
+    dy: Any
     gradients: list[Tensor | None]
 
     @property
@@ -68,6 +68,8 @@ class Place:
 
     def run(self, case: Case, tensors: Sequence[Tensor | None], dy: Tensor | None = None) -> Results:
         """Forward, and backward from ``dy``, or else from what the operator's record draws."""
+        if not case.op.differentiable:
+            return Results(case(*self.put(tensors)).cpu(), None, None, [])
         ours = case.leaves(self.put(tensors))
         with recorded_calls() if case.pool else nullcontext() as calls:
             y = case(*ours)
@@ -127,7 +129,7 @@ class Promise:
             for place in getattr(here, wanted):
                 cases = self.cases(op, here.kind) if callable(self.cases) else op.of(self.cases, here.kind)
                 runs += [pytest.param(place, case, id=f"{place.name}-{case.id}") for case in cases]
-        metafunc.parametrize(("place", "case"), runs, indirect=["place"])
+        metafunc.parametrize(("place", "case"), runs, indirect=True)
         for parameter, values in self.parameters.items():
             metafunc.parametrize(parameter, values, ids=ident)
 
@@ -153,6 +155,22 @@ def over(
 
     return mark
 
+
+# Promises about gradients.
+GRADIENTS = tuple(
+    f"test_{name}"
+    for name in (
+        "gradient_in_any_memory_format",
+        "backward_keeps_little",
+        "any_subset_of_gradients",
+        "gradcheck_and_gradgradcheck",
+        "vmap_of_backward",
+        "func_transforms_nest",
+        "double_backward_is_that_of_torch",
+        "checkpointing_and_retained_graphs",
+        "change_in_place_before_backward",
+    )
+)
 
 # What is the same whatever runs in the ops, by the reason.
 LEFT_TO_OPS = {

@@ -129,7 +129,7 @@ def embedded(
 ) -> Tensor:
     """The values of ``x`` with other strides: dimensions in memory ``order``, ``steps`` apart, from ``offset`` on.
 
-    The memory between and around the values is NaN, so that reading it shows.
+    The memory between and around the values is NaN, or of ones, so that reading it shows.
     """
     order = range(x.dim()) if order is None else order
     steps = [1] * x.dim() if steps is None else steps
@@ -137,7 +137,7 @@ def embedded(
     for d in reversed(order):
         strides[d] = span * steps[d]
         span *= max(x.shape[d], 1) * steps[d]
-    memory = torch.full((offset + span + 8,), float("nan"), dtype=x.dtype)
+    memory = torch.full((offset + span + 8,), float("nan") if x.is_floating_point() else 1, dtype=x.dtype)
     view = memory.as_strided(x.shape, strides, offset)
     view.copy_(x)
     return view

@@ -1,7 +1,7 @@
 // Augmentation: y = (crop(resize(pixels)) - mean) * scale, of bytes, some crops mirrored.
 // Memory: reads the crops once and writes them once. A thread has one element of a row, so that what depends on column
-// and channel is found once, and goes through kRows rows. Rows of a crop begin at any byte: all accesses are of single
-// elements, which warps have next to each other.
+// and channel is found once, and goes through kRows rows, of which it loads kAtOnce before it writes. Rows of a crop
+// begin at any byte: all accesses are of single elements, which warps have next to each other.
 #include "../augment.h"
 #include "dispatch.cuh"
 #include "divisor.cuh"
@@ -10,7 +10,7 @@
 namespace fastcnn::cuda {
 namespace {
 
-constexpr int kRows = 8;
+constexpr int kRows = 32, kAtOnce = 8;
 
 struct Arguments {
   const uint8_t* x;
@@ -64,26 +64,31 @@ __global__ void __launch_bounds__(kThreads) augment_rows(const Arguments a) {
   const int64_t top = a.offsets[2 * image] + first_row, left = a.offsets[2 * image + 1] + column;
   const uint8_t* const picture = a.x + image * a.H * a.W * 3;
 
+  const int rows = min(kRows, a.crop_h - first_row);
   const int64_t plane = static_cast<int64_t>(a.crop_h) * a.crop_w, out_row = (channels_last ? 3 : 1) * a.crop_w;
-  T* const out = static_cast<T*>(a.out) + image * 3 * plane + (channels_last ? element : channel * plane + in_plane) +
-                 first_row * out_row;
-  const auto write = [&](int row, A pixel) { out[row * out_row] = narrow<T>((pixel - mean) * scale); };
+  T* to = static_cast<T*>(a.out) + image * 3 * plane + (channels_last ? element : channel * plane + in_plane) +
+          first_row * out_row;
+  const auto write = [&](A pixel) { *to = narrow<T>((pixel - mean) * scale), to += out_row; };
   if constexpr (resizes) {
-    const ResizedAxis<int> rows{a.H, static_cast<int>(a.sizes[2 * image])};
-    const ResizedAxis<int> columns{a.W, static_cast<int>(a.sizes[2 * image + 1])};
-    for (int row = 0; row < kRows && first_row + row < a.crop_h; ++row) {
-      write(row, resized<A>(picture, rows, columns, static_cast<int>(top) + row, static_cast<int>(left), channel));
+    const ResizedAxis<int> heights{a.H, static_cast<int>(a.sizes[2 * image])};
+    const ResizedAxis<int> widths{a.W, static_cast<int>(a.sizes[2 * image + 1])};
+    for (int row = 0; row < rows; ++row) {
+      write(resized<A>(picture, heights, widths, static_cast<int>(top) + row, static_cast<int>(left), channel));
     }
   } else {
     const int64_t stride = 3 * static_cast<int64_t>(a.W);
-    const uint8_t* const from = picture + top * stride + 3 * left + channel;
-    uint8_t pixels[kRows];
+    const uint8_t* from = picture + top * stride + 3 * left + channel;
+    const auto go_through = [&](auto count) {
+      uint8_t pixels[count];
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) pixels[row] = load_if(first_row + row < a.crop_h, from + row * stride);
+      for (int i = 0; i < count; ++i) pixels[i] = *from, from += stride;
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      if (first_row + row < a.crop_h) write(row, static_cast<A>(pixels[row]));
-    }
+      for (int i = 0; i < count; ++i) write(static_cast<A>(pixels[i]));
+    };
+    int row = 0;
+    for (; row + kAtOnce <= rows; row += kAtOnce) go_through(std::integral_constant<int, kAtOnce>());
+#pragma unroll 1
+    for (; row < rows; ++row) go_through(std::integral_constant<int, 1>());
   }
 }
 

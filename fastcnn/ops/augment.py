@@ -31,8 +31,8 @@ def augment(
 ) -> Tensor:
     """Crops of pictures, some of them mirrored, as a network's input: ``(crop(resize(pixels)) - mean) * scale``.
 
-    The random choices are arguments; :class:`fastcnn.data.Augmentation` makes them of (seed, epoch, index). Colour noise
-    is part of each picture's ``mean``: that of the training set minus the colour that is to be added.
+    The random choices are arguments; :class:`fastcnn.data.Augmentation` makes them of (seed, epoch, index). Colour
+    noise is part of each picture's ``mean``: that of the training set minus the colour that is to be added.
 
     A picture that is resized is filtered by a triangle as wide as two of its pixels, or two of the new ones where these
     are larger (bilinear, antialiased), and not rounded to bytes: as :func:`torch.nn.functional.interpolate` with

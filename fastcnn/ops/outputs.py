@@ -63,9 +63,7 @@ def convolution_gradients(dy: Tensor, weight: Tensor, params: ConvBackwardParams
 def augmented(x: Tensor, params: AugmentParams) -> Tensor:
     """Crops of the pictures ``x``."""
     crop, _, dtype, channels_last = params.op_args()
-    return torch.empty(
-        (x.shape[0], 3, *crop), dtype=dtype, device=x.device, memory_format=format_of(channels_last)
-    )
+    return torch.empty((x.shape[0], 3, *crop), dtype=dtype, device=x.device, memory_format=format_of(channels_last))
 
 
 def empty_input(dy: Tensor, params: ConvBackwardParams) -> Tensor:

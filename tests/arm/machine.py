@@ -34,14 +34,17 @@ _OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace
 _DTYPES = {
     torch.uint8: 0,
     torch.int32: 3,
+    torch.int64: 4,
     torch.float16: 5,
     torch.float32: 6,
     torch.float64: 7,
+    torch.bool: 11,
     torch.bfloat16: 15,
 }
 # The others are memory_op.cpp, which allocates for torch, and module.cpp, which is for Python.
 _LEFT_OUT = "memory_op.o", "module.o"
 OPS = (
+    "augment",
     "direct_convolution",
     "fingerprint",
     "linear",

@@ -26,7 +26,8 @@ from promises import assert_bitwise
 from torch import Tensor
 
 from fastcnn import LRNParams, PoolParams
-from fastcnn.params import opmath
+from fastcnn.memory_format import as_new, format_of
+from fastcnn.params import AugmentParams, opmath
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -230,6 +231,18 @@ class Emulator:
         (result,) = self.call("conv2d_relu", task, _in(x, offset), _in(rows, 0), _in(bias, 0), _out(y, offset))
         return _tensor(result, y, channels_last)
 
+    def augment(self, *tensors: Tensor | None, offset: int = 0, **kwargs: Any) -> Tensor:
+        """``offset`` bytes misalign pictures and crops."""
+        crop, scale, dtype, channels_last = AugmentParams(**kwargs).op_args()
+        pictures, offsets, mirror, mean, sizes = tensors
+        assert pictures is not None
+        assert mean is not None
+        y = torch.empty(len(pictures), 3, *crop, dtype=dtype)
+        task = _DTYPES.index(dtype), list(pictures.shape), tuple(crop), channels_last, scale
+        choices = (_in(t, 0) for t in (offsets, mirror, mean.to(opmath(dtype)), sizes))
+        (result,) = self.call("augment", task, _in(pictures, offset), *choices, _out(y, offset))
+        return as_new(_tensor(result, y, channels_last), format_of(channels_last))
+
 
 @dataclass(frozen=True)
 class Emulated(Place):
@@ -245,6 +258,8 @@ class Emulated(Place):
 
     def run(self, case: Case, tensors: Sequence[Tensor | None], dy: Tensor | None = None) -> Results:
         assert self.emulator is not None
+        if not case.op.differentiable:
+            return Results(self.emulator.augment(*tensors, offset=self.offset, **case.kwargs), None, None, [])
         (x, given), name, tail = (*tensors, None)[:2], case.op.name, case.op.tail(case.kwargs)
         assert x is not None
         bias = None if given is None else given.to(opmath(x.dtype))  # as the glue does, and back

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -13,6 +14,7 @@
 namespace {
 
 namespace py = pybind11;
+using fastcnn::AugmentTask;
 using fastcnn::ConvTask;
 using fastcnn::DType;
 using fastcnn::TailTask;
@@ -77,6 +79,23 @@ void conv2d_relu(ConvTask t, const Buffer& x, const Buffer& weight, const Buffer
   fastcnn::cuda::conv2d_relu(t, nullptr);
 }
 
+AugmentTask augment_task(int dtype, const Ints& shape, std::pair<int64_t, int64_t> crop, bool channels_last,
+                         std::array<double, 3> scale) {
+  AugmentTask t{};
+  t.dtype = static_cast<DType>(dtype), t.N = shape[0], t.H = shape[1], t.W = shape[2];
+  t.crop_h = crop.first, t.crop_w = crop.second, t.channels_last = channels_last;
+  std::copy(scale.begin(), scale.end(), t.scale);
+  return t;
+}
+
+void augment(AugmentTask t, const Buffer& x, const Buffer& offsets, const Buffer& mirror, const Buffer& mean,
+             const Buffer* sizes, const Buffer& y) {
+  t.x = x.data(), t.mean = mean.data(), t.out = y.data();
+  t.offsets = static_cast<const int64_t*>(data(&offsets)), t.sizes = static_cast<const int64_t*>(data(sizes));
+  t.mirror = static_cast<const bool*>(data(&mirror));
+  fastcnn::cuda::augment(t, nullptr);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(FASTCNN_MODULE, m) {
@@ -86,7 +105,9 @@ PYBIND11_MODULE(FASTCNN_MODULE, m) {
       .def("bytes", [](const Buffer& b) { return py::bytes(reinterpret_cast<char*>(b.data()), b.size); });
   py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
   py::class_<ConvTask>(m, "ConvTask").def(py::init(&conv_task));
+  py::class_<AugmentTask>(m, "AugmentTask").def(py::init(&augment_task));
   m.def("conv2d_relu", &conv2d_relu);
+  m.def("augment", &augment);
 #define FASTCNN_DEFINE(op)                 \
   m.def(#op, &forward<fastcnn::cuda::op>); \
   m.def(#op "_backward", &backward<fastcnn::cuda::op##_backward>);

@@ -15,6 +15,7 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    tasks = {"conv2d_relu": module.ConvTask, "augment": module.AugmentTask}
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:
@@ -23,8 +24,7 @@ def main() -> None:
         except EOFError:
             return
         buffers = [None if d is None else module.Buffer(*d) for d in descriptions]
-        make_task = module.ConvTask if function == "conv2d_relu" else module.Task
-        first = [function] if task is None else [make_task(*task)]
+        first = [function] if task is None else [tasks.get(function, module.Task)(*task)]
         try:
             getattr(module, "planted" if task is None else function)(*first, *buffers)
             reply = [

@@ -41,6 +41,7 @@ _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 class Argument:
     """What a kernel is launched with; ``type`` is Triton's name of it, such as ``*bf16``, ``i32`` or ``i64``."""
 
+    name: str
     type: str
     value: Any
 
@@ -140,7 +141,7 @@ def _tool(name: str, option: str, cubin: bytes) -> str:
 
 
 def _arguments(signature: dict[str, str], values: dict[str, Any]) -> tuple[Argument, ...]:
-    return tuple(Argument(type, values[name]) for name, type in signature.items() if type != "constexpr")
+    return tuple(Argument(name, type, values[name]) for name, type in signature.items() if type != "constexpr")
 
 
 class _NoGPU:

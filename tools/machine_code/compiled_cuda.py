@@ -35,6 +35,7 @@ _ARGUMENTS = {
     "fast::tail_vectors": ("window", "beta"),
     "fast::tail_planes": ("window", "beta"),
     "fast::tail_backward_planes": ("window", "beta"),
+    "augment_rows": ("channels_last", "resizes"),
     "conv2d_relu_kernel": ("channels_last", "windows in vectors"),
     "sum_partials": (),
 }

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -25,6 +27,14 @@ inline TailTask make_task(int dtype, const Ints& shape, bool channels_last, bool
     return PoolAxis::of(shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode);
   };
   if (!kernel.empty()) t.pool = {axis(0), axis(1)};
+  return t;
+}
+
+// `shape`: (N, H, W, 3) of the pictures.
+inline AugmentTask make_augment_task(int dtype, const Ints& shape, const Ints& crop, bool channels_last,
+                                     const std::array<double, 3>& scale) {
+  AugmentTask t{static_cast<DType>(dtype), shape[0], shape[1], shape[2], crop[0], crop[1], channels_last};
+  std::copy(scale.begin(), scale.end(), t.scale);
   return t;
 }
 

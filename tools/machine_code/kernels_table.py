@@ -99,11 +99,11 @@ def _mask(dtype: str, format: str, c: int, size: int) -> None:
 def _memory_bound() -> Iterator[Case]:
     for work in workloads():
         if work.mode == "forward" and work.op not in BESIDE_CUDNN:
-            yield _case(_both_directions, work.op, work.layer, work.dtype, work.format, work)
+            yield _case(_all_modes, work.op, work.layer, work.dtype, work.format, work)
 
 
-def _both_directions(dtype: str, format: str, work: Workload) -> None:
-    for mode in ("forward", "backward"):
+def _all_modes(dtype: str, format: str, work: Workload) -> None:
+    for mode in work.modes:
         replace(work, mode=mode).launch()
 
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -25,19 +25,21 @@ import pybind11
 import torch
 from torch import Tensor
 
-from fastcnn.params import TailParams
+from fastcnn.params import AugmentParams, TailParams
 
 from . import compiled_cuda
 from .compiled import Kernel, compiling
 from .execute import PARAMETERS, Launch, Memory, execute
 from .sass import instructions
-from .workloads import Workload
+from .workloads import Augmented, Tail, Workload
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 _SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8}
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Of the operators' tasks, in the order in which ``recorder.cpp`` takes their addresses.
 _BUFFERS = "x", "bias", "dy", "out", "argmax", "partials", "dbias", "terms"
+_AUGMENT_BUFFERS = "x", "offsets", "mirror", "mean", "sizes", "out"
 _TILE = 1 << 20  # bytes of a buffer that stands for a tensor
 
 
@@ -70,16 +72,23 @@ def _tile(dtype: torch.dtype) -> np.ndarray[Any, Any]:
     return values.view(torch.uint8).numpy()
 
 
+def _add(memory: Memory, t: Tensor) -> int:
+    """The address of a tensor, or of a tile in its place where it is on the meta device."""
+    if t.device.type == "meta":
+        return memory.add(_tile(t.dtype), max(t.nbytes, 1))
+    return memory.add(_raw(t))
+
+
 # -- Triton -----------------------------------------------------------------------------------------------------------
 
 
-def parameters(kernel: Kernel, address: Callable[[Tensor], int]) -> bytes:
-    """What a Triton kernel finds in constant memory; ``address`` says where a tensor is."""
+def parameters(kernel: Kernel, address: Callable[[str, Tensor], int]) -> bytes:
+    """What a Triton kernel finds in constant memory; ``address`` says where a tensor is, also given its name."""
     packed = b""
     for argument in kernel.arguments:
         pointer = argument.type.startswith("*")
         size = 8 if pointer else _SIZES[argument.type]
-        value = address(argument.value) if pointer else int(argument.value)
+        value = address(argument.name, argument.value) if pointer else int(argument.value)
         packed += bytes(-len(packed) % size) + value.to_bytes(size, "little", signed=True)
     return packed + bytes(-len(packed) % 8) + bytes(16)  # two pointers to Triton's own memory, which no kernel uses
 
@@ -88,15 +97,15 @@ def triton(work: Workload, arch: int = 90, **options: Any) -> list[Launched]:
     """``options`` are the launcher's, such as ``config``."""
     with compiling(arch) as kernels:
         work.launch(**options)
-    return [_launched(kernel) for kernel in kernels]
+    return [_launched(kernel, work.tensors) for kernel in kernels]
 
 
-def _launched(kernel: Kernel) -> Launched:
+def _launched(kernel: Kernel, tensors: dict[str, Tensor]) -> Launched:
     memory, known = Memory(), {}
 
-    def address(t: Tensor) -> int:
+    def address(name: str, t: Tensor) -> int:
         if id(t) not in known:
-            known[id(t)] = memory.add(_tile(t.dtype), max(t.nbytes, 1))
+            known[id(t)] = _add(memory, tensors.get(name, t))
         return known[id(t)]
 
     launch = _launch(kernel, parameters(kernel, address))
@@ -112,7 +121,7 @@ def run(kernel: Kernel) -> None:
     """Execute a launch on CPU tensors, whose elements are then what a GPU would have made of them."""
     memory, known = Memory(), {}
 
-    def address(t: Tensor) -> int:
+    def address(name: str, t: Tensor) -> int:
         start = t.untyped_storage().data_ptr()
         if start not in known:
             known[start] = memory.add(_raw(t)), t
@@ -157,14 +166,20 @@ class Cuda:
         return float(self._module.nanoseconds(work.name, task, buffers, self._multiprocessors, calls))
 
     def _call(self, work: Workload) -> tuple[Memory, Any, list[int]]:
-        """Memory, the operator's task, and the addresses that it gets, in the order of ``_BUFFERS``."""
-        memory, t = Memory(), work.tensors
+        """Memory, the operator's task, and the addresses of its buffers."""
+        memory = Memory()
+        if isinstance(work, Augmented):
+            tensors = {**work.tensors, "out": work.tensors["y"]}
+            task = self._augment_task(tensors["x"], work.parameters)
+            return memory, task, [_add(memory, tensors[n]) if n in tensors else 0 for n in _AUGMENT_BUFFERS]
+        assert isinstance(work, Tail)
+        t = work.tensors
 
         def add(dtype: torch.dtype, size: int) -> int:
             return memory.add(_tile(dtype), size)
 
         task = self._task(t["x"], work.channels_last, work.parameters)
-        where = {name: add(tensor.dtype, tensor.nbytes) for name, tensor in t.items()}
+        where = {name: _add(memory, tensor) for name, tensor in t.items()}
         if work.is_tail:
             where["bias"] = add(torch.float32, 4 * work.shape[1])  # the operator makes it that
         out = where["y"] if work.mode == "forward" else add(t["x"].dtype, t["x"].nbytes)
@@ -187,20 +202,32 @@ class Cuda:
         shape = _DTYPES.index(x.dtype), list(x.shape), channels_last
         return self._module.Task(*shape, relu, tuple(lrn), kernel, stride, padding, dilation, ceil_mode)
 
+    def _augment_task(self, x: Tensor, params: AugmentParams) -> Any:
+        crop, scale, dtype, channels_last = params.op_args()
+        return self._module.AugmentTask(_DTYPES.index(dtype), list(x.shape), crop, channels_last, scale)
+
     def run(self, op: str, channels_last: bool, tail: TailParams, **tensors: Tensor) -> None:
         """Execute an operator on CPU tensors; their names are those of ``TailTask``.
 
         ``x`` may be on the meta device where the operator does not read it.
         """
-        memory, x = Memory(), tensors["x"]
+        x = tensors["x"]
         task = self._task(x, channels_last, tail)
         if "dbias" in tensors:
             rows = self._module.bias_partials(task, self._multiprocessors)
             tensors["partials"] = torch.empty(rows, x.shape[1])
         tensors["terms"] = torch.empty(max(1, self._module.lrn_terms(task)))
+        self._run(op, task, _BUFFERS, tensors)
+
+    def augment(self, params: AugmentParams, **tensors: Tensor) -> None:
+        """Execute it on CPU tensors; their names are those of ``AugmentTask``."""
+        self._run("augment", self._augment_task(tensors["x"], params), _AUGMENT_BUFFERS, tensors)
+
+    def _run(self, op: str, task: Any, buffers: Sequence[str], tensors: dict[str, Tensor]) -> None:
+        memory = Memory()
         at = {name: memory.add(_raw(t)) for name, t in tensors.items() if t.device.type != "meta"}
-        buffers = [at.get(name, 0) for name in _BUFFERS]
-        for launch in self._module.record(op, task, buffers, self._sizes, self._multiprocessors):
+        addresses = [at.get(name, 0) for name in buffers]
+        for launch in self._module.record(op, task, addresses, self._sizes, self._multiprocessors):
             launched = self._launched(memory, *launch)
             execute(launched.launch, memory, range(launched.launch.blocks))
         for name, address in at.items():
@@ -233,7 +260,7 @@ def _build(arch: int, directory: Path) -> Path:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     includes = " ".join(f"-isystem {i}" for i in (pybind11.get_include(), sysconfig.get_paths()["include"]))
     target = directory / f"cuda_launches{sysconfig.get_config_var('EXT_SUFFIX')}"
-    operators = "lrn", "max_pool2d", "relu_lrn_max_pool2d"
+    operators = "augment", "lrn", "max_pool2d", "relu_lrn_max_pool2d"
     sources = [*(ROOT / "csrc" / "cuda" / f"{op}.cu" for op in operators), HERE / "recorder.cpp"]
     objects = {source: directory / f"{source.stem}.o" for source in sources}
     options = f"{' '.join(compiled_cuda.FLAGS)} -arch=sm_{arch} -Xcompiler=-fPIC,-fvisibility=hidden {includes}"

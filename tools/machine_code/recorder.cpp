@@ -11,7 +11,7 @@
 namespace {
 
 namespace py = pybind11;
-using fastcnn::TailTask;
+using fastcnn::AugmentTask, fastcnn::TailTask;
 
 struct Launch {
   const void* function;
@@ -30,39 +30,61 @@ const std::map<std::string, size_t>* sizes;  // of the arguments, by name
 
 auto three(dim3 d) { return py::make_tuple(d.x, d.y, d.z); }
 
-using Operator = void (*)(const TailTask&, fastcnn::cuda::Stream);
+template <typename Task>
+using Operator = void (*)(const Task&, fastcnn::cuda::Stream);
 
-Operator find(const std::string& op) {
+void find(const std::string& op, Operator<TailTask>& found) {
 #define FASTCNN_NAMED(op) {#op, fastcnn::cuda::op}, {#op "_backward", fastcnn::cuda::op##_backward},
-  static const std::map<std::string, Operator> operators = {FASTCNN_TAIL_OPERATORS(FASTCNN_NAMED)};
-  return operators.at(op);
+  static const std::map<std::string, Operator<TailTask>> operators = {FASTCNN_TAIL_OPERATORS(FASTCNN_NAMED)};
+  found = operators.at(op);
 }
+void find(const std::string&, Operator<AugmentTask>& found) { found = fastcnn::cuda::augment; }
 
-TailTask with_memory(TailTask t, const std::vector<uintptr_t>& buffers) {
-  const auto at = [&](size_t i) { return reinterpret_cast<void*>(buffers.at(i)); };
-  t.x = at(0), t.bias = at(1), t.dy = at(2), t.out = at(3), t.argmax = at(4);
-  t.partials = at(5), t.dbias = at(6), t.terms = at(7);
+using Buffers = std::vector<uintptr_t>;
+
+void* at(const Buffers& buffers, size_t i) { return reinterpret_cast<void*>(buffers.at(i)); }
+
+TailTask with_memory(TailTask t, const Buffers& b) {
+  t.x = at(b, 0), t.bias = at(b, 1), t.dy = at(b, 2), t.out = at(b, 3), t.argmax = at(b, 4);
+  t.partials = at(b, 5), t.dbias = at(b, 6), t.terms = at(b, 7);
+  return t;
+}
+AugmentTask with_memory(AugmentTask t, const Buffers& b) {
+  t.x = static_cast<uint8_t*>(at(b, 0)), t.offsets = static_cast<int64_t*>(at(b, 1));
+  t.mirror = static_cast<bool*>(at(b, 2)), t.mean = at(b, 3), t.sizes = static_cast<int64_t*>(at(b, 4));
+  t.out = at(b, 5);
   return t;
 }
 
-py::list record(const std::string& op, const TailTask& described, const std::vector<uintptr_t>& buffers,
+template <typename Task>
+py::list record(const std::string& op, const Task& described, const Buffers& buffers,
                 const std::map<std::string, size_t>& argument_sizes, int on_multiprocessors) {
-  py::list found;
-  launches = &found, sizes = &argument_sizes, multiprocessors = on_multiprocessors;
-  find(op)(with_memory(described, buffers), nullptr);
-  return found;
+  py::list noted;
+  Operator<Task> call;
+  find(op, call);
+  launches = &noted, sizes = &argument_sizes, multiprocessors = on_multiprocessors;
+  call(with_memory(described, buffers), nullptr);
+  return noted;
 }
 
 // Of a call of an operator whose launches are not noted.
-double nanoseconds(const std::string& op, const TailTask& described, const std::vector<uintptr_t>& buffers,
-                   int on_multiprocessors, int calls) {
-  const TailTask t = with_memory(described, buffers);
-  const Operator call = find(op);
+template <typename Task>
+double nanoseconds(const std::string& op, const Task& described, const Buffers& buffers, int on_multiprocessors,
+                   int calls) {
+  const Task t = with_memory(described, buffers);
+  Operator<Task> call;
+  find(op, call);
   launches = nullptr, multiprocessors = on_multiprocessors;
   const auto start = std::chrono::steady_clock::now();
   for (int i = 0; i < calls; ++i) call(t, nullptr);
   const std::chrono::duration<double, std::nano> spent = std::chrono::steady_clock::now() - start;
   return spent.count() / calls;
+}
+
+template <typename Task>
+void define(py::module_& m) {
+  m.def("record", &record<Task>);
+  m.def("nanoseconds", &nanoseconds<Task>);
 }
 
 }  // namespace
@@ -108,12 +130,13 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 
 PYBIND11_MODULE(cuda_launches, m) {
   py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
+  py::class_<AugmentTask>(m, "AugmentTask").def(py::init(&fastcnn::cuda::make_augment_task));
   m.def("bias_partials", [](TailTask t, int on) {
     multiprocessors = on;
     t.dbias = &t;  // it has one
     return fastcnn::cuda::bias_partials(t);
   });
   m.def("lrn_terms", &fastcnn::cuda::lrn_terms);
-  m.def("record", &record);
-  m.def("nanoseconds", &nanoseconds);
+  define<TailTask>(m);
+  define<AugmentTask>(m);
 }

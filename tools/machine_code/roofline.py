@@ -36,6 +36,7 @@ import torch
 
 from fastcnn.bench.cases import DTYPES, Case
 from fastcnn.bench.operators import OPERATORS
+from fastcnn.memory_format import is_channels_last
 
 from .execute import Counts, execute
 from .launches import ROOT, Cuda, Launched, build, triton
@@ -247,7 +248,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Row:
-    """One operator in one language; ``first_elements`` are those of its first argument."""
+    """One operator in one language; ``first`` is its first argument's dtype, whether in channels_last, and elements."""
 
     op: str
     layer: str
@@ -255,7 +256,7 @@ class Row:
     format: str
     mode: str
     shape: tuple[int, ...]
-    first_elements: int
+    first: tuple[str, bool, int]
     language: str
     bytes: int
     launches: list[Needs]
@@ -293,10 +294,9 @@ def row(work: Workload, language: str) -> Row:
     launches = [needs(launch) for launch in launched]
     predictions = {gpu.name: predict(work.bytes, launches, gpu) for gpu in gpus()}
     fields = {name: getattr(work, name) for name in ("op", "layer", "dtype", "format", "mode", "shape")}
-    first = work.arguments()[0].numel() if work.op in OPS else work.elements
-    return Row(
-        **fields, first_elements=first, language=language, bytes=work.bytes, launches=launches, predictions=predictions
-    )
+    x = work.arguments()[0]
+    first = _name(x.dtype), is_channels_last(x), x.numel()
+    return Row(**fields, first=first, language=language, bytes=work.bytes, launches=launches, predictions=predictions)
 
 
 _cuda = cache(Cuda)
@@ -354,13 +354,12 @@ def floor(row: Row) -> float:
 def faster(found: Sequence[Row]) -> dict[str, Any]:
     """Which language is faster for each operator, dtype, format and number of elements of its first argument.
 
-    As predicted for an H100; where both were measured, as measured.
+    As predicted for an H100; where both were measured, as measured. Calls with alike first arguments are taken together.
     """
     times: dict[tuple[str, str, bool, int], dict[str, float]] = {}
     for row in found:
-        if row.op in OPS:
-            key = row.registered, _name(row.dtype), row.format == "channels_last", row.first_elements
-            times.setdefault(key, {})[row.language] = row.predictions["H100"].ms
+        ms = times.setdefault((row.registered, *row.first), {})
+        ms[row.language] = ms.get(row.language, 0.0) + row.predictions["H100"].ms
     measured = {key: ms for document in _results() for key, ms in _measured(document).items() if len(ms) == 2}
     chosen = [
         [*key, min(ms, key=lambda language: ms[language]), "measured" if key in measured else "predicted"]
@@ -370,8 +369,8 @@ def faster(found: Sequence[Row]) -> dict[str, Any]:
     return {"columns": ["op", "dtype", "channels_last", "elements", "faster", "source"], "rows": chosen}
 
 
-def _name(dtype: str) -> str:
-    return str(DTYPES[dtype]).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _measured(document: dict[str, Any]) -> dict[tuple[str, str, bool, int], dict[str, float]]:
@@ -385,7 +384,7 @@ def _measured(document: dict[str, Any]) -> dict[tuple[str, str, bool, int], dict
         forward = case.mode == "forward"
         elements = math.prod(case.shape if forward else OPERATORS[case.op].output_shape(case))
         name = case.op if forward else f"{case.op}_backward"
-        key = name, _name(case.dtype), case.format == "channels_last", elements
+        key = name, _name(DTYPES[case.dtype]), case.format == "channels_last", elements
         times.setdefault(key, {})[language] = fields["median_ms"]
     return times
 
