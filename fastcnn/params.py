@@ -251,12 +251,10 @@ class AugmentParams:
         crop, scale = _pair("crop", self.crop, op), self.scale
         if not isinstance(scale, Sequence) or not all(isinstance(factor, Real) for factor in scale):
             raise TypeError(f"{op}(): argument 'scale' must be a tuple of three numbers, not {scale!r}")
-        for name, value, kind in (
-            ("dtype", self.dtype, torch.dtype),
-            ("memory_format", self.memory_format, torch.memory_format),
-        ):
+        for name, kind in (("dtype", torch.dtype), ("memory_format", torch.memory_format)):
+            value = getattr(self, name)
             if not isinstance(value, kind):
-                raise TypeError(f"{op}(): argument '{name}' must be {kind}, not {type(value).__name__}")
+                raise TypeError(f"{op}(): argument '{name}' must be torch.{kind.__name__}, not {type(value).__name__}")
         if min(crop) <= 0:
             raise RuntimeError(f"{op}(): crop must be greater than zero, but got crop={crop}")
         if len(scale) != 3:
@@ -317,6 +315,20 @@ class AugmentParams:
                 )
         if not mean.is_floating_point():
             raise RuntimeError(f"{op}(): expected mean of a floating-point dtype, but got {mean.dtype}")
+
+    def dense(
+        self, input: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor, sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What kernels take: checked values, dense, with the input, the mean in the dtype of the computation."""
+        self.check_values(input.shape, offsets, sizes)
+        device = input.device
+        return (
+            input.contiguous(),
+            offsets.to(device).contiguous(),
+            mirror.to(device).contiguous(),
+            mean.to(device, opmath(self.dtype)).contiguous(),
+            None if sizes is None else sizes.to(device).contiguous(),
+        )
 
     def check_values(self, shape: Sequence[int], offsets: Tensor, sizes: Tensor | None) -> None:
         """Raise ValueError if a crop is not within its picture, or a picture too large to be resized."""

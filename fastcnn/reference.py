@@ -198,12 +198,12 @@ def augment(
 ) -> Tensor:
     """``(crop(resize(pixels)) - mean) * scale``; see :func:`fastcnn.functional.augment`.
 
-    All is computed in float32, for a float64 result in float64. Without ``sizes`` difference and product are rounded
-    once each, and the result once to ``dtype``: these bits are those of every backend. A resized pixel is ``sum(v * h *
-    pixel)`` over the pixels of the picture, with the weights ``v`` of its row and ``h`` of its column, which are
-    ``a(i) / sum(a)`` with integers ``a``: for an axis that goes from ``length`` to ``size`` pixels, ``a(i) = max(0,
-    2 * max(length, size) - abs((2 * i + 1) * size - (2 * o + 1) * length))``. This is the triangle filter of
-    ``F.interpolate(mode="bilinear", antialias=True, align_corners=False)``, not rounded to bytes.
+    Difference and product are rounded to float32 each, and the result to ``dtype``: these are the bits of every
+    backend, unless there are ``sizes``. (A float64 result is computed in float64.) A resized pixel is the sum of ``v *
+    h * pixel`` over the pixels of the picture, here in float64 and then rounded once, with weights ``v`` of its row and
+    ``h`` of its column, which are ``a(i) / sum(a)`` with integers ``a``: new pixel ``o`` of an axis that goes from
+    ``length`` to ``size`` pixels has ``a(i) = max(0, 2 * max(length, size) - abs((2 * i + 1) * size - (2 * o + 1) *
+    length))``. This is the triangle filter of ``F.interpolate(mode="bilinear", antialias=True, align_corners=False)``.
     """
     params = AugmentParams(crop, scale, dtype, memory_format)
     params.check_tensors(input, offsets, mirror, mean, sizes)
@@ -225,12 +225,11 @@ def augmented(
         pixels = _at(input, rows, columns).to(wide)
     else:
         sizes = sizes.to(device)
-        row_taps = _taps(rows, height, sizes[:, :1], wide)
-        column_taps = _taps(columns, width, sizes[:, 1:], wide)
-        pixels = torch.zeros(len(input), ch, cw, 3, dtype=wide, device=device)
-        for r, v in row_taps:
-            for c, h in column_taps:
-                pixels = pixels + _at(input, r, c).to(wide) * (v[:, :, None] * h[:, None, :])[..., None]
+        sums = torch.zeros(len(input), ch, cw, 3, dtype=torch.float64, device=device)
+        for r, v in _taps(rows, height, sizes[:, :1]):
+            for c, h in _taps(columns, width, sizes[:, 1:]):
+                sums += _at(input, r, c) * (v[:, :, None] * h[:, None, :])[..., None]
+        pixels = sums.to(wide)
     y = (pixels - mean[:, None, None]) * torch.tensor(scale, dtype=wide, device=device)
     return output(y.permute(0, 3, 1, 2).to(dtype), format_of(channels_last))
 
@@ -241,7 +240,7 @@ def _at(pictures: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return pictures[each, rows[:, :, None], columns[:, None, :]]
 
 
-def _taps(places: Tensor, length: int, sizes: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+def _taps(places: Tensor, length: int, sizes: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The pixels that each place is made of, in an axis that goes from ``length`` to ``sizes``, and their weights."""
     reach = 2 * sizes.clamp(min=length)
     centre = (2 * places + 1) * length
@@ -252,4 +251,4 @@ def _taps(places: Tensor, length: int, sizes: Tensor, dtype: torch.dtype) -> lis
         (reach - ((2 * i + 1) * sizes - centre).abs()).clamp(min=0).where((i >= 0) & (i < length), 0) for i in pixels
     ]
     total = torch.stack(weights).sum(0) if weights else places
-    return [(i.clamp(0, length - 1), a.to(dtype) / total.to(dtype)) for i, a in zip(pixels, weights, strict=True)]
+    return [(i.clamp(0, length - 1), a.double() / total) for i, a in zip(pixels, weights, strict=True)]

@@ -22,7 +22,7 @@ def element(lane, crop_h, crop_w, CHANNELS_LAST: tl.constexpr):
         channel = lane - 3 * column
         return column, channel, lane
     else:
-        channel = lane // crop_w
+        channel = (lane >= crop_w).to(tl.int32) + (lane >= 2 * crop_w).to(tl.int32)
         column = lane - channel * crop_w
         return column, channel, channel.to(tl.int64) * crop_h * crop_w + column
 
@@ -97,28 +97,38 @@ def augment_kernel(
     """``blocks`` programs for a row, ``row_blocks`` for the rows of a picture."""
     ROWS: tl.constexpr = layout.ROWS
     BLOCK: tl.constexpr = layout.BLOCK
+    AT_ONCE: tl.constexpr = 8 if ROWS > 8 else ROWS
     ACC: tl.constexpr = layout.ACC
     program = tl.program_id(0)
-    image = (program // (row_blocks * blocks)).to(tl.int64)
-    rows = (program // blocks % row_blocks) * ROWS + tl.arange(0, ROWS)[:, None]
-    lane = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    image = program // (row_blocks * blocks)
+    program -= image * row_blocks * blocks
+    first_row = program // blocks * ROWS
+    lane = (program - program // blocks * blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    image = image.to(tl.int64)
     column, channel, written = element(lane, crop_h, crop_w, layout.CHANNELS_LAST)
-    inside = (rows < crop_h) & (lane < 3 * crop_w)
 
-    top, left = tl.load(offsets + 2 * image), tl.load(offsets + 2 * image + 1)
+    top, left = tl.load(offsets + 2 * image) + first_row, tl.load(offsets + 2 * image + 1)
     column = tl.where(tl.load(mirror + image) != 0, crop_w - 1 - column, column)
     means = tl.load(mean + 3 * image), tl.load(mean + 3 * image + 1), tl.load(mean + 3 * image + 2)
     red, green, blue = (tl.full([], layout.RED, ACC), tl.full([], layout.GREEN, ACC), tl.full([], layout.BLUE, ACC))
+    lane_mean, lane_scale = of_channel(channel, *means), of_channel(channel, red, green, blue)
     picture = x + image * height * width * 3
+    row = tl.arange(0, AT_ONCE)[:, None]
+    line, out_line = tl.cast(width, tl.int64) * 3, tl.cast(crop_w, tl.int64) * (3 if layout.CHANNELS_LAST else 1)
+    source = picture + (top * line + 3 * left)
+    at = row * line + (3 * column + channel)
+    to = y + (image * crop_h * crop_w * 3 + first_row * out_line)
+    to_at = row * out_line + written
     if layout.RESIZED:
         size_h, size_w = tl.load(sizes + 2 * image).to(tl.int32), tl.load(sizes + 2 * image + 1).to(tl.int32)
-        row, column = rows + top.to(tl.int32), column + left.to(tl.int32)
-        pixels = resized(picture, row, column, channel, inside, height, width, size_h, size_w, ACC)
-    else:
-        corner = picture + (top * width + left) * 3
-        at = rows.to(tl.int64) * width * 3 + (3 * column + channel)
-        pixels = tl.load(corner + at, inside, 0).to(tl.int32).to(ACC)
-    result = (pixels - of_channel(channel, *means)) * of_channel(channel, red, green, blue)
-    line = rows.to(tl.int64) * (3 * crop_w if layout.CHANNELS_LAST else crop_w)
-    to = y + image * crop_h * crop_w * 3 + line + written
-    tl.store(to, rounded(result, y.dtype.element_ty), inside)
+        column += left.to(tl.int32)
+    for done in range(0, tl.minimum(ROWS, crop_h - first_row), AT_ONCE):
+        inside = (row < crop_h - first_row - done) & (lane < 3 * crop_w)
+        if layout.RESIZED:
+            place = row + (done + top.to(tl.int32))
+            pixels = resized(picture, place, column, channel, inside, height, width, size_h, size_w, ACC)
+        else:
+            pixels = tl.load(source + at, inside).to(tl.int32).to(ACC)
+            source += AT_ONCE * line
+        tl.store(to + to_at, rounded((pixels - lane_mean) * lane_scale, y.dtype.element_ty), inside)
+        to += AT_ONCE * out_line

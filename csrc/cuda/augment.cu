@@ -25,25 +25,42 @@ struct Arguments {
   Divisor by_blocks;
 };
 
-// The element of a row of a resized picture.
-template <typename A>
-FASTCNN_DEVICE A resized(const uint8_t* picture, const ResizedAxis<int>& rows, const ResizedAxis<int>& columns, int row,
-                         int column, int channel) {
-  A total = 0, rows_total = 0, columns_total = 0;
-  for (int r = rows.first(row); r < rows.length; ++r) {
-    const A row_weight = static_cast<A>(rows.weight(row, r));
-    if (row_weight == 0) break;
-    const uint8_t* const line = picture + (static_cast<int64_t>(r) * columns.length * 3 + channel);
-    A sum = 0;
-    columns_total = 0;
-    for (int c = columns.first(column); c < columns.length; ++c) {
-      const A weight = static_cast<A>(columns.weight(column, c));
-      if (weight == 0) break;
-      sum += weight * static_cast<A>(line[3 * c]);
-      columns_total += weight;
-    }
-    total += row_weight * sum, rows_total += row_weight;
+// Of an axis, the pixels that make a new one: their first, and its distance from the new one's centre.
+struct Taps {
+  int length, step, reach, first, distance;
+
+  FASTCNN_DEVICE Taps(ResizedAxis<int> axis, int place)
+      : length(axis.length),
+        step(2 * axis.size),
+        reach(axis.reach()),
+        first(axis.first(place)),
+        distance((2 * first + 1) * axis.size - (2 * place + 1) * length) {}
+
+  // f(weight) for each pixel.
+  template <typename A, typename F>
+  FASTCNN_DEVICE void each(F f) const {
+    const int end = min(reach, distance + step * (length - first));
+    for (int d = distance; d < end; d += step) f(static_cast<A>(reach - abs(d)));
   }
+
+  // On to the next new one.
+  FASTCNN_DEVICE void advance() {
+    for (distance -= 2 * length; distance <= -reach; distance += step) ++first;
+  }
+};
+
+// The next element of a column of a resized picture, whose columns' weights have this sum.
+template <typename A>
+FASTCNN_DEVICE A resized(const uint8_t* picture, int64_t stride, const Taps& rows, const Taps& columns,
+                         A columns_total) {
+  A total = 0, rows_total = 0;
+  const uint8_t* line = picture + rows.first * stride + 3 * columns.first;
+  rows.each<A>([&](A row_weight) {
+    const uint8_t* pixel = line;
+    A sum = 0;
+    columns.each<A>([&](A weight) { sum += weight * static_cast<A>(*pixel), pixel += 3; });
+    total += row_weight * sum, rows_total += row_weight, line += stride;
+  });
   return total / (rows_total * columns_total);
 }
 
@@ -62,21 +79,23 @@ __global__ void __launch_bounds__(kThreads) augment_rows(const Arguments a) {
   const A mean = static_cast<const A*>(a.mean)[3 * image + channel];
   const A scale = static_cast<A>(channel == 0 ? a.scale[0] : channel == 1 ? a.scale[1] : a.scale[2]);
   const int64_t top = a.offsets[2 * image] + first_row, left = a.offsets[2 * image + 1] + column;
+  const int64_t stride = 3 * static_cast<int64_t>(a.W);
   const uint8_t* const picture = a.x + image * a.H * a.W * 3;
 
   const int rows = min(kRows, a.crop_h - first_row);
   const int64_t plane = static_cast<int64_t>(a.crop_h) * a.crop_w, out_row = (channels_last ? 3 : 1) * a.crop_w;
   T* to = static_cast<T*>(a.out) + image * 3 * plane + (channels_last ? element : channel * plane + in_plane) +
           first_row * out_row;
-  const auto write = [&](A pixel) { *to = narrow<T>((pixel - mean) * scale), to += out_row; };
+  const auto write = [&](A pixel) { *to = narrow<T>((pixel - mean) * scale), to = opaque(to + out_row); };
   if constexpr (resizes) {
-    const ResizedAxis<int> heights{a.H, static_cast<int>(a.sizes[2 * image])};
-    const ResizedAxis<int> widths{a.W, static_cast<int>(a.sizes[2 * image + 1])};
-    for (int row = 0; row < rows; ++row) {
-      write(resized<A>(picture, heights, widths, static_cast<int>(top) + row, static_cast<int>(left), channel));
+    Taps height({a.H, static_cast<int>(a.sizes[2 * image])}, static_cast<int>(top));
+    const Taps width({a.W, static_cast<int>(a.sizes[2 * image + 1])}, static_cast<int>(left));
+    A total = 0;
+    width.each<A>([&](A weight) { total += weight; });
+    for (int row = 0; row < rows; ++row, height.advance()) {
+      write(resized(picture + channel, stride, height, width, total));
     }
   } else {
-    const int64_t stride = 3 * static_cast<int64_t>(a.W);
     const uint8_t* from = picture + top * stride + 3 * left + channel;
     const auto go_through = [&](auto count) {
       uint8_t pixels[count];

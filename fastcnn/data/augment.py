@@ -1,14 +1,16 @@
-"""What training does to pictures: random crops, mirroring, colour noise, mean and scale."""
+"""What training does to pictures: new sizes, random crops, mirroring, colour noise, mean and scale."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, pi
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import functional
 from .colours import Statistics, Triple
 from .order import Stream, random_words
 from .workers import integer
@@ -16,13 +18,18 @@ from .workers import integer
 
 @dataclass(frozen=True)
 class Augmentation:
-    """From uint8 pictures to the input of a network: ``(crop(pixels) + noise - mean) * (1 / std)``.
+    """From uint8 pictures to the input of a network: ``(crop(resize(pixels)) + noise - mean) * (1 / std)``.
 
-    The crop's place, whether it is mirrored, and its noise are functions of (seed, epoch, index of the picture); see
-    :func:`choices`. The noise of the AlexNet paper, section 4.1, as the original code computes it: for each picture a
-    colour is added to all its pixels, the sum over the principal components of the training set's colours of ``a *
-    deviation * vector``, ``a`` drawn anew from a normal distribution of standard deviation ``noise``, deviation the
-    square root of the component's variance (the paper has the variance itself in its place).
+    The crop's place, whether it is mirrored, its noise and its size are functions of (seed, epoch, index of the
+    picture); see :func:`choices`. All else is the operator :func:`fastcnn.functional.augment`.
+
+    The noise is that of the AlexNet paper, section 4.1, as the original code computes it: for each picture a colour is
+    added to all its pixels, the sum over the principal components of the training set's colours (of pixels minus their
+    mean) of ``a * deviation * vector``, ``a`` drawn anew from a normal distribution of standard deviation ``noise``,
+    deviation the square root of the component's variance (the paper has the variance itself in its place).
+
+    The jitter is that of the VGG paper, section 3.1: each picture is resized, bilinearly and antialiased, so that its
+    short side has a length drawn from a range; the long side is rounded down.
 
     Args:
         crop: height and width of the crops, in pixels.
@@ -30,13 +37,16 @@ class Augmentation:
         mean, std: of each channel, from 0 to 255.
         noise: standard deviation of the colour noise; the paper's is 0.1.
         statistics: of the training set's pixels, for the noise.
+        jitter: the least and the most pixels of the short side, the paper's are 256 and 512; None leaves pictures their
+            size. Without ``random`` all short sides have the mean of the two.
         dtype: of the result.
         memory_format: of the result.
 
     Raises:
-        TypeError: ``crop`` is no integer, or ``dtype`` has no fractions.
+        TypeError: ``crop`` or ``jitter`` is no integer, or ``dtype`` has no fractions.
         ValueError: ``crop`` or ``std`` is not positive, ``mean`` or ``std`` is not of three channels, ``noise`` is
-            negative or not finite, or there is noise without statistics.
+            negative or not finite, there is noise without statistics, or ``jitter`` is not two sizes in ascending
+            order, the first at least ``crop``.
     """
 
     crop: int
@@ -45,6 +55,7 @@ class Augmentation:
     std: Triple = (1.0, 1.0, 1.0)
     noise: float = 0.0
     statistics: Statistics | None = None
+    jitter: tuple[int, int] | None = None
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.channels_last
 
@@ -64,6 +75,19 @@ class Augmentation:
             )
         if self.noise and self.statistics is None:
             raise ValueError("Augmentation(): noise needs the statistics of the training set")
+        if self.jitter is not None:
+            least, most = jitter = _two("jitter", self.jitter)
+            if not self.crop <= least <= most:
+                raise ValueError(
+                    "Augmentation(): jitter must be two sizes in ascending order, the first at least the crop, "
+                    f"but got jitter={jitter}, crop={self.crop}"
+                )
+            object.__setattr__(self, "jitter", jitter)
+
+    @property
+    def smallest(self) -> int:
+        """The least height and width of the pictures."""
+        return self.crop if self.jitter is None else 1
 
     def __call__(self, pictures: Tensor, seed: int, epoch: int, indices: Tensor) -> Tensor:
         """Augment a batch.
@@ -79,48 +103,85 @@ class Augmentation:
             ValueError: the pictures are smaller than the crop.
         """
         height, width = pictures.shape[1:3]
-        if self.crop > min(height, width):
+        if self.smallest > min(height, width):
             raise ValueError(f"pictures of {height}x{width} pixels are smaller than a crop of {self.crop}")
-        offsets, mirror, normal = choices(seed, epoch, indices, (height, width), self.crop)
+        made = choices(seed, epoch, indices, (height, width), self.crop, self.jitter)
         if not self.random:
-            offsets = offsets.new_tensor(((height - self.crop) // 2, (width - self.crop) // 2)).expand(len(indices), 2)
-            mirror = torch.zeros_like(mirror)
-        mean = normal.new_tensor(self.mean).expand(len(indices), 3)
+            made = self._fixed(made, height, width)
+        mean = made.normal.new_tensor(self.mean).expand(len(indices), 3)
         if self.statistics is not None and self.noise:
-            deviations = normal.new_tensor(self.statistics.eigenvalues).sqrt()
-            vectors = normal.new_tensor(self.statistics.eigenvectors)
-            mean = mean - ((normal * self.noise * deviations)[..., None] * vectors).sum(1)
-        return reference.augment(
+            deviations = mean.new_tensor(self.statistics.eigenvalues).sqrt()
+            vectors = mean.new_tensor(self.statistics.eigenvectors)
+            mean = mean - ((made.normal * self.noise * deviations)[..., None] * vectors).sum(1)
+        return functional.augment(
             pictures,
-            offsets,
-            mirror,
-            mean.float(),
+            made.offsets,
+            made.mirror,
+            mean,
+            made.sizes,
             crop=self.crop,
             scale=(1 / self.std[0], 1 / self.std[1], 1 / self.std[2]),
             dtype=self.dtype,
             memory_format=self.memory_format,
         )
 
+    def _fixed(self, made: Choices, height: int, width: int) -> Choices:
+        """The same for every picture, but the noise."""
+        size, sizes = made.offsets.new_tensor((height, width)).expand_as(made.offsets), None
+        if self.jitter is not None:
+            size = sizes = scaled(size, made.offsets.new_tensor(sum(self.jitter) // 2))
+        return made._replace(offsets=(size - self.crop) // 2, mirror=torch.zeros_like(made.mirror), sizes=sizes)
 
-def choices(seed: int, epoch: int, indices: Tensor, size: tuple[int, int], crop: int) -> tuple[Tensor, Tensor, Tensor]:
+
+class Choices(NamedTuple):
+    """What is drawn for each of n pictures, on the CPU.
+
+    ``offsets``: int64 of shape (n, 2), first rows and columns of the crops; ``mirror``: bool of shape (n,); ``normal``:
+    float64 of shape (n, 3), normal deviates; ``sizes``: int64 of shape (n, 2), new heights and widths, or None.
+    """
+
+    offsets: Tensor
+    mirror: Tensor
+    normal: Tensor
+    sizes: Tensor | None
+
+
+def choices(
+    seed: int,
+    epoch: int,
+    indices: Tensor,
+    size: tuple[int, int],
+    crop: int,
+    jitter: tuple[int, int] | None = None,
+) -> Choices:
     """The random choices for each picture in an epoch.
 
-    With ``words`` of the stream CROP: the crop's first row is ``words[0] * (height - crop + 1) // 2**32``, its first
-    column the same of ``words[1]`` and the width; it is mirrored if ``words[2]`` is 2**31 or more. With those of the
-    stream
+    With ``words`` of the stream CROP: where there is jitter, the short side's new length is ``least + words[3] *
+    (most - least + 1) // 2**32``; the crop's first row is ``words[0] * (height - crop + 1) // 2**32``, its first column
+    the same of ``words[1]`` and the width; it is mirrored if ``words[2]`` is 2**31 or more. With those of the stream
     NOISE, by Box and Muller, in float64: ``radius(0) * cos(angle(1))``, ``radius(0) * sin(angle(1))`` and ``radius(2) *
     cos(angle(3))``, where ``radius(k) = sqrt(-2 * log((words[k] + 1) / 2**32))`` and ``angle(k) = 2 * pi * words[k] /
     2**32``.
-
-    Returns:
-        Offsets, int64 of shape (n, 2), rows and columns; mirrored, bool of shape (n,); three normal deviates, float64
-        of shape (n, 3).
     """
     words = random_words(seed, epoch, indices, Stream.CROP)
-    places = torch.tensor(size, device=indices.device) - crop + 1
-    offsets = words[:, :2] * places >> 32
+    size_of_each, sizes = torch.tensor(size, device=indices.device).expand(len(indices), 2), None
+    if jitter is not None:
+        least, most = jitter
+        size_of_each = sizes = scaled(size_of_each, least + (words[:, 3:] * (most - least + 1) >> 32))
+    offsets = words[:, :2] * (size_of_each - crop + 1) >> 32
     noise = random_words(seed, epoch, indices, Stream.NOISE).double()
     radius = (-2 * ((noise[:, 0::2] + 1) / 2**32).log()).sqrt()
     angle = 2 * pi * noise[:, 1::2] / 2**32
     normal = torch.stack((radius * angle.cos(), radius * angle.sin()), 2).flatten(1)[:, :3]
-    return offsets, words[:, 2] >= 2**31, normal
+    return Choices(offsets, words[:, 2] >= 2**31, normal, sizes)
+
+
+def scaled(size: Tensor, short: Tensor) -> Tensor:
+    """Heights and widths whose short sides are these, of pictures of these heights and widths."""
+    return size * short // size.min(-1, keepdim=True).values
+
+
+def _two(name: str, value: Sequence[int]) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"Augmentation(): {name} must be two integers, not {value!r}")
+    return integer(name, value[0]), integer(name, value[1])

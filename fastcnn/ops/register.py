@@ -76,8 +76,7 @@ def define(
     schema = schema.format(params=params.SCHEMA)
     count = schema[: schema.index("->")].count(",") + 1
     from_op = params.from_op
-    if setup_context is None or backward is None:
-        setup_context, backward = _refuse_gradients(schema), lambda ctx, *grads: ()
+    save = setup_context or _refuse_gradients(schema)
 
     def gathered(args: Sequence[Any]) -> tuple[Any, ...]:
         return *args[:first], from_op(*args[first:last]), *args[last:]
@@ -92,15 +91,16 @@ def define(
         return (select[backend](run, *args) if backend in select else run)(*args)
 
     def setup_gathered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        setup_context(ctx, gathered(inputs), output)
+        save(ctx, gathered(inputs), output)
 
     def padded_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = backward(ctx, *grads)
+        found = backward(ctx, *grads) if backward else ()
         return *found, *(None,) * (count - len(found))
 
     def vmap_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         if isinstance(vmap, int):
-            folded = (fold_batch(args[i], in_dims[i], info.batch_size) for i in range(vmap))
+            tensors = zip(args[:vmap], in_dims, strict=False)
+            folded = (None if x is None else fold_batch(x, dim, info.batch_size) for x, dim in tensors)
             outputs = op(*folded, *args[vmap:])
             if isinstance(outputs, Tensor):
                 return unfold_batch(outputs, info.batch_size), 0
@@ -122,7 +122,7 @@ def define(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = op(*spread(args))
-            setup_context(ctx, args, output)
+            save(ctx, args, output)
             return output
 
     class Transformable(torch.autograd.Function):
@@ -201,10 +201,8 @@ def double_backward(
     return torch.func.vjp(gradient, dy, *inputs)[1](filled)
 
 
-def fold_batch(x: Tensor | None, dim: int | None, batch_size: int) -> Tensor | None:
-    """``x``, if there is one, with the vmapped dimension ``dim`` (None: not mapped) merged into its first."""
-    if x is None:
-        return None
+def fold_batch(x: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    """``x`` with the vmapped dimension ``dim`` (None: not mapped) merged into its first."""
     x = x.unsqueeze(0).expand(batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.flatten(0, 1)
 

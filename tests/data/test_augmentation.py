@@ -7,6 +7,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastcnn import reference
 from fastcnn.data import Augmentation, Statistics, photographs
@@ -19,10 +20,21 @@ STATISTICS = Statistics.of(PICTURES)
 
 def one_by_one(augment: Augmentation, epoch: int) -> Any:
     """The same in numpy, for each picture, in float64."""
-    offsets, mirror, normal = (x.numpy() for x in choices(3, epoch, INDICES, (36, 40), augment.crop))
+    made = choices(3, epoch, INDICES, (36, 40), augment.crop, augment.jitter)
+    offsets, mirror, normal = (x.numpy() for x in made[:3])
     results = []
     for n, picture in enumerate(PICTURES.numpy().astype(float)):
-        top, left = offsets[n] if augment.random else ((36 - augment.crop) // 2, (40 - augment.crop) // 2)
+        if augment.jitter is not None:
+            short = sum(augment.jitter) // 2 if not augment.random else int(made.sizes[n, 0])
+            resized = F.interpolate(
+                torch.from_numpy(picture).permute(2, 0, 1)[None],
+                (short, 40 * short // 36),
+                mode="bilinear",
+                antialias=True,
+            )
+            picture = resized[0].permute(1, 2, 0).numpy()
+        centre = [(size - augment.crop) // 2 for size in picture.shape[:2]]
+        top, left = offsets[n] if augment.random else centre
         crop = picture[top : top + augment.crop, left : left + augment.crop]
         if augment.random and mirror[n]:
             crop = crop[:, ::-1]
@@ -34,10 +46,18 @@ def one_by_one(augment: Augmentation, epoch: int) -> Any:
 
 @pytest.mark.parametrize("random", [True, False])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-@pytest.mark.parametrize("crop", [1, 29, 36])
-def test_each_picture_is_augmented_as_documented(random: bool, noise: float, crop: int) -> None:
+@pytest.mark.parametrize(("crop", "jitter"), [(1, None), (29, None), (36, None), (29, (29, 81)), (40, (40, 40))])
+def test_each_picture_is_augmented_as_documented(
+    random: bool, noise: float, crop: int, jitter: tuple[int, int] | None
+) -> None:
     augment = Augmentation(
-        crop, random=random, mean=(123.68, 116.779, 103.939), std=(58.4, 57.1, 57.4), noise=noise, statistics=STATISTICS
+        crop,
+        random=random,
+        mean=(123.68, 116.779, 103.939),
+        std=(58.4, 57.1, 57.4),
+        noise=noise,
+        statistics=STATISTICS,
+        jitter=jitter,
     )
     for epoch in range(3):
         y = augment(PICTURES, 3, epoch, INDICES)
@@ -47,12 +67,43 @@ def test_each_picture_is_augmented_as_documented(random: bool, noise: float, cro
 
 
 def test_both_mirrored_and_not_are_tested() -> None:
-    mirrored = torch.stack([choices(3, epoch, INDICES, (36, 40), 29)[1] for epoch in range(3)])
+    mirrored = torch.stack([choices(3, epoch, INDICES, (36, 40), 29).mirror for epoch in range(3)])
     assert mirrored.any()
     assert not mirrored.all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_size_of_the_jitter_is_as_likely() -> None:
+    sizes = choices(3, 0, torch.arange(60_000), (30, 45), 9, (10, 15)).sizes
+    assert sizes is not None
+    short, counts = sizes[:, 0].unique(return_counts=True)
+    assert short.tolist() == [10, 11, 12, 13, 14, 15]
+    assert ((counts - 10_000).abs() < 400).all()
+    assert torch.equal(sizes[:, 1], 45 * sizes[:, 0] // 30)
+
+
+def test_offsets_reach_every_place_of_the_resized_picture() -> None:
+    made = choices(5, 0, torch.arange(20_000), (8, 8), 9, (9, 12))
+    assert made.sizes is not None
+    for size in range(9, 13):
+        assert made.offsets[made.sizes[:, 0] == size].unique().tolist() == list(range(size - 8))
+
+
+def test_what_is_drawn_stays_the_same() -> None:
+    """With other code too, or a run that was interrupted would go on with other pictures."""
+    made = choices(3, 1, INDICES, (36, 40), 29)
+    assert made.offsets.tolist() == [[3, 4], [3, 0], [4, 9], [5, 10]]
+    assert made.mirror.all()
+    assert made.sizes is None
+    expected = [
+        [-0.1876, 0.3850, -0.9395],
+        [-0.1348, 0.3016, 0.6726],
+        [0.4843, 0.7702, 0.6434],
+        [-0.3949, 1.5765, -0.4939],
+    ]
+    torch.testing.assert_close(made.normal, torch.tensor(expected).double(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_results_are_rounded_once(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     options: dict[str, Any] = {"mean": (100.0, 90.5, 80.25), "std": (2.0, 3.0, 7.0)}
@@ -89,11 +140,21 @@ def test_crops_must_be_within_the_pictures() -> None:
             Augmentation(37, random=random)(PICTURES, 3, 0, INDICES)
     for offset in ((-1, 0), (0, -1), (8, 0), (0, 12)):
         offsets = torch.tensor([(0, 0), (7, 11), offset, (0, 0)])
-        with pytest.raises(ValueError, match="crops of 29 that are not within pictures of"):
+        with pytest.raises(ValueError, match="crops of 29x29 that are not within pictures of"):
             reference.augment(PICTURES, offsets, torch.zeros(4).bool(), torch.zeros(4, 3), crop=29)
 
 
-@pytest.mark.parametrize("options", [{"crop": 2.5}, {"crop": True}, {"crop": 5, "dtype": torch.uint8}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop": 2.5},
+        {"crop": True},
+        {"crop": 5, "dtype": torch.uint8},
+        {"crop": 5, "jitter": 256},
+        {"crop": 5, "jitter": (256.0, 512)},
+        {"crop": 5, "jitter": (256,)},
+    ],
+)
 def test_types_that_an_augmentation_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="must be"):
         Augmentation(**options)
@@ -109,6 +170,8 @@ def test_types_that_an_augmentation_refuses(options: dict[str, Any]) -> None:
         ({"crop": 5, "std": (1.0, float("nan"), 1.0)}, r"std=\(1.0, nan, 1.0\)"),
         ({"crop": 5, "noise": -0.1}, "noise=-0.1"),
         ({"crop": 5, "noise": float("nan")}, "noise=nan"),
+        ({"crop": 5, "jitter": (4, 9)}, r"jitter=\(4, 9\), crop=5"),
+        ({"crop": 5, "jitter": (9, 8)}, r"jitter=\(9, 8\)"),
         ({"crop": 5, "noise": 0.1}, "noise needs the statistics of the training set"),
     ],
 )

@@ -664,6 +664,14 @@ class _Execution:
         value = _float_compare(i.modifiers[0], self._float(a), self._float(b))
         self._combine("OR" if "OR" in i.modifiers else "AND", first, second, value, other, lanes)
 
+    def _FCHK(self, i: Instruction, lanes: Array) -> None:
+        """Whether a quotient needs the slow path: where an operand, the result, or what is between may be no number or
+        subnormal."""
+        result, a, b = i.operands
+        (x, n), (y, m) = (np.frexp(self._float(operand)) for operand in (a, b))
+        usual = (x == 0) | (np.abs(n) < 100) & (np.abs(n - m) < 100)
+        self._set_predicate(result, ~(np.isfinite(x) & np.isfinite(y) & (y != 0) & (np.abs(m) < 100) & usual), lanes)
+
     def _HSETP2(self, i: Instruction, lanes: Array) -> None:
         first, second, a, *bs, other = i.operands
         bf16, comparison = "BF16_V2" in i.modifiers, next(m for m in i.modifiers if m in _FLOAT_COMPARISONS)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...params import AugmentParams, opmath
+from ...params import AugmentParams
 from .. import outputs
 from .memory import kept
 
@@ -21,11 +21,7 @@ def forward(
     params: AugmentParams,
     library: Any = CPU,
 ) -> Tensor:
-    params.check_values(x.shape, offsets, sizes)
-    _, scale, dtype, channels_last = params.op_args()
-    y = kept(outputs.augmented(x, params))
-    choices = (None if t is None else t.to(x.device).contiguous() for t in (offsets, mirror, sizes))
-    offsets, mirror, sizes = choices
-    mean = mean.to(x.device, opmath(dtype)).contiguous()
-    library.augment(x.contiguous(), offsets, mirror, mean, sizes, y, channels_last, *scale)
+    _, scale, _, channels_last = params.op_args()
+    tensors, y = params.dense(x, offsets, mirror, mean, sizes), kept(outputs.augmented(x, params))
+    library.augment(*tensors, y, channels_last, *scale)
     return y

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from ...params import AugmentParams, opmath
+from ...params import AugmentParams
 from ..outputs import augmented
 from .launch import acc_dtype, cdiv, kernels, launch
 from .parameters import Augmentation
 
 # Rows of a crop that a program goes through, elements of a row that it has, and its warps.
 # The first is used, the others are what a GPU test checks too.
-CONFIGS = [(8, 128, 4), (4, 256, 4), (8, 256, 8)]
+CONFIGS = [(32, 128, 4), (32, 128, 4), (16, 64, 2), (64, 256, 8)]
 
 
 def forward(
@@ -23,23 +23,21 @@ def forward(
     *,
     config: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    params.check_values(x.shape, offsets, sizes)
-    (crop_h, crop_w), scale, dtype, channels_last = params.op_args()
+    (crop_h, crop_w), (red, green, blue), dtype, channels_last = params.op_args()
     (rows, block, num_warps), y = config or CONFIGS[0], augmented(x, params)
-    choices = (None if t is None else t.to(x.device).contiguous() for t in (offsets, mirror, sizes))
-    offsets, mirror, sizes = choices
+    x, offsets, mirror, mean, sizes = params.dense(x, offsets, mirror, mean, sizes)
     row_blocks, blocks = cdiv(crop_h, rows), cdiv(3 * crop_w, block)
     launch(
         kernels("augment").augment_kernel,
         len(x) * row_blocks * blocks,
-        *(x.contiguous(), offsets, mirror.view(torch.uint8), mean.to(x.device, opmath(dtype)).contiguous(), sizes, y),
+        *(x, offsets, mirror.view(torch.uint8), mean, sizes, y),
         height=x.shape[1],
         width=x.shape[2],
         crop_h=crop_h,
         crop_w=crop_w,
         row_blocks=row_blocks,
         blocks=blocks,
-        layout=Augmentation(*scale, channels_last, sizes is not None, rows, block, acc_dtype(dtype)),
+        layout=Augmentation(red, green, blue, channels_last, sizes is not None, rows, block, acc_dtype(dtype)),
         num_warps=num_warps,
     )
     return y
