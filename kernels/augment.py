@@ -1,8 +1,8 @@
 """Augmentation: ``y = (crop(resize(pixels)) - mean) * scale``, of bytes, some crops mirrored.
 
-A program has BLOCK lanes, which are elements of a row of a crop, and goes through ROWS rows of it: what depends on the
-column, channel, mean and scale, is computed once. Elements are those of the row in channels_last, one after the other;
-in NCHW they are those of its three planes. A picture whose size stays is read once and written once.
+A program has BLOCK lanes, which are elements of a row of a crop, and goes through ROWS rows of it, eight at once: what
+depends on the column, channel, mean and scale, is computed once. Elements are those of the row in channels_last, one
+after the other; in NCHW they are those of its three planes. A picture whose size stays is read once and written once.
 
 A resized element is the sum, over the pixels under a triangle, of weights times pixels. The weights are integers until
 they are divided by their sum; see ``csrc/augment.h``.
@@ -51,34 +51,30 @@ def weight(place, pixel, length, size):
 
 @triton.jit
 def resized(picture, row, column, channel, inside, height, width, size_h, size_w, ACC: tl.constexpr):
-    """The elements of the rows [ROWS, 1] and the columns and channels [1, BLOCK] of the resized picture."""
+    """The elements of the rows [AT_ONCE, 1] and the columns and channels [1, BLOCK] of the resized picture."""
     first_row, first_column = first_pixel(row, height, size_h), first_pixel(column, width, size_w)
-    total = tl.zeros(inside.shape, ACC)
-    rows_total = tl.zeros(row.shape, ACC)
-    columns_total = tl.zeros(column.shape, ACC)
     columns = (2 * tl.maximum(width, size_w) + size_w - 1) // size_w
     rows = (2 * tl.maximum(height, size_h) + size_h - 1) // size_h
+    total, weights = tl.zeros(inside.shape, ACC), tl.zeros(inside.shape, ACC)
     i = 0
     while i < rows:
         r = first_row + i
         row_weight = weight(row, r, height, size_h).to(ACC)
-        rows_total += row_weight
         line = picture + r.to(tl.int64) * width * 3
         j = 0
         while j < columns:
             c = first_column + j
-            column_weight = weight(column, c, width, size_w).to(ACC)
-            if i == 0:
-                columns_total += column_weight
-            there = inside & (r < height) & (c < width)
-            pixel = tl.load(line + (3 * c + channel), there, 0).to(tl.int32).to(ACC)
-            total += row_weight * column_weight * pixel
+            product = row_weight * weight(column, c, width, size_w).to(ACC)
+            pixel = tl.load(line + (3 * c + channel), inside & (product > 0), 0).to(tl.int32).to(ACC)
+            total += product * pixel
+            weights += product
             j += 1
         i += 1
-    return total / (rows_total * columns_total)
+    return total / weights
 
 
-@triton.jit
+# Not told that rows are aligned, where they are, Triton gives each thread single elements, as loads want it.
+@triton.jit(do_not_specialize=["crop_w"])
 def augment_kernel(
     x,
     offsets,

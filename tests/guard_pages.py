@@ -1,6 +1,6 @@
 """Run the C++ kernels on tensors that lie against a page no one may touch: a script, since it dies where one does.
 
-    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | winograd | direct_convolution | linear
+    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | augment | winograd | direct_convolution | linear
 
 Every input and output has a guard page directly before its first or directly after its last element, so a read or write
 out of bounds ends the process with a segmentation fault; the last line printed names the case.
@@ -19,6 +19,7 @@ from fastcnn import LRNParams, PoolParams
 from fastcnn.ops import outputs
 from fastcnn.ops.cpu import lrn
 from fastcnn.optimize.inference import pack_panels
+from fastcnn.params import AugmentParams, opmath
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 mprotect = ctypes.CDLL(None, use_errno=True).mprotect
@@ -105,8 +106,33 @@ def run_linear(at_end: bool) -> None:
         torch.ops.fastcnn_cpu.linear(x, weight, bias, y, True, 0.5)
 
 
+def run_augment(at_end: bool) -> None:
+    """Of each picture both the first and the last pixels, by crops of several widths."""
+    unguarded = outputs.augmented
+    outputs.augmented = lambda *args: guarded(unguarded(*args), at_end)
+    widths, sizes = (1, 2, 3, 15, 16, 17, 33), (None, (5, 40), (9, 33), (3, 90))
+    for cw, size, dtype, format in itertools.product(widths, sizes, DTYPES, FORMATS):
+        print(f"{fastcnn.backends.cpu_capability()} {cw=} {size=} {ident(dtype)} {ident(format)} {at_end=}", flush=True)
+        x = guarded(torch.randint(0, 256, (2, 5, 33, 3), dtype=torch.uint8), at_end)
+        height, width = size or x.shape[1:3]
+        last = torch.tensor([[0, 0], [height - 3, width - cw]])
+        choices = last, torch.tensor([False, True]), torch.zeros(2, 3, dtype=opmath(dtype))
+        choices = *choices, None if size is None else torch.tensor([size, size])
+        dense = [None if t is None else guarded(t, at_end) for t in choices]
+        params = AugmentParams((3, cw), dtype=dtype, memory_format=format).op_args()
+        torch.ops.fastcnn.augment(x, *dense, *params)
+        dense[1].logical_not_()
+        torch.ops.fastcnn.augment(x, *dense, *params)
+    outputs.augmented = unguarded
+
+
 def main(op: str) -> None:
-    alone = {"winograd": run_winograd, "direct_convolution": run_direct_convolution, "linear": run_linear}
+    alone = {
+        "augment": run_augment,
+        "winograd": run_winograd,
+        "direct_convolution": run_direct_convolution,
+        "linear": run_linear,
+    }
     if op in alone:
         for at_end in (True, False):
             alone[op](at_end)

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from fastcnn.bench.cases import ANY_FORMAT, Case
 from fastcnn.bench.measure import Budget, measure, time_rounds
 from fastcnn.bench.memory import saved_bytes
 from fastcnn.bench.operator_workload import CHECKED_IMAGES, OperatorWorkload
-from fastcnn.bench.operators import LRN, OPERATORS, POOL, SHAPES, STAGES, convolution, select
+from fastcnn.bench.operators import LRN, OPERATORS, PEERS, POOL, SHAPES, STAGES, convolution, select
 from fastcnn.bench.providers import OperatorProvider, operator_providers
 from fastcnn.bench.rows import Row, add_ratios
 
-SMALL = (5, 6, 9, 11)
+SMALL, PICTURES = (5, 6, 9, 11), (5, 3, 9, 11)
 ONCE = Budget(repeats=1)
 HAS_CPU = "cpu" in fastcnn.backends.available()
 
@@ -50,7 +50,7 @@ def row(provider: str, median_ms: float | None = None, *, case: Case | None = No
 
 
 def provider(function: Callable[..., Tensor], name: str = "fastcnn.other") -> OperatorProvider:
-    return OperatorProvider(name, lambda _: function)
+    return OperatorProvider(name, lambda *_: function)
 
 
 def run(case: Case | list[Case], *providers: OperatorProvider, source: str = "random", **options: Any) -> list[Row]:
@@ -74,7 +74,8 @@ def text_of(*tables: object, width: int = 200) -> str:
 
 def test_usual_cases_are_those_of_the_first_stage() -> None:
     cases = select()
-    assert {case.shape for case in cases if case.op != "conv2d_relu"} == {STAGES["stage1"]}
+    usual = {"conv2d_relu": SHAPES["conv2"], "augment": (128, 3, 256, 256), "augment_resized": (128, 3, 256, 256)}
+    assert all(case.shape == usual.get(case.op, STAGES["stage1"]) for case in cases)
     assert {case.shape for case in cases if case.op == "conv2d_relu"} == {(32, 96, 27, 27)}
     assert {case.format for case in cases} == {"NCHW", "channels_last"}
     assert {(c.op, c.mode, c.memory, c.dtype) for c in cases} == {
@@ -86,6 +87,7 @@ def test_usual_cases_are_those_of_the_first_stage() -> None:
         ("relu_lrn_max_pool2d", "forward", "fresh", "bf16"),
         ("relu_lrn_max_pool2d", "forward+backward", "fresh", "fp32"),
         *((op, m, "fresh", "fp32") for op in ("max_pool2d", "conv2d_relu") for m in ("forward", "forward+backward")),
+        *((op, "forward", "fresh", dtype) for op in ("augment", "augment_resized") for dtype in ("fp32", "bf16")),
     }
 
 
@@ -114,6 +116,7 @@ def test_what_is_asked_for_replaces_the_usual() -> None:
         ("relu_lrn_max_pool2d", "forward", 4 * (100 + 16)),
         ("relu_lrn_max_pool2d", "forward+backward", 4 * (100 + 16) + 16 + 16 + 4 * (16 + 100 + 100)),
         ("max_pool2d", "forward+backward", 4 * (100 + 16) + 16 + 16 + 4 * (16 + 100)),
+        ("augment", "forward", 3 * 4 * 4 * (1 + 4)),
         ("conv2d_relu", "forward", 4 * (100 + 6400 + 256 * 2 * 25)),
         ("conv2d_relu", "backward", 2 * 4 * (100 + 6400 + 256 * 2 * 25)),
     ],
@@ -158,13 +161,12 @@ def test_windows_without_a_clear_maximum_get_no_gradient(monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("best_backend")
-@pytest.mark.parametrize("mode", ["forward", "backward", "forward+backward"])
 @pytest.mark.parametrize("format", ["NCHW", "channels_last"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize(("op", "mode"), [(op, mode) for op, record in OPERATORS.items() for mode in record.modes])
 def test_right_outputs_get_a_time(op: str, dtype: str, format: str, mode: str) -> None:
     providers = [p for name, p in operator_providers().items() if name.startswith("fastcnn.")]
-    rows = run(Case(op, SMALL, dtype, format, mode), *providers)
+    rows = run(Case(op, PICTURES if OPERATORS[op].takes_pictures else SMALL, dtype, format, mode), *providers)
     assert [r.failure for r in rows] == [None] * len(rows)
     for r in rows:
         assert r.n == 1
@@ -173,6 +175,26 @@ def test_right_outputs_get_a_time(op: str, dtype: str, format: str, mode: str) -
         assert r.error is not None
         assert r.tolerance is not None
         assert r.error <= r.tolerance
+
+
+@pytest.mark.usefixtures("best_backend")
+@pytest.mark.parametrize("op", ["augment", "augment_resized"])
+def test_others_augmentations_are_those_of_fastcnn(op: str) -> None:
+    """But one who has one crop for all is right for the first picture."""
+    case, here = Case(op, PICTURES), operator_providers()
+    names = ["torch.eager", "torch.compile", *(name for name in PEERS if "torchvision" not in name)]
+    rows = run(case, *(here[name] for name in names))
+    assert [row.failure for row in rows] == [None] * len(rows)
+    for name in PEERS:
+        assert not here[name].takes_part(replace(case, dtype="bf16"))
+        assert not here[name].takes_part(lrn_case())
+    everyone = here["torch.eager"].function(OperatorWorkload(case), torch.float32)
+    wrong = OperatorProvider("fastcnn.wrong", lambda *_: lambda x: everyone(x).flip(0))
+    assert "error" in (run(case, wrong)[0].failure or "")
+    first = OperatorProvider(
+        "torchvision v2, one crop for all", lambda *_: lambda x: everyone(x)[:1].expand(5, -1, -1, -1)
+    )
+    assert run(case, first)[0].failure is None
 
 
 @pytest.mark.usefixtures("best_backend")
@@ -279,7 +301,7 @@ def test_forced_backend_also_runs_the_backward() -> None:
             seen.append(fastcnn.backends.choose("lrn", fastcnn.backends.NAMES, grads[0]))
             return grads[0]
 
-    run(lrn_case(mode="backward"), OperatorProvider("fastcnn.reference", lambda _: Recording.apply, "reference"))
+    run(lrn_case(mode="backward"), OperatorProvider("fastcnn.reference", lambda *_: Recording.apply, "reference"))
     assert set(seen) == {"reference"}
 
 
@@ -464,17 +486,17 @@ def test_who_fails_while_timed_ends_the_case() -> None:
 # Processes of their own
 
 
-def only_in_the_parent(workload: OperatorWorkload) -> Callable[[Tensor], Tensor]:
+def only_in_the_parent(workload: OperatorWorkload, *_: object) -> Callable[[Tensor], Tensor]:
     if multiprocessing.parent_process() is not None:
         raise RuntimeError(f"process {os.getpid()}")
     return right
 
 
-def right_for(workload: OperatorWorkload) -> Callable[[Tensor], Tensor]:
+def right_for(workload: OperatorWorkload, *_: object) -> Callable[[Tensor], Tensor]:
     return right
 
 
-def slow_for(workload: OperatorWorkload) -> Callable[[Tensor], Tensor]:
+def slow_for(workload: OperatorWorkload, *_: object) -> Callable[[Tensor], Tensor]:
     return lambda x: (time.sleep(0.05), right(x))[1]
 
 

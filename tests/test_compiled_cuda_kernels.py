@@ -40,7 +40,8 @@ def test_no_kernel_spills_registers(built):
 
 def test_channels_last_is_read_and_written_16_bytes_at_a_time(built):
     for kernel in built:
-        if kernel.parts[2] == "channels_last":
+        function, _, format, _ = kernel.parts
+        if format == "channels_last" and function != "augment_rows":  # crops begin at any byte
             assert 16 in kernel.loads, kernel.name  # cp.async included
             assert 16 in kernel.stores, kernel.name
 

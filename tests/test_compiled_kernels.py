@@ -23,7 +23,10 @@ from tools.machine_code.kernels_table import Case, Row, cases, table
 
 # How the tensor-core instructions of an architecture begin.
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
-LAYERS = ("AlexNet conv1", "AlexNet conv2", "AlexNet conv4", "VGG-16 conv1_1", "VGG-16 pool1")
+LAYERS = (
+    *("AlexNet input", "AlexNet conv1", "AlexNet conv2", "AlexNet conv4"),
+    *("VGG-16 input", "VGG-16 conv1_1", "VGG-16 pool1"),
+)
 
 
 def checked() -> list[tuple[Case, int]]:
@@ -69,7 +72,7 @@ def test_no_spills_tensor_cores_in_convolutions_and_wide_loads(compilations, cas
             assert all(op.startswith(TENSOR_CORES[arch]) for op in kernel.tensor_cores)
             # tensor cores would truncate
             assert (case.dtype == "tf32") == ("cvt.rna.tf32.f32" in kernel.assembly["ptx"])
-        if case.format == "channels_last":
+        if case.format == "channels_last" and case.op != "augment":  # whose crops begin at any byte
             assert 16 in kernel.loads
             assert 16 in kernel.stores or kernel.name == "bias_gradient_kernel"
 

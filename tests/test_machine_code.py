@@ -13,7 +13,7 @@ from promises import FORMATS, assert_bitwise, ident, randn
 
 from fastcnn import LRNParams, PoolParams, backends
 from fastcnn.ops.register import IMPLEMENTATIONS
-from fastcnn.params import TailParams
+from fastcnn.params import AugmentParams, TailParams
 
 pytest.importorskip("triton")
 if backends.INTERPRETING:
@@ -32,6 +32,7 @@ ALEXNET = LRNParams(5, 1e-4, 0.75, 2.0), PoolParams(3, 2)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 formats = pytest.mark.parametrize("format", FORMATS, ids=ident)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+resized = pytest.mark.parametrize("resizes", [False, True], ids=["same size", "resized"])
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,26 @@ def assert_right(got, expected, dtype):
     tolerance = {"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-6}
     tolerance = {"rtol": 2e-6, "atol": 2e-6} if dtype == torch.float32 else tolerance
     torch.testing.assert_close(got, expected, equal_nan=True, **tolerance)
+
+
+def pictures(sizes):
+    """Arguments of ``augment``: odd places, a mirrored crop, more rows than a program or a block goes through."""
+    x = torch.randint(256, (2, 83, 47, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sizes = torch.tensor([[140, 31], [75, 90]]) if sizes else None  # larger, smaller
+    return x, torch.tensor([[5, 1], [0, 2]]), torch.tensor([False, True]), 255 * torch.rand(2, 3), sizes
+
+
+def augmentation(dtype, format):
+    return AugmentParams((70, 29), (0.3, 1.0, 1 / 57.4), dtype, format)
+
+
+def assert_augmented(got, expected, sizes):
+    """Where pictures keep their size, these very bits; else the last digits of a pixel, up to 255, may differ."""
+    if sizes is None:
+        assert_bitwise(got, expected)
+    else:
+        torch.testing.assert_close(got, expected, rtol=torch.finfo(got.dtype).eps, atol=5e-5)
+    assert got.stride() == expected.stride()
 
 
 def with_nan(x):
@@ -155,6 +176,15 @@ def test_triton_tail_at_every_edge(size, pool, format):
     assert_triton_forward(x, bias, TailParams(True, None, pool))
 
 
+@formats
+@dtypes
+@resized
+def test_triton_augment(resizes, dtype, format):
+    *args, sizes = pictures(resizes)
+    args = *args, sizes, augmentation(dtype, format)
+    assert_augmented(by_triton("augment", *args), by_reference("augment", *args), sizes)
+
+
 # -- CUDA C++ ---------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +250,18 @@ def test_cuda_lrn_and_max_pool2d(cuda, dtype, format):
     assert_right(dx, by_reference("max_pool2d_backward", dy, places, [9, 11], channels_last, pool), dtype)
 
 
+@formats
+@dtypes
+@resized
+def test_cuda_augment(cuda, resizes, dtype, format):
+    x, offsets, mirror, mean, sizes = pictures(resizes)
+    params = augmentation(dtype, format)
+    expected = by_reference("augment", x, offsets, mirror, mean, sizes, params)
+    y, given = torch.empty_like(expected), {"offsets": offsets, "mirror": mirror, "mean": mean}
+    cuda.augment(params, x=x, **given, **({} if sizes is None else {"sizes": sizes}), out=y)
+    assert_augmented(y, expected, sizes)
+
+
 def test_every_operator_has_a_launch_cost(cuda):
     found = {(cost.work.name, cost.work.format): cost for cost in launch_cost.costs(cuda, calls=10, repeats=1)}
     operators = [name for name in IMPLEMENTATIONS if not name.startswith("conv2d")]
@@ -249,7 +291,7 @@ def scaled(n, loops, elements=None):
     def count(kernel):
         memory = Memory()
         places = {id(t): memory.add(t.numpy()) for t in (x, y, factor)}
-        packed = launches.parameters(kernel, lambda t: places[id(t)])
+        packed = launches.parameters(kernel, lambda name, t: places[id(t)])
         launch = Launch(instructions(kernel.sass), (kernel.grid[0], 1, 1), (128, 1, 1), packed, kernel.shared)
         counted.append(execute(launch, memory, range(launch.blocks)))
 

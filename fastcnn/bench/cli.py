@@ -90,7 +90,7 @@ def kernels(
     among("--input", [input], SOURCES)
     for case in cases:
         try:
-            check_source(case.shape, input)
+            check_source(case, input)
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--input") from None
     if threads is not None:

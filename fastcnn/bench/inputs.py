@@ -7,16 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import data, reference
-from .cases import Shape
-from .operators import CONVOLUTIONS, LRN, POOL, SHAPES, Convolution, he_weight
+from .augmentations import MEAN
+from .cases import Case, Shape
+from .operators import CONVOLUTIONS, LRN, OPERATORS, POOL, SHAPES, Convolution, he_weight
 
 SOURCES = ("random", "photographs")
 
-_MEAN = (123.68, 116.78, 103.94)  # of ImageNet's pixels: red, green, blue
+
+def check_source(case: Case, source: str) -> None:
+    """Raise ValueError where the photographs give no input of this case."""
+    if not OPERATORS[case.op].takes_pictures:
+        _check_maps(case.shape, source)
 
 
-def check_source(shape: Shape, source: str) -> None:
-    """Raise ValueError where the photographs give no feature maps of this shape."""
+def _check_maps(shape: Shape, source: str) -> None:
     if source == "photographs" and shape[1:] not in [usual[1:] for usual in SHAPES.values()]:
         maps = " or ".join(f"N,{c},{h},{w}" for _, c, h, w in SHAPES.values())
         raise ValueError(f"the photographs' feature maps are {maps}, not {','.join(map(str, shape))}")
@@ -28,7 +32,7 @@ def features(shape: Shape, source: str, device: str) -> Tensor:
     if source == "random":
         # the scale of conv1's outputs on raw pixels
         return torch.randn(shape, generator=seeded(0, device), device=device) * 64
-    check_source(shape, source)
+    _check_maps(shape, source)
     with torch.no_grad():
         x = _convolved(images(shape[0]), CONVOLUTIONS["AlexNet conv1"])
         if shape[1:] != SHAPES["stage1"][1:]:
@@ -44,7 +48,7 @@ def _convolved(x: Tensor, layer: Convolution) -> Tensor:
 
 def images(batch: int, size: int = 227) -> Tensor:
     """Raw pixels minus their mean: the four photographs' corners, then the mirror images, repeated at need."""
-    photographs = data.photographs(size + 29).float() - torch.tensor(_MEAN).view(3, 1, 1)
+    photographs = data.photographs(size + 29).float() - torch.tensor(MEAN).view(3, 1, 1)
     corners = [photographs[..., top : top + size, left : left + size] for top in (0, 29) for left in (0, 29)]
     crops = torch.cat([*corners, *(corner.flip(-1) for corner in corners)])
     return crops.repeat(-(-batch // len(crops)), 1, 1, 1)[:batch]

@@ -140,7 +140,7 @@ class Here:
     def _checked(self, workload: Workload, provider: Any, dtype: str, device: str) -> Entry:
         before = resident_bytes(device) if workload.measures_memory else None
         entry = workload.prepare(provider, dtype)
-        self.row.error, self.row.tolerance = workload.check(entry.check(), dtype)
+        self.row.error, self.row.tolerance = workload.check(entry.check(), dtype, entry.allowed)
         entry.call()  # the warm-up
         if entry.forward is not None:
             self.row.saved_bytes = saved_bytes(entry.forward, entry.parameters)

@@ -17,8 +17,10 @@ from torch import Tensor
 from .. import functional as FF
 from .. import reference
 from ..params import ConvParams, LRNParams, PoolParams
+from . import augmentations
 from .cases import DTYPES, FORMATS, Case, Shape
 
+DType = torch.dtype
 MODES = ("forward", "backward", "forward+backward")
 LRN = LRNParams(size=5, alpha=1e-4, beta=0.75, k=2.0)
 POOL = PoolParams(kernel_size=3, stride=2)
@@ -72,6 +74,20 @@ def convolution(case: Case) -> Convolution:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """Someone else's function, called as torch's; in float32.
+
+    Args:
+        only_the_first: whether its output is right for the first of a batch alone, and its time a lower bound.
+        allowed: its error, if it rounds more than others.
+    """
+
+    function: Callable[..., Tensor]
+    only_the_first: bool = False
+    allowed: float | None = None
+
+
+@dataclass(frozen=True)
 class Operator:
     """What the benchmark knows of an operator.
 
@@ -79,7 +95,7 @@ class Operator:
         name: of the operator.
         ours, torch, reference: fastcnn's function, torch's, and the definition, called alike: with the input, weights
             where it has any, and ``arguments``.
-        arguments: of a case, what follows the tensors.
+        arguments: of a case and a dtype of the result, what follows the tensors.
         output_shape: of a case.
         backward: the elements that a backward must read and write, from those of the input, the output and the weight.
         argmax: whether forward leaves a byte per output to backward.
@@ -90,6 +106,12 @@ class Operator:
         shapes: the usual ones, of which without ``--full`` the first is run.
         usual: dtypes and modes that are run unless others are asked for.
         mapped: modes that are usual in mapped memory too.
+        modes: that it has.
+        takes_pictures: whether its input is pictures in bytes, of shape (N, H, W, C).
+        moved: (case, element size) -> the bytes that it must read and write, where these are not the elements of input
+            and output.
+        compilable: what torch.compile gets in the place of ``torch``.
+        peers: others who do what it does, by name.
     """
 
     name: str
@@ -97,7 +119,7 @@ class Operator:
     torch: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     backward: Callable[[int, int, int], int]
-    arguments: Callable[[Case], tuple[Any, ...]] = lambda case: ()
+    arguments: Callable[[Case, DType], tuple[Any, ...]] = lambda case, dtype: ()
     output_shape: Callable[[Case], Shape] = lambda case: case.shape
     argmax: bool = False
     weight_shape: Callable[[Case], Shape] | None = None
@@ -106,6 +128,11 @@ class Operator:
     shapes: Collection[Shape] = tuple(STAGES.values())
     usual: Collection[tuple[str, str]] = (("fp32", "forward"), ("fp32", "forward+backward"))
     mapped: Collection[str] = ()
+    modes: Collection[str] = MODES
+    takes_pictures: bool = False
+    moved: Callable[[Case, int], int] | None = None
+    compilable: Callable[..., Tensor] | None = None
+    peers: Mapping[str, Peer] = field(default_factory=dict)
 
     def parameters(self, case: Case, x: Tensor) -> tuple[Tensor, ...]:
         """Weight and bias, if it has them: of the case's precision and format, and of the dtype of ``x``."""
@@ -126,6 +153,8 @@ class Operator:
 
         The same for every provider: the GB/s of one that writes intermediates counts only the bytes that were needed.
         """
+        if self.moved is not None:
+            return self.moved(case, element_size)
         x, y = prod(case.shape), prod(self.output_shape(case))
         weight = 0 if self.weight_shape is None else prod(self.weight_shape(case))
         argmax = y * self.argmax
@@ -175,6 +204,31 @@ def _sign_of_a_sum(case: Case, x: Tensor) -> Tensor:
     return z.abs() > 1e-4 * z.std()
 
 
+def _augment(name: str, allowed: float | None) -> Operator:
+    """``allowed``: the error of those who round pixels to bytes, if they do."""
+    return Operator(
+        name,
+        augmentations.ours,
+        augmentations.in_torch,
+        augmentations.in_plain_torch,
+        lambda x, y, weight: 0,
+        arguments=augmentations.arguments,
+        output_shape=augmentations.output_shape,
+        shapes=((128, 3, 256, 256),),
+        usual=(("fp32", "forward"), ("bf16", "forward")),
+        modes=("forward",),
+        takes_pictures=True,
+        moved=augmentations.bytes_moved,
+        compilable=augmentations.in_plain_torch,
+        peers={
+            "torch.eager": Peer(augmentations.in_torch, allowed=allowed),
+            "Pillow and numpy": Peer(augmentations.by_pillow, allowed=allowed),
+            "torchvision v2": Peer(augmentations.by_torchvision, allowed=allowed),
+            "torchvision v2, one crop for all": Peer(augmentations.by_torchvision_at_once, True, allowed),
+        },
+    )
+
+
 OPERATORS = {
     operator.name: operator
     for operator in (
@@ -184,7 +238,7 @@ OPERATORS = {
             F.local_response_norm,
             reference.local_response_norm,
             lambda x, y, weight: 2 * x + y,
-            arguments=lambda case: _LRN,
+            arguments=lambda case, dtype: _LRN,
             into={
                 "forward": lambda x, dy, y, last: _KERNELS.lrn(x, y, last, *LRN.op_args()),
                 "backward": lambda x, dy, dx, last: _KERNELS.lrn_backward(dy, x, dx, last, *LRN.op_args()),
@@ -198,7 +252,7 @@ OPERATORS = {
             F.max_pool2d,
             reference.max_pool2d,
             lambda x, y, weight: x + y,
-            arguments=lambda case: POOL.op_args(),
+            arguments=lambda case, dtype: POOL.op_args(),
             output_shape=_pooled,
             argmax=True,
         ),
@@ -208,7 +262,7 @@ OPERATORS = {
             _torch_convolution,
             reference.conv2d_relu,
             lambda x, y, weight: 2 * (x + y + weight),  # its output stands for the ReLU's mask
-            arguments=lambda case: convolution(case).params.op_args(),
+            arguments=lambda case, dtype: convolution(case).params.op_args(),
             output_shape=_convolved,
             weight_shape=lambda case: convolution(case).weight_shape,
             decided=_sign_of_a_sum,
@@ -230,8 +284,12 @@ OPERATORS = {
             },
             usual=(("fp32", "forward"), ("fp32", "forward+backward"), ("bf16", "forward")),
         ),
+        _augment("augment", None),
+        _augment("augment_resized", 0.01),
     )
 }
+# Who takes part beside fastcnn and PyTorch.
+PEERS = tuple(name for name in OPERATORS["augment"].peers if not name.startswith("torch."))
 
 
 def select(
@@ -252,6 +310,8 @@ def select(
     cases = []
     for op, mode, dtype in product(ops or OPERATORS, modes or MODES, dtypes or ("fp32", "bf16")):
         operator = OPERATORS[op]
+        if mode not in operator.modes:
+            continue
         usual_mode = any(mode == usual for _, usual in operator.usual)
         usual_dtype = dtype == "fp32" or (dtype, mode) in operator.usual
         if not (full or ((modes or usual_mode) and (dtypes or usual_dtype))):

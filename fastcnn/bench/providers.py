@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +15,31 @@ from . import peers
 from .cases import Case
 from .network_workload import Forward
 from .operator_workload import Function, OperatorWorkload
+from .operators import OPERATORS, PEERS
 
 
-def _torch(workload: OperatorWorkload) -> Function:
-    return workload.function(workload.operator.torch)
+def _torch(workload: OperatorWorkload, dtype: torch.dtype) -> Function:
+    return workload.function(workload.operator.torch, dtype)
 
 
-def _ours(workload: OperatorWorkload) -> Function:
-    return workload.function(workload.operator.ours)
+def _ours(workload: OperatorWorkload, dtype: torch.dtype) -> Function:
+    return workload.function(workload.operator.ours, dtype)
 
 
-def _compiled(workload: OperatorWorkload) -> Function:
-    return torch.compile(_torch(workload), dynamic=False, fullgraph=True)
+def _compiled(workload: OperatorWorkload, dtype: torch.dtype, mode: str | None = None) -> Function:
+    compilable = workload.operator.compilable  # all but its checks of values, which break the graph
+    function = workload.function(compilable or workload.operator.torch, dtype)
+    return torch.compile(function, dynamic=False, fullgraph=compilable is None, mode=mode)
 
 
-def _compiled_for_gpu(workload: OperatorWorkload) -> Function:
+def _compiled_for_gpu(workload: OperatorWorkload, dtype: torch.dtype) -> Function:
     """The tail with all of inductor's tuning. A convolution's is left to cuDNN: it would take half a minute each."""
     mode = "max-autotune-no-cudagraphs" if workload.case.op == "relu_lrn_max_pool2d" else None
-    return torch.compile(_torch(workload), dynamic=False, fullgraph=True, mode=mode)
+    return _compiled(workload, dtype, mode)
+
+
+def _peer(name: str, workload: OperatorWorkload, dtype: torch.dtype) -> Function:
+    return workload.function(workload.operator.peers[name].function, dtype)
 
 
 @dataclass(frozen=True)
@@ -40,21 +48,23 @@ class OperatorProvider:
 
     Args:
         name: as shown and as given to ``--providers``.
-        function: of a workload, the function of the input and the parameters.
+        function: of a workload and a dtype of results, the function of the input and the parameters.
         backend: the backend to force, for fastcnn.
     """
 
     name: str
-    function: Callable[[OperatorWorkload], Function]
+    function: Callable[[OperatorWorkload, torch.dtype], Function]
     backend: str | None = None
 
     def takes_part(self, case: Case) -> bool:
-        """Only the C++ kernels can write into memory that is given to them."""
+        """Only the C++ kernels can write into memory that is given to them; peers have one dtype and format."""
+        if self.name in PEERS:
+            return self.name in OPERATORS[case.op].peers and (case.dtype, case.format) == ("fp32", "channels_last")
         return case.memory == "fresh" or self.backend == "cpu"
 
 
 def operator_providers(device: str = "cpu") -> dict[str, OperatorProvider]:
-    """Those that can run on this device, by name: fastcnn's backends, the fastest first, then PyTorch.
+    """Those that can run on this device, by name: fastcnn's backends, the fastest first, PyTorch, then on CPU others.
 
     On a GPU there also is "fastcnn", which leaves the choice of the backend to each operator.
     """
@@ -64,7 +74,8 @@ def operator_providers(device: str = "cpu") -> dict[str, OperatorProvider]:
         ours.insert(0, OperatorProvider("fastcnn", _ours))
     compiled = _compiled if device == "cpu" else _compiled_for_gpu
     torchs = [OperatorProvider("torch.eager", _torch), OperatorProvider("torch.compile", compiled)]
-    return {provider.name: provider for provider in (*ours, *torchs)}
+    peers = [OperatorProvider(name, partial(_peer, name)) for name in PEERS] if device == "cpu" else []
+    return {provider.name: provider for provider in (*ours, *torchs, *peers)}
 
 
 @dataclass(frozen=True)

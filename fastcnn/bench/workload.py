@@ -49,6 +49,7 @@ class Entry:
         forward: the forward whose memory for backward is counted; None without a backward.
         parameters: what is there anyway, and not counted.
         phases: of the calls, where they have any.
+        allowed: the error of someone who rounds more than others; None for what the workload allows.
     """
 
     check: Call
@@ -56,6 +57,7 @@ class Entry:
     forward: Call | None = None
     parameters: Iterable[Tensor] = ()
     phases: Phases | None = None
+    allowed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Workload(Protocol):
     def prepare(self, provider: Any, dtype: str) -> Entry:
         """A provider's calls; what it raises is shown as its failure."""
 
-    def check(self, outputs: Sequence[Tensor], dtype: str) -> tuple[float, float]:
+    def check(self, outputs: Sequence[Tensor], dtype: str, allowed: float | None = None) -> tuple[float, float]:
         """The largest error against what is allowed of it, and that; Mismatch where an output is wrong."""
 
     def yardsticks(self) -> dict[str, Yardstick]:

@@ -543,7 +543,7 @@ class _Execution:
     _UPLOP3 = _PLOP3
 
     def _ISETP(self, i: Instruction, lanes: Array) -> None:
-        comparison, combination = i.modifiers[0], "OR" if "OR" in i.modifiers else "AND"
+        comparison, combination = i.modifiers[0], _combination(i)
         first, second, a, b, *inputs = i.operands
         x, y = self._int(a), self._int(b)
         if "U32" not in i.modifiers:
@@ -561,7 +561,7 @@ class _Execution:
 
     def _combine(self, how: str, first: Operand, second: Operand, value: Array, other: Operand, lanes: Array) -> None:
         with_ = self._predicate(other)
-        join = np.logical_or if how == "OR" else np.logical_and
+        join = _COMBINE[how]
         one, two = join(value, with_), join(~value, with_)
         self._set_predicate(first, one, lanes)
         self._set_predicate(second, two, lanes)
@@ -662,7 +662,7 @@ class _Execution:
     def _FSETP(self, i: Instruction, lanes: Array) -> None:
         first, second, a, b, other = i.operands
         value = _float_compare(i.modifiers[0], self._float(a), self._float(b))
-        self._combine("OR" if "OR" in i.modifiers else "AND", first, second, value, other, lanes)
+        self._combine(_combination(i), first, second, value, other, lanes)
 
     def _FCHK(self, i: Instruction, lanes: Array) -> None:
         """Whether a quotient needs the slow path: where an operand, the result, or what is between may be no number or
@@ -676,7 +676,7 @@ class _Execution:
         first, second, a, *bs, other = i.operands
         bf16, comparison = "BF16_V2" in i.modifiers, next(m for m in i.modifiers if m in _FLOAT_COMPARISONS)
         x, y = self._halves(a, bf16), self._halves(bs[0], bf16)
-        join = np.logical_or if "OR" in i.modifiers else np.logical_and
+        join = _COMBINE[_combination(i)]
         for k, result in enumerate((first, second)):
             value = _float_compare(comparison, x[k], y[k])
             self._set_predicate(result, join(value, self._predicate(other)), lanes)
@@ -688,7 +688,7 @@ class _Execution:
             raise NotImplementedError(i.opcode)
         bf16, comparison = "BF16_V2" in i.modifiers, next(m for m in i.modifiers if m in _FLOAT_COMPARISONS)
         x, y = self._halves(a, bf16), self._halves(bs[0], bf16)
-        join = np.logical_or if "OR" in i.modifiers else np.logical_and
+        join = _COMBINE[_combination(i)]
         low, high = (join(_float_compare(comparison, x[k], y[k]), self._predicate(other)) for k in (0, 1))
         self._set(result, low * np.uint32(0xFFFF) | high * np.uint32(0xFFFF0000), lanes)
 
@@ -940,6 +940,7 @@ _COMPARE = {
     "EQ": np.equal,
     "NE": np.not_equal,
 }
+_COMBINE = {"AND": np.logical_and, "OR": np.logical_or, "XOR": np.logical_xor}
 _FLOAT_COMPARISONS = {*_COMPARE, *(f"{name}U" for name in _COMPARE), "NAN", "NUM"}
 _FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "RCP": lambda x: 1 / x,
@@ -949,6 +950,11 @@ _FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "LG2": np.log2,
 }
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+def _combination(i: Instruction) -> str:
+    """How the result of a comparison is combined with another predicate."""
+    return next(modifier for modifier in i.modifiers if modifier in _COMBINE)
 
 
 def _float_compare(name: str, a: Array, b: Array) -> Array:

@@ -25,7 +25,10 @@ class Cost:
 
 
 def costs(cuda: Cuda, calls: int = 10000, repeats: int = 7) -> Iterator[Cost]:
-    """Of each operator in both formats, at AlexNet's input or conv1 in bf16: the median of the means of ``repeats`` times."""
+    """Of each operator in both formats, at AlexNet's conv1 or its input, in bf16.
+
+    The median of the means of ``repeats`` times.
+    """
     for work in workloads():
         if "cuda" in work.languages and work.layer in ("AlexNet input", "AlexNet conv1") and work.dtype == "bf16":
             took = statistics.median(cuda.nanoseconds(work, calls) for _ in range(repeats))

@@ -354,7 +354,7 @@ def floor(row: Row) -> float:
 def faster(found: Sequence[Row]) -> dict[str, Any]:
     """Which language is faster for each operator, dtype, format and number of elements of its first argument.
 
-    As predicted for an H100; where both were measured, as measured. Calls with alike first arguments are taken together.
+    As predicted for an H100; where both were measured, as measured. Calls that differ in nothing of this are added up.
     """
     times: dict[tuple[str, str, bool, int], dict[str, float]] = {}
     for row in found:
@@ -394,7 +394,7 @@ _HEAD = f"""# Predicted speed of the memory-bound kernels
 Written by `make roofline`, on a machine that needs no GPU, from the machine code for sm_90: predictions, not
 measurements. Each kernel is executed, instruction by instruction, for {_BLOCKS} blocks of its launch at batch {BATCH};
 `tools/machine_code/roofline.py` has the formula. A cell is the predicted share of a copy that moves as many bytes, and
-what binds; then instructions issued per element of the input.
+what binds; then instructions issued per element of the input, of `augment`'s output.
 
 """
 
@@ -459,11 +459,11 @@ def _details(found: Sequence[Row]) -> str:
     return "\n## Counts\n\n" + _DETAILS + _table(lines)
 
 
-_DETAILS = """Per element of the input: instructions, including those of lanes without an element; under l1
-wavefronts of 32 words, of the L1 cache and of shared memory; those lost to bank conflicts; and bytes between L2 cache
-and multiprocessors. In flight are the bytes that a multiprocessor's warps have loads under way for when they wait.
-Needed, by Little's law, is what arrives during one load's latency at the rate of a copy, counting only the share of the
-kernel's L2 bytes that it loads.
+_DETAILS = """Per element of the input, of `augment`'s output: instructions, including those of lanes without an
+element; under l1 wavefronts of 32 words, of the L1 cache and of shared memory; those lost to bank conflicts; and bytes
+between L2 cache and multiprocessors. In flight are the bytes that a multiprocessor's warps have loads under way for
+when they wait. Needed, by Little's law, is what arrives during one load's latency at the rate of a copy, counting only
+the share of the kernel's L2 bytes that it loads.
 
 """
 

@@ -185,11 +185,12 @@ class Augmented(Workload):
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
         n, _, *crop = self.shape
-        random, of = torch.Generator().manual_seed(0), self.size or PICTURE
+        random = torch.Generator().manual_seed(0)
+        places = [size - cut + 1 for size, cut in zip(self.size or PICTURE, crop, strict=True)]
         options: dict[str, Any] = {"device": "meta", "memory_format": FORMATS[self.format]}
         found = {
             "x": torch.empty(n, *PICTURE, 3, dtype=torch.uint8, device="meta"),
-            "offsets": torch.stack([torch.randint(a - b + 1, (n,), generator=random) for a, b in zip(of, crop)], 1),
+            "offsets": torch.stack([torch.randint(count, (n,), generator=random) for count in places], 1),
             "mirror": torch.rand(n, generator=random) < 0.5,
             "mean": torch.full((n, 3), 120.0),
             "y": torch.empty(self.shape, dtype=DTYPES[self.dtype], **options),
