@@ -56,6 +56,27 @@ def kernels(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+AUGMENTATIONS = {
+    "augment": "crops of 227 from 128 pictures of 256x256",
+    "augment_resized": "crops of 224 from the same, resized to 256 to 512",
+}
+RIVALS = "torch.eager", "torch.compile", "Pillow and numpy", "torchvision v2", "torchvision v2, one crop for all"
+
+
+def augmentations(rows: Sequence[Row]) -> list[str]:
+    """Of the augmentation in C++ the time and the rate by a copy's, then how many times faster it is than others."""
+    lines = [_line(["", "fastcnn", "of a copy", *RIVALS]), "|---" * (len(RIVALS) + 3) + "|"]
+    for (op, dtype), members in _grouped(rows, lambda row: (row.op, row.dtype)):
+        rivals = [fastest([row for row in members if row.provider == name], name) for name in RIVALS]
+        for row in members:
+            if row.provider == "fastcnn.cpu" and row.median_ms and row.gb_per_s and row.copy_gb_per_s:
+                ratios = [ratio((rival.median_ms or 0) / row.median_ms) if rival else "" for rival in rivals]
+                what = f"{AUGMENTATIONS[op]}, {dtype} {row.format}"
+                rate = f"{row.gb_per_s / row.copy_gb_per_s:.2f}"
+                lines.append(_line([what, f"{row.median_ms:.2f} ms", rate, *ratios]))
+    return lines
+
+
 def networks(rows: Sequence[Row]) -> list[str]:
     """Images per second, each in its faster memory format, the fastest in bold; then where that is not fastcnn."""
     lines = [_line(["images per second", *RUNTIMES.values()]), "|---" * (len(RUNTIMES) + 1) + "|"]
@@ -117,6 +138,7 @@ TABLES: dict[str, tuple[Callable[..., list[str]], Callable[..., list[Any]], list
     "kernels": (kernels, read_rows, ["kernels.json"]),
     "models": (networks, read_rows, ["inference/models.json", "training/models.json"]),
     "data": (data, read_data_rows, ["data.json"]),
+    "augment": (augmentations, read_rows, ["augment/kernels.json"]),
 }
 
 

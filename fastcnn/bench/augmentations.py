@@ -86,13 +86,18 @@ def in_torch(
 ) -> Tensor:
     """Picture by picture into one output; resized in bytes, as images are."""
     y = torch.empty((len(x), 3, crop, crop), dtype=dtype, device=x.device, memory_format=format)
+    mean = mean.to(x.device)[:, :, None, None]
     for i, (picture, (top, left), mirrored) in enumerate(zip(x, offsets.tolist(), mirror.tolist(), strict=True)):
         part = picture[None].permute(0, 3, 1, 2)  # in these strides torch resizes bytes the fastest
         if sizes is not None:
             part = interpolate(part, sizes[i].tolist(), mode="bilinear", antialias=True)
         part = part[0, :, top : top + crop, left : left + crop]
-        y[i].copy_(part.flip(-1) if mirrored else part)
-    return y.sub_(mean.to(x.device, dtype)[:, :, None, None])
+        part = part.flip(-1) if mirrored else part
+        if dtype == torch.float32:
+            torch.sub(part, mean[i], out=y[i])
+        else:
+            y[i].copy_(part - mean[i])
+    return y
 
 
 def by_pillow(
