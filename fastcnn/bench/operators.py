@@ -134,6 +134,11 @@ class Operator:
     compilable: Callable[..., Tensor] | None = None
     peers: Mapping[str, Peer] = field(default_factory=dict)
 
+    @property
+    def registered(self) -> str:
+        """Name of its op."""
+        return "augment" if self.takes_pictures else self.name
+
     def parameters(self, case: Case, x: Tensor) -> tuple[Tensor, ...]:
         """Weight and bias, if it has them: of the case's precision and format, and of the dtype of ``x``."""
         if self.weight_shape is None:

@@ -98,7 +98,8 @@ AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle t, void** data) {
 
 size_t aoti_torch_dtype_element_size(int32_t dtype) {
   switch (static_cast<ScalarType>(dtype)) {
-    case ScalarType::Byte: return 1;
+    case ScalarType::Byte:
+    case ScalarType::Bool: return 1;
     case ScalarType::Half:
     case ScalarType::BFloat16: return 2;
     case ScalarType::Int:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,17 +20,18 @@ import torch
 from torch import Tensor
 
 from fastcnn import backends
-from fastcnn.bench.cases import ANY_FORMAT, Case
+from fastcnn.bench import augmentations
+from fastcnn.bench.cases import ANY_FORMAT, DTYPES, Case
 from fastcnn.bench.measure import Budget, measure
 from fastcnn.bench.network_workload import NetworkWorkload
 from fastcnn.bench.operator_workload import OperatorWorkload
-from fastcnn.bench.operators import CONVOLUTIONS, LRN, POOL, STAGES, convolution
+from fastcnn.bench.operators import CONVOLUTIONS, LRN, OPERATORS, POOL, STAGES, convolution
 from fastcnn.bench.providers import OperatorProvider, network_providers, operator_providers
 from fastcnn.bench.rows import Row
 from fastcnn.bench.workload import Entry, reason
 from fastcnn.ops import select_conv2d_relu
 from fastcnn.ops.register import IMPLEMENTATIONS
-from fastcnn.params import TailParams
+from fastcnn.params import AugmentParams, TailParams
 from tools.machine_code.workloads import arguments
 
 from .process import Clock
@@ -50,6 +51,8 @@ def kernel_cases(batch: int) -> Iterator[Case]:
             ("relu_lrn_max_pool2d", "lrn", "max_pool2d"), STAGES, ("forward", "backward"), ("channels_last", "NCHW")
         ):
             yield Case(op, (batch, *STAGES[stage][1:]), dtype, format, mode)
+        for op, format in product(("augment", "augment_resized"), ("channels_last", "NCHW")):
+            yield Case(op, (batch, 3, 256, 256), dtype, format)
     for dtype, (layer, conv) in product(("bf16", "fp32"), CONVOLUTIONS.items()):
         images = batch if layer.startswith("AlexNet") else max(1, batch // 4)
         shape = images, conv.channels, conv.size, conv.size
@@ -115,9 +118,9 @@ class Tuning(OperatorWorkload):
         return Entry(provider, provider)
 
     def ways(self) -> list[Way]:
-        case, x, dy = self.case, self.x, self.dy
+        case, x, dy, name = self.case, self.x, self.dy, self.operator.registered
         here = [name for name in ("triton", "cuda", "cpu") if not backends.why_not(name, x.device)]
-        forward, backward = (IMPLEMENTATIONS[case.op + suffix] for suffix in ("", "_backward"))
+        forward, backward = (IMPLEMENTATIONS.get(name + suffix, {}) for suffix in ("", "_backward"))
         implementations = forward if case.mode == "forward" else backward
         runs: dict[str, Callable[..., Any]] = {name: implementations[name] for name in here}
         if self.operator.weight_shape is not None:
@@ -126,16 +129,26 @@ class Tuning(OperatorWorkload):
             return [Way(name, run, (x, *parameters, conv, False)) for name, run in runs.items()]
         argmax = None
         if case.mode == "backward" and self.operator.argmax:
-            argmax = forward[here[0]](*arguments(case.op, "forward", TAIL, x, dy))[1]
-        args = arguments(case.op, case.mode, TAIL, x, dy, argmax, with_argmax=False)
+            argmax = forward[here[0]](*op_arguments(replace(case, mode="forward"), x, dy, with_argmax=True))[1]
+        args = op_arguments(case, x, dy, argmax)
         if runs.pop("triton", None):
             runs = {**configurations(case), **runs}
         return [Way(name, run, args) for name, run in runs.items()]
 
 
+def op_arguments(
+    case: Case, x: Tensor, dy: Tensor, argmax: Tensor | None = None, with_argmax: bool = False
+) -> tuple[Any, ...]:
+    """Of the implementations of a memory-bound operator."""
+    if not OPERATORS[case.op].takes_pictures:
+        return arguments(case.op, case.mode, TAIL, x, dy, argmax, with_argmax=with_argmax)
+    *choices, crop, dtype, format = augmentations.arguments(case, DTYPES[case.dtype])
+    return (x, *choices, AugmentParams(crop, dtype=dtype, memory_format=format))
+
+
 def configurations(case: Case) -> dict[str, Callable[..., Any]]:
     """Of a memory-bound operator, all that the Triton launchers know."""
-    module: Any = importlib.import_module(f"fastcnn.ops.triton.{case.op}")
+    module: Any = importlib.import_module(f"fastcnn.ops.triton.{OPERATORS[case.op].registered}")
     launcher, configs = (
         (module.forward, module.FORWARD_CONFIGS)
         if case.mode == "forward"

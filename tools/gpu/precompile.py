@@ -21,10 +21,10 @@ from fastcnn.ops.register import IMPLEMENTATIONS
 from fastcnn.ops.triton import conv2d_relu
 from fastcnn.params import ConvParams
 from tools.machine_code.kernels_table import cases, meta
-from tools.machine_code.workloads import BATCH, arguments
+from tools.machine_code.workloads import BATCH
 
 from .compilation import compiling_into_cache
-from .measure import TAIL, configurations, kernel_cases, network_cases
+from .measure import configurations, kernel_cases, network_cases, op_arguments
 from .stand_in import standing_in
 
 _DTYPES = ("bf16", "tf32")
@@ -58,11 +58,12 @@ def _memory_bound() -> Iterator[tuple[tuple[Any, ...], list[Callable[..., Any]]]
     for case in kernel_cases(BATCH):
         if case.op == "conv2d_relu":
             continue
-        x = meta(case.dtype, case.format, *case.shape)
-        dy = meta(case.dtype, case.format, *OPERATORS[case.op].output_shape(case))
-        name = case.op + ("" if case.mode == "forward" else "_backward")
-        argmax = torch.empty_like(dy, dtype=torch.uint8)
-        args = arguments(case.op, case.mode, TAIL, x, dy, argmax, with_argmax=False)
+        x, operator = meta(case.dtype, case.format, *case.shape), OPERATORS[case.op]
+        if operator.takes_pictures:
+            x = x.new_empty((x.shape[0], *x.shape[2:], 3), dtype=torch.uint8)
+        dy = meta(case.dtype, case.format, *operator.output_shape(case))
+        name = operator.registered + ("" if case.mode == "forward" else "_backward")
+        args = op_arguments(case, x, dy, torch.empty_like(dy, dtype=torch.uint8))
         yield args, [IMPLEMENTATIONS[name]["triton"], *configurations(case).values()]
 
 

@@ -10,7 +10,7 @@ from .parameters import Augmentation
 
 # Rows of a crop that a program goes through, elements of a row that it has, and its warps.
 # The first is used, the others are what a GPU test checks too.
-CONFIGS = [(64, 64, 2), (64, 128, 4), (32, 64, 2)]
+FORWARD_CONFIGS = [(64, 64, 2), (64, 128, 4), (32, 64, 2)]
 
 
 def forward(
@@ -24,7 +24,7 @@ def forward(
     config: tuple[int, int, int] | None = None,
 ) -> Tensor:
     (crop_h, crop_w), (red, green, blue), dtype, channels_last = params.op_args()
-    (rows, block, num_warps), y = config or CONFIGS[0], augmented(x, params)
+    (rows, block, num_warps), y = config or FORWARD_CONFIGS[0], augmented(x, params)
     x, offsets, mirror, mean, sizes = params.dense(x, offsets, mirror, mean, sizes)
     row_blocks, blocks = cdiv(crop_h, rows), cdiv(3 * crop_w, block)
     launch(
