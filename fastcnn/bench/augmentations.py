@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .. import data, reference
-from ..data.augment import choices
+from ..data.augment import choices, normal_deviates
 from ..functional import augment
 from .cases import FORMATS, Case, Shape
 from .workload import NotInstalled
@@ -43,8 +43,9 @@ def arguments(case: Case, dtype: torch.dtype) -> tuple[Any, ...]:
     """What is drawn for each picture, as training draws it; the colour noise, of 10 levels, is part of the mean."""
     crop, side = crop_side(case), min(case.shape[2:])
     jitter = (side, 2 * side) if case.op == "augment_resized" else None
-    made = choices(0, 0, torch.arange(case.shape[0]), case.shape[2:], crop, jitter)
-    mean = torch.tensor(MEAN) - 10 * made.normal.float()
+    indices = torch.arange(case.shape[0])
+    made = choices(0, 0, indices, case.shape[2:], crop, jitter)
+    mean = torch.tensor(MEAN) - 10 * normal_deviates(0, 0, indices).float()
     return made.offsets, made.mirror, mean, made.sizes, crop, dtype, FORMATS[case.format]
 
 

@@ -108,11 +108,12 @@ class Augmentation:
         made = choices(seed, epoch, indices, (height, width), self.crop, self.jitter)
         if not self.random:
             made = self._fixed(made, height, width)
-        mean = made.normal.new_tensor(self.mean).expand(len(indices), 3)
+        mean = torch.tensor(self.mean, dtype=torch.float64, device=indices.device).expand(len(indices), 3)
         if self.statistics is not None and self.noise:
             deviations = mean.new_tensor(self.statistics.eigenvalues).sqrt()
             vectors = mean.new_tensor(self.statistics.eigenvectors)
-            mean = mean - ((made.normal * self.noise * deviations)[..., None] * vectors).sum(1)
+            drawn = self.noise * normal_deviates(seed, epoch, indices)
+            mean = mean - ((drawn * deviations)[..., None] * vectors).sum(1)
         return functional.augment(
             pictures,
             made.offsets,
@@ -134,15 +135,14 @@ class Augmentation:
 
 
 class Choices(NamedTuple):
-    """What is drawn for each of n pictures, on the CPU.
+    """What is drawn for each of n pictures, but its noise, on the CPU.
 
-    ``offsets``: int64 of shape (n, 2), first rows and columns of the crops; ``mirror``: bool of shape (n,); ``normal``:
-    float64 of shape (n, 3), normal deviates; ``sizes``: int64 of shape (n, 2), new heights and widths, or None.
+    ``offsets``: int64 of shape (n, 2), first rows and columns of the crops; ``mirror``: bool of shape (n,); ``sizes``:
+    int64 of shape (n, 2), new heights and widths, or None.
     """
 
     offsets: Tensor
     mirror: Tensor
-    normal: Tensor
     sizes: Tensor | None
 
 
@@ -154,14 +154,11 @@ def choices(
     crop: int,
     jitter: tuple[int, int] | None = None,
 ) -> Choices:
-    """The random choices for each picture in an epoch.
+    """The random choices for each picture in an epoch, from ``words`` of the stream CROP.
 
-    With ``words`` of the stream CROP: where there is jitter, the short side's new length is ``least + words[3] *
-    (most - least + 1) // 2**32``; the crop's first row is ``words[0] * (height - crop + 1) // 2**32``, its first column
-    the same of ``words[1]`` and the width; it is mirrored if ``words[2]`` is 2**31 or more. With those of the stream
-    NOISE, by Box and Muller, in float64: ``radius(0) * cos(angle(1))``, ``radius(0) * sin(angle(1))`` and ``radius(2) *
-    cos(angle(3))``, where ``radius(k) = sqrt(-2 * log((words[k] + 1) / 2**32))`` and ``angle(k) = 2 * pi * words[k] /
-    2**32``.
+    Where there is jitter, the short side's new length is ``least + words[3] * (most - least + 1) // 2**32``. The crop's
+    first row is ``words[0] * (height - crop + 1) // 2**32``, its first column the same of ``words[1]`` and the width.
+    It is mirrored if ``words[2]`` is 2**31 or more.
     """
     words = random_words(seed, epoch, indices, Stream.CROP)
     size_of_each, sizes = torch.tensor(size, device=indices.device).expand(len(indices), 2), None
@@ -169,11 +166,19 @@ def choices(
         least, most = jitter
         size_of_each = sizes = scaled(size_of_each, least + (words[:, 3:] * (most - least + 1) >> 32))
     offsets = words[:, :2] * (size_of_each - crop + 1) >> 32
-    noise = random_words(seed, epoch, indices, Stream.NOISE).double()
-    radius = (-2 * ((noise[:, 0::2] + 1) / 2**32).log()).sqrt()
-    angle = 2 * pi * noise[:, 1::2] / 2**32
-    normal = torch.stack((radius * angle.cos(), radius * angle.sin()), 2).flatten(1)[:, :3]
-    return Choices(offsets, words[:, 2] >= 2**31, normal, sizes)
+    return Choices(offsets, words[:, 2] >= 2**31, sizes)
+
+
+def normal_deviates(seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Three for each picture in an epoch, float64 of shape (n, 3), from ``words`` of the stream NOISE.
+
+    By Box and Muller: ``radius(0) * cos(angle(1))``, ``radius(0) * sin(angle(1))`` and ``radius(2) * cos(angle(3))``,
+    where ``radius(k) = sqrt(-2 * log((words[k] + 1) / 2**32))`` and ``angle(k) = 2 * pi * words[k] / 2**32``.
+    """
+    words = random_words(seed, epoch, indices, Stream.NOISE).double()
+    radius = (-2 * ((words[:, 0::2] + 1) / 2**32).log()).sqrt()
+    angle = 2 * pi * words[:, 1::2] / 2**32
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), 2).flatten(1)[:, :3]
 
 
 def scaled(size: Tensor, short: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ def test_other_pictures_become_256(folder: Dataset) -> None:
 
 
 def test_any_number_of_workers_and_ranks_gives_the_same(folder: Dataset) -> None:
-    augment = Augmentation(9, noise=0.1, statistics=measure(folder, size=16, workers=0), dtype=torch.float64)
+    statistics = measure(folder, size=16, workers=0)
+    augment = Augmentation(9, noise=0.1, statistics=statistics, jitter=(9, 21), dtype=torch.float64)
     expected = list(make(folder, augment=augment).epoch(2))
     for workers, world in ((1, 1), (3, 1), (0, 2), (2, 3), (0, 7)):
         loaders = [make(folder, augment=augment, workers=workers, rank=r, world=world) for r in range(world)]

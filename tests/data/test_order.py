@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcnn.data import Order, epoch_order
-from fastcnn.data.augment import choices
+from fastcnn.data.augment import choices, normal_deviates
 from fastcnn.data.order import Stream, random_words
 from fastcnn.reference import philox4x32
 
@@ -167,16 +167,24 @@ def test_epochs_and_steps_that_there_are_not(epoch: int, step: int) -> None:
 
 
 def drawn(count: int = 20_000, **changed: int) -> tuple[Tensor, Tensor, Tensor]:
-    seed, epoch = changed.get("seed", 0), changed.get("epoch", 0)
-    return choices(seed, epoch, torch.arange(count), (256, 240), 227)
+    return drawn_for(torch.arange(count), changed.get("seed", 0), changed.get("epoch", 0))
+
+
+def drawn_for(indices: Tensor, seed: int, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets, mirror and noise."""
+    return *choices(seed, epoch, indices, (256, 240), 227)[:2], normal_deviates(seed, epoch, indices)
 
 
 def test_choices_are_as_specified() -> None:
-    offsets, mirror, normal = choices(5, 6, torch.tensor([3, 2**32 + 4]), (256, 240), 227)
+    offsets, mirror, normal = drawn_for(torch.tensor([3, 2**32 + 4]), 5, 6)
+    sizes = choices(5, 6, torch.tensor([3, 2**32 + 4]), (240, 360), 227, (256, 512)).sizes
+    assert sizes is not None
     for row, (low, high) in enumerate([(3, 0), (4, 1)]):
         w = philox_of_numpy([low, high, 6, 1], 5)
         assert offsets[row].tolist() == [w[0] * 30 // 2**32, w[1] * 14 // 2**32]
         assert bool(mirror[row]) == (w[2] >= 2**31)
+        short = 256 + w[3] * 257 // 2**32
+        assert sizes[row].tolist() == [short, 360 * short // 240]
         w = philox_of_numpy([low, high, 6, 2], 5)
         radius = [math.sqrt(-2 * math.log((w[k] + 1) / 2**32)) for k in (0, 2)]
         first, second = (2 * math.pi * w[k] / 2**32 for k in (1, 3))
@@ -187,7 +195,7 @@ def test_choices_are_as_specified() -> None:
 def test_choices_depend_on_nothing_but_seed_epoch_and_index() -> None:
     whole = drawn(100)
     some = torch.tensor([17, 3, 99])
-    for one, part in zip(whole, choices(0, 0, some, (256, 240), 227), strict=True):
+    for one, part in zip(whole, drawn_for(some, 0, 0), strict=True):
         assert torch.equal(one[some], part)
     for changed in ({"seed": 1}, {"epoch": 1}):
         assert not any(torch.equal(one, other) for one, other in zip(whole, drawn(100, **changed), strict=True))

@@ -30,6 +30,13 @@ def test_batches_are_those_of_the_cpu(dataset, options):
                     assert torch.equal(one.cpu(), other)
 
 
+def test_jitter_is_that_of_the_cpu(dataset):
+    augment = Augmentation(31, jitter=(31, 90))
+    batches = (loader(dataset, 16, augment=augment, device=device).epoch(1) for device in ("cuda", "cpu"))
+    for got, right in zip(*batches, strict=True):
+        torch.testing.assert_close(got.images.cpu(), right.images, rtol=1e-5, atol=1e-4)
+
+
 def test_a_set_that_does_not_fit_is_refused(dataset):
     free = torch.cuda.mem_get_info()[0]
     dataset.arrays = [torch.empty(1, dtype=torch.uint8).expand(free // (40 * 36 * 3) + 1, 40, 36, 3)]

@@ -2,17 +2,19 @@
 
 import pytest
 import torch
-from operators import WIDE, max_pool2d, relu_lrn_max_pool2d
+from operators import WIDE, augment, max_pool2d, relu_lrn_max_pool2d
 from places import Place
-from promises import ident, integers, randn
+from promises import assert_same_answer, ident, integers, randn
 
-from fastcnn import PoolParams, backends
+from fastcnn import PoolParams, backends, reference
+from fastcnn.ops.triton import augment as launcher
+from fastcnn.params import AugmentParams
 
 
 def test_cpu_tensors_run_the_triton_kernels():
     assert all(
         backends.choose(op, ("reference", "cpu", "triton"), torch.zeros(1)) == "triton"
-        for op in ("lrn", "max_pool2d", "relu_lrn_max_pool2d")
+        for op in ("augment", "lrn", "max_pool2d", "relu_lrn_max_pool2d")
     )
 
 
@@ -26,6 +28,16 @@ def test_pool_of_up_to_and_of_more_than_256_places(pool):
     """Whose windows are not unrolled; slow, so at one size."""
     case = max_pool2d.pool_case((1, 2, 4, 3), pool)
     max_pool2d.check(Place("triton"), case, case.tensors(format=torch.channels_last))
+
+
+@pytest.mark.parametrize("resized", [False, True], ids=["", "resized"])
+@pytest.mark.parametrize("config", launcher.FORWARD_CONFIGS, ids=ident)
+def test_augment_in_every_configuration(config, resized):
+    """Crops of more rows than a program goes through at once."""
+    case = augment.augment_case((2, 21, 30, 3), (19, 23), resized)
+    tensors = case.tensors()
+    y = launcher.forward(*tensors, AugmentParams(**case.kwargs), config=config)
+    assert_same_answer(y, reference.augment(*tensors, **{**case.kwargs, "dtype": torch.float64}))
 
 
 def test_ops_called_directly_refuse_tensors_that_do_not_fit():
