@@ -118,8 +118,9 @@ def augment_kernel(
     if layout.RESIZED:
         size_h, size_w = tl.load(sizes + 2 * image).to(tl.int32), tl.load(sizes + 2 * image + 1).to(tl.int32)
         column += left.to(tl.int32)
-    for done in range(0, tl.minimum(ROWS, crop_h - first_row), AT_ONCE):
-        inside = (row < crop_h - first_row - done) & (lane < 3 * crop_w)
+    rows, done = tl.minimum(ROWS, crop_h - first_row), 0
+    while done < rows:
+        inside = (row < rows - done) & (lane < 3 * crop_w)
         if layout.RESIZED:
             place = row + (done + top.to(tl.int32))
             pixels = resized(picture, place, column, channel, inside, height, width, size_h, size_w, ACC)
@@ -128,3 +129,4 @@ def augment_kernel(
             source += AT_ONCE * line
         tl.store(to + to_at, rounded((pixels - lane_mean) * lane_scale, y.dtype.element_ty), inside)
         to += AT_ONCE * out_line
+        done += AT_ONCE

@@ -378,14 +378,17 @@ def _measured(document: dict[str, Any]) -> dict[tuple[str, str, bool, int], dict
     times: dict[tuple[str, str, bool, int], dict[str, float]] = {}
     for fields in document["rows"]:
         language = fields["provider"].removeprefix("fastcnn.")
-        if fields["op"] not in OPS or language not in LANGUAGES or not fields["median_ms"]:
+        operator = OPERATORS.get(fields["op"])
+        if operator is None or operator.weight_shape or language not in LANGUAGES or not fields["median_ms"]:
             continue
         case = Case(fields["op"], tuple(fields["shape"]), fields["dtype"], fields["format"], fields["mode"])
         forward = case.mode == "forward"
-        elements = math.prod(case.shape if forward else OPERATORS[case.op].output_shape(case))
-        name = case.op if forward else f"{case.op}_backward"
-        key = name, _name(DTYPES[case.dtype]), case.format == "channels_last", elements
-        times.setdefault(key, {})[language] = fields["median_ms"]
+        elements = math.prod(case.shape if forward else operator.output_shape(case))
+        name = operator.registered + ("" if forward else "_backward")
+        of_input = _name(DTYPES[case.dtype]), case.format == "channels_last"
+        key = name, *(("uint8", False) if operator.takes_pictures else of_input), elements
+        ms = times.setdefault(key, {})
+        ms[language] = ms.get(language, 0.0) + fields["median_ms"]
     return times
 
 
