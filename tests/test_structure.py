@@ -138,9 +138,10 @@ def test_the_checklist_is_complete(op):
 
 
 CUDA = "csrc/cuda/fast/<op>.cuh", "csrc/cuda/general/<op>.cuh"
-# What some operators have beside the list: glue that CPU and CUDA share, parts of kernels that others use, and cuDNN.
+# What some operators have beside the list: glue that CPU and CUDA share, parts of kernels that others use, cuDNN, and
+# what draws random choices.
 OPTIONAL = {
-    "augment": {"csrc/augment_op.h"},
+    "augment": {"csrc/augment_op.h", "fastcnn/data/augment.py"},
     "lrn": {"csrc/lrn_op.h", "csrc/cpu/lrn.h", *CUDA},
     "max_pool2d": {"csrc/max_pool2d_op.h", "csrc/cpu/max_pool2d.h", *CUDA},
     "conv2d_relu": {"fastcnn/ops/cudnn/conv2d_relu.py"},
