@@ -9,8 +9,8 @@ inline constexpr int64_t kMostResized = 1 << 14;  // pixels of an axis that is r
 
 // An axis of a picture that is resized. A new pixel is made of the old ones under a triangle that is as wide as two of
 // them, or as two new ones where these are larger; pixel i has the weight reach - |(2i + 1) * size - centre|, if that
-// is positive, divided by the sum of the weights. Where a pixel counts 2 * size and a new one 2 * length, all of these
-// are integers, below 2^31 up to kMostResized.
+// is positive, divided by the sum of the weights. In units of which an old pixel is 2 * size and a new one 2 * length
+// wide, all of these are integers, below 2^31 up to kMostResized.
 template <typename Int>
 struct ResizedAxis {
   Int length, size;  // before and after
@@ -42,6 +42,7 @@ struct AugmentTask {
   const bool* mirror;      // N
   const void* mean;        // N x 3, in the compute type
   const int64_t* sizes;    // N x 2: height and width after resizing; null where pictures keep theirs
+  int64_t taps[2];         // on CPU: the most rows, and columns, that make one of any picture
   void* out;
 };
 

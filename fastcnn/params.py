@@ -278,15 +278,19 @@ class AugmentParams:
     @staticmethod
     def from_op(crop: list[int], scale: list[float], dtype: torch.dtype, channels_last: bool) -> AugmentParams:
         """The parameters of which these are the :meth:`op_args`."""
-        return _augment_params(tuple(crop), tuple(scale), dtype, channels_last)
+        return AugmentParams(crop, scale, dtype, format_of(channels_last))  # not cached: -0.0 is equal to 0.0
 
     def check_tensors(self, input: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor, sizes: Tensor | None) -> None:
         """Raise what torch would raise where a tensor is not what :func:`fastcnn.functional.augment` says."""
         op = "augment"
-        given = {"input": input, "offsets": offsets, "mirror": mirror, "mean": mean, "sizes": sizes}
+        given = {"input": input, "offsets": offsets, "mirror": mirror, "mean": mean}
+        if sizes is not None:
+            given["sizes"] = sizes
         for name, value in given.items():
-            if not isinstance(value, Tensor) and not (name == "sizes" and value is None):
+            if not isinstance(value, Tensor):
                 raise TypeError(f"{op}(): argument '{name}' must be Tensor, not {type(value).__name__}")
+            if value.layout != torch.strided:
+                raise NotImplementedError(f"{op}(): {name} must have layout torch.strided, got {value.layout}")
         if input.dim() != 4 or input.shape[3] != 3:
             raise RuntimeError(
                 f"{op}(): expected a 4D (N, H, W, 3) input, but got input of size {list(input.shape)} "
@@ -294,15 +298,11 @@ class AugmentParams:
             )
         if input.dtype != torch.uint8:
             raise NotImplementedError(f"{op}(): not implemented for input of dtype {input.dtype}; allowed is uint8")
-        if input.layout != torch.strided:
-            raise NotImplementedError(f"{op}(): input must have layout torch.strided, got {input.layout}")
         n = input.shape[0]
-        wanted = {"offsets": ((n, 2), torch.int64), "mirror": ((n,), torch.bool), "mean": ((n, 3), mean.dtype)}
-        if sizes is not None:
-            wanted["sizes"] = (n, 2), torch.int64
-        for name, (shape, dtype) in wanted.items():
-            value = given[name]
-            assert value is not None
+        pairs = (n, 2), torch.int64
+        wanted = {"offsets": pairs, "sizes": pairs, "mirror": ((n,), torch.bool), "mean": ((n, 3), mean.dtype)}
+        for name, value in given.items():
+            shape, dtype = wanted.get(name, (value.shape, value.dtype))
             if value.shape != shape or value.dtype != dtype:
                 raise RuntimeError(
                     f"{op}(): expected {name} of size {list(shape)} and {dtype}, but got size {list(value.shape)} and "
@@ -313,13 +313,38 @@ class AugmentParams:
                     f"{op}(): expected {name} on the CPU or with the input on {input.device}, but it is on "
                     f"{value.device}"
                 )
+        if torch.is_grad_enabled() and mean.requires_grad:
+            raise RuntimeError(
+                f"{op}(): it is not differentiable with respect to argument 'mean', which cannot have "
+                "requires_grad True"
+            )
         if not mean.is_floating_point():
             raise RuntimeError(f"{op}(): expected mean of a floating-point dtype, but got {mean.dtype}")
+
+    def check_values(self, shape: Sequence[int], offsets: Tensor, sizes: Tensor | None) -> None:
+        """Raise ValueError if a crop is not within its picture, or a picture cannot be resized."""
+        (n, h, w), (ch, cw) = shape[:3], self.op_args()[0]
+        if n == 0:
+            return
+        if sizes is not None:
+            least, most = int(sizes.min()), int(sizes.max())
+            if min(h, w, least) < 1 or max(h, w, most) > MOST_RESIZED:
+                raise ValueError(
+                    f"augment(): pictures can be resized from and to 1 to {MOST_RESIZED} pixels, but got pictures of "
+                    f"{h}x{w} and sizes from {least} to {most}"
+                )
+            last = sizes.to(offsets.device) - offsets.new_tensor((ch, cw))
+        else:
+            last = offsets.new_tensor((h - ch, w - cw))
+        if ((offsets < 0) | (offsets > last)).any():
+            of = f"pictures of {h}x{w}" if sizes is None else "the resized pictures"
+            raise ValueError(f"augment(): there are crops of {ch}x{cw} that are not within {of}")
 
     def dense(
         self, input: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor, sizes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """What kernels take: checked values, dense, with the input, the mean in the dtype of the computation."""
+        """What kernels take: all of it checked, dense, with the input, the mean in the dtype of the computation."""
+        self.check_tensors(input, offsets, mirror, mean, sizes)  # again: the op may have been called directly
         self.check_values(input.shape, offsets, sizes)
         device = input.device
         return (
@@ -329,22 +354,6 @@ class AugmentParams:
             mean.to(device, opmath(self.dtype)).contiguous(),
             None if sizes is None else sizes.to(device).contiguous(),
         )
-
-    def check_values(self, shape: Sequence[int], offsets: Tensor, sizes: Tensor | None) -> None:
-        """Raise ValueError if a crop is not within its picture, or a picture too large to be resized."""
-        (h, w), (ch, cw) = shape[1:3], self.op_args()[0]
-        if sizes is not None:
-            if max(h, w) > MOST_RESIZED or ((sizes < 1) | (sizes > MOST_RESIZED)).any():
-                raise ValueError(
-                    f"augment(): pictures can be resized from and to 1 to {MOST_RESIZED} pixels, but got pictures of "
-                    f"{h}x{w} and sizes from {int(sizes.min())} to {int(sizes.max())}"
-                )
-            last = sizes.to(offsets.device) - offsets.new_tensor((ch, cw))
-        else:
-            last = offsets.new_tensor((h - ch, w - cw))
-        if ((offsets < 0) | (offsets > last)).any():
-            of = f"pictures of {h}x{w}" if sizes is None else "the resized pictures"
-            raise ValueError(f"augment(): there are crops of {ch}x{cw} that are not within {of}")
 
 
 @dataclass(frozen=True)
@@ -547,13 +556,6 @@ class ConvBackwardParams:
 
 # What `from_op` makes, once for the same arguments; lists are not hashable.
 _pool_params = lru_cache(PoolParams)
-
-
-@lru_cache
-def _augment_params(
-    crop: tuple[int, ...], scale: tuple[float, ...], dtype: torch.dtype, channels_last: bool
-) -> AugmentParams:
-    return AugmentParams(crop, scale, dtype, format_of(channels_last))
 
 
 @lru_cache

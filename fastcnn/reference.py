@@ -225,7 +225,7 @@ def augmented(
         pixels = _at(input, rows, columns).to(wide)
     else:
         sizes = sizes.to(device)
-        sums = torch.zeros(len(input), ch, cw, 3, dtype=torch.float64, device=device)
+        sums = torch.zeros(input.shape[0], ch, cw, 3, dtype=torch.float64, device=device)
         for r, v in _taps(rows, height, sizes[:, :1]):
             for c, h in _taps(columns, width, sizes[:, 1:]):
                 sums += _at(input, r, c) * (v[:, :, None] * h[:, None, :])[..., None]
@@ -236,7 +236,7 @@ def augmented(
 
 def _at(pictures: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Of each picture the pixels in these rows and columns."""
-    each = torch.arange(len(pictures), device=pictures.device)[:, None, None]
+    each = torch.arange(pictures.shape[0], device=pictures.device)[:, None, None]
     return pictures[each, rows[:, :, None], columns[:, None, :]]
 
 

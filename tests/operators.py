@@ -1076,6 +1076,7 @@ class Augment(Operator):
             *both((2, 5, 75, 3), (2, 17)),
             *both((3, 70, 80, 3), (65, 67)),
             of((1, 300, 8, 3), (3, 5), resized=True),
+            of((1, 2048, 4, 3), (4, 5), resized=True),
         ]
         return {
             "usual": usual,
@@ -1083,7 +1084,7 @@ class Augment(Operator):
             "single": [],
             "images": [],
             "answers": answers,
-            "answers@interpreter": answers[:8],
+            "answers@interpreter": [*answers[:8], answers[-1]],
             "answers@gpu": [*answers, *both((16, 256, 256, 3), (227, 227))],
             "empty": both((0, 5, 4, 3), (2, 3)),
             "strides": [*both((2, 4, 5, 3), (3, 2)), *both((1, 4, 5, 3), (1, 1)), *both((0, 4, 5, 3), (3, 2))],

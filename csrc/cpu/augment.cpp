@@ -52,12 +52,12 @@ FASTCNN_INLINE V ordered(const V (&v)[3]) {
 #endif
 }
 
-// The pixels of a row that is resized: where the first that makes each begins, and the weights of all.
+// Of a row that is resized: for each new pixel the first of the old ones that make it, and their weights.
 template <typename A>
 struct ResizedColumns {
-  int64_t taps, begin, end;  // of the row's pixels: all that are needed
-  int64_t* first;            // from `begin` on
-  A* weights;                // taps for each
+  int64_t taps, begin, end;  // the most that make one; which of the row are needed at all
+  int64_t* first;            // counted from `begin`
+  A* weights;                // `taps` for each
 
   void prepare(const ResizedAxis<int64_t>& axis, int64_t offset, int64_t count) {
     taps = axis.taps(), begin = axis.first(offset), end = begin;
@@ -90,13 +90,9 @@ class Rows {
   Rows(const AugmentTask& t, Scratch& scratch)
       : task_(t), mean_(scratch.take<A>(3 * n)), scale_(scratch.take<A>(3 * n)) {
     if (!task_.sizes) return;
-    int64_t taps = 0, row_taps = 0;
-    for (int64_t i = 0; i < task_.N; ++i) {
-      taps = std::max(taps, columns(i).taps()), row_taps = std::max(row_taps, rows(i).taps());
-    }
-    columns_.first = scratch.take<int64_t>(task_.crop_w), columns_.weights = scratch.take<A>(task_.crop_w * taps);
-    row_weights_ = scratch.take<A>(row_taps);
-    // Both are read, or written, by a pixel and an element.
+    columns_.first = scratch.take<int64_t>(task_.crop_w);
+    columns_.weights = scratch.take<A>(task_.crop_w * task_.taps[1]), row_weights_ = scratch.take<A>(task_.taps[0]);
+    // A pixel is loaded and stored as four elements, so both have room for one more.
     sums_ = scratch.take<A>(3 * task_.W + 1), line_ = scratch.take<A>(3 * task_.crop_w + 1);
   }
 
@@ -199,7 +195,7 @@ class Rows {
 
   const AugmentTask& task_;
   A *const mean_, *const scale_;  // of each element of a vector's worth of pixels
-  int64_t image_ = -1;            // that all is prepared for
+  int64_t image_ = -1;            // the one that all of these are prepared for
   ResizedColumns<A> columns_{};
   A *row_weights_ = nullptr, *sums_ = nullptr, *line_ = nullptr;
 };

@@ -59,7 +59,7 @@ def bytes_moved(case: Case, element_size: int) -> int:
     pixels = n * h * w
     if case.op == "augment_resized":
         sizes = arguments(case, torch.float32)[3]
-        pixels = int((h * w * (min(case.shape[2:]) / sizes[:, 0]) ** 2).sum())
+        pixels = int((torch.tensor([h, w]) * torch.tensor(case.shape[2:]) / sizes).prod(1).sum())
     return c * (pixels + n * h * w * element_size)
 
 

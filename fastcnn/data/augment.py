@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, pi
+from math import inf, isfinite, pi
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import functional
+from ..params import MOST_RESIZED, AugmentParams
 from .colours import Statistics, Triple
 from .order import Stream, random_words
 from .workers import integer
@@ -38,15 +39,16 @@ class Augmentation:
         noise: standard deviation of the colour noise; the paper's is 0.1.
         statistics: of the training set's pixels, for the noise.
         jitter: the least and the most pixels of the short side, the paper's are 256 and 512; None leaves pictures their
-            size. Without ``random`` all short sides have the mean of the two.
+            size. Without ``random`` all short sides have the mean of the two, rounded down.
         dtype: of the result.
         memory_format: of the result.
 
     Raises:
-        TypeError: ``crop`` or ``jitter`` is no integer, or ``dtype`` has no fractions.
-        ValueError: ``crop`` or ``std`` is not positive, ``mean`` or ``std`` is not of three channels, ``noise`` is
-            negative or not finite, there is noise without statistics, or ``jitter`` is not two sizes in ascending
-            order, the first at least ``crop``.
+        TypeError: ``crop`` or ``jitter`` is no integer, ``dtype`` has no fractions, or another type is wrong.
+        NotImplementedError, RuntimeError: ``dtype`` or ``memory_format`` is none that the operator has.
+        ValueError: ``crop`` or ``std`` is not positive, ``mean`` or ``std`` is not of three channels or not finite,
+            ``noise`` is negative or not finite, there is noise without statistics, or ``jitter`` is not two sizes in
+            ascending order, the first at least ``crop``, the second at most 16384.
     """
 
     crop: int
@@ -61,33 +63,41 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "crop", integer("crop", self.crop))
-        if not self.dtype.is_floating_point:
+        if isinstance(self.dtype, torch.dtype) and not self.dtype.is_floating_point:
             raise TypeError(f"Augmentation(): dtype must be a floating-point dtype, not {self.dtype}")
         if self.crop < 1 or not 0 <= self.noise < inf:
             raise ValueError(
                 f"Augmentation(): crop must be greater than zero and noise finite and not negative, but got "
                 f"crop={self.crop}, noise={self.noise}"
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(0 < std < inf for std in self.std):
+        AugmentParams(self.crop, dtype=self.dtype, memory_format=self.memory_format)  # raises for what it refuses
+        usable = len(self.mean) == len(self.std) == 3 and all(map(isfinite, self.mean))
+        if not usable or not all(0 < std < inf for std in self.std):
             raise ValueError(
-                f"Augmentation(): mean and std must be of three channels, and std positive, but got mean={self.mean}, "
-                f"std={self.std}"
+                f"Augmentation(): mean and std must be finite, of three channels, and std positive, but got "
+                f"mean={self.mean}, std={self.std}"
             )
         if self.noise and self.statistics is None:
             raise ValueError("Augmentation(): noise needs the statistics of the training set")
         if self.jitter is not None:
             least, most = jitter = _two("jitter", self.jitter)
-            if not self.crop <= least <= most:
+            if not self.crop <= least <= most <= MOST_RESIZED:
                 raise ValueError(
-                    "Augmentation(): jitter must be two sizes in ascending order, the first at least the crop, "
-                    f"but got jitter={jitter}, crop={self.crop}"
+                    "Augmentation(): jitter must be two sizes in ascending order, the first at least the crop, the "
+                    f"second at most {MOST_RESIZED}, but got jitter={jitter}, crop={self.crop}"
                 )
             object.__setattr__(self, "jitter", jitter)
 
-    @property
-    def smallest(self) -> int:
-        """The least height and width of the pictures."""
-        return self.crop if self.jitter is None else 1
+    def check(self, height: int, width: int) -> None:
+        """Raise ValueError if pictures of this size cannot be augmented."""
+        short, long = sorted((height, width))
+        if short < (self.crop if self.jitter is None else 1):
+            raise ValueError(f"pictures of {height}x{width} pixels are smaller than a crop of {self.crop}")
+        if self.jitter is not None and max(long, long * self.jitter[1] // short) > MOST_RESIZED:
+            raise ValueError(
+                f"pictures of {height}x{width} pixels cannot be resized to a short side of {self.jitter[1]}: "
+                f"no side may have more than {MOST_RESIZED}"
+            )
 
     def __call__(self, pictures: Tensor, seed: int, epoch: int, indices: Tensor) -> Tensor:
         """Augment a batch.
@@ -100,14 +110,14 @@ class Augmentation:
             Tensor of shape (n, 3, crop, crop) on the device of ``pictures``.
 
         Raises:
-            ValueError: the pictures are smaller than the crop.
+            ValueError: see :meth:`check`.
         """
-        height, width = pictures.shape[1:3]
-        if self.smallest > min(height, width):
-            raise ValueError(f"pictures of {height}x{width} pixels are smaller than a crop of {self.crop}")
-        made = choices(seed, epoch, indices, (height, width), self.crop, self.jitter)
-        if not self.random:
-            made = self._fixed(made, height, width)
+        height, width = size = pictures.shape[1], pictures.shape[2]
+        self.check(height, width)
+        if self.random:
+            made = choices(seed, epoch, indices, size, self.crop, self.jitter)
+        else:
+            made = centred(indices, size, self.crop, self.jitter)
         mean = torch.tensor(self.mean, dtype=torch.float64, device=indices.device).expand(len(indices), 3)
         if self.statistics is not None and self.noise:
             deviations = mean.new_tensor(self.statistics.eigenvalues).sqrt()
@@ -126,16 +136,9 @@ class Augmentation:
             memory_format=self.memory_format,
         )
 
-    def _fixed(self, made: Choices, height: int, width: int) -> Choices:
-        """The same for every picture, but the noise."""
-        size, sizes = made.offsets.new_tensor((height, width)).expand_as(made.offsets), None
-        if self.jitter is not None:
-            size = sizes = scaled(size, made.offsets.new_tensor(sum(self.jitter) // 2))
-        return made._replace(offsets=(size - self.crop) // 2, mirror=torch.zeros_like(made.mirror), sizes=sizes)
-
 
 class Choices(NamedTuple):
-    """What is drawn for each of n pictures, but its noise, on the CPU.
+    """What is drawn for each of n pictures, but its noise, on the device of their indices.
 
     ``offsets``: int64 of shape (n, 2), first rows and columns of the crops; ``mirror``: bool of shape (n,); ``sizes``:
     int64 of shape (n, 2), new heights and widths, or None.
@@ -167,6 +170,14 @@ def choices(
         size_of_each = sizes = scaled(size_of_each, least + (words[:, 3:] * (most - least + 1) >> 32))
     offsets = words[:, :2] * (size_of_each - crop + 1) >> 32
     return Choices(offsets, words[:, 2] >= 2**31, sizes)
+
+
+def centred(indices: Tensor, size: tuple[int, int], crop: int, jitter: tuple[int, int] | None = None) -> Choices:
+    """The crops of the centre, not mirrored, where there is jitter of pictures in the middle of its range."""
+    size_of_each, sizes = torch.tensor(size, device=indices.device).expand(len(indices), 2), None
+    if jitter is not None:
+        size_of_each = sizes = scaled(size_of_each, size_of_each.new_tensor(sum(jitter) // 2))
+    return Choices((size_of_each - crop) // 2, torch.zeros_like(indices, dtype=torch.bool), sizes)
 
 
 def normal_deviates(seed: int, epoch: int, indices: Tensor) -> Tensor:

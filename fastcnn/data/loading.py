@@ -110,9 +110,10 @@ def loader(
             f"workers={workers}, prefetch={prefetch}, cache={cache!r}"
         )
     height, width = shape = (size, size) if size is not None else dataset.shape or (DEFAULT_SIZE, DEFAULT_SIZE)
-    least = 1 if augment is None else augment.smallest
-    if least > min(shape):
-        raise ValueError(f"loader(): pictures of {height}x{width} pixels are smaller than a crop of {least}")
+    if min(shape) < 1:
+        raise ValueError(f"loader(): there are no pictures of {height}x{width} pixels")
+    if augment is not None:
+        augment.check(height, width)
     if cache is not None:
         return Loader(dataset, order, Cached(dataset, shape, device), augment, device)
     reading = Reading(dataset, shape, order.largest, min(workers, order.steps), prefetch)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from ..params import AugmentParams, IntOrPair
@@ -16,7 +17,29 @@ from .register import define
 from .triton import augment as triton
 
 
-@overridable("input", "offsets", "mirror", "mean", "sizes", composite=reference.augment)
+def _composite(
+    input: Tensor,
+    offsets: Tensor,
+    mirror: Tensor,
+    mean: Tensor,
+    sizes: Tensor | None = None,
+    *,
+    crop: IntOrPair,
+    scale: Sequence[float] = (1.0, 1.0, 1.0),
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Tensor:
+    """In torch's operators, for tracers too: of the values, which these do not see, nothing is checked or decided."""
+    params = AugmentParams(crop, scale, dtype, memory_format)
+    params.check_tensors(input, offsets, mirror, mean, sizes)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(mean).tangent is not None:
+        raise RuntimeError("augment(): it is not differentiable with respect to argument 'mean', which has a tangent")
+    if sizes is not None and (torch._C._is_tracing() or torch.compiler.is_compiling()):
+        raise RuntimeError("augment(): it cannot be traced with sizes, on which depends how many pixels make a new one")
+    return reference.augmented(input, offsets, mirror, mean, sizes, params)
+
+
+@overridable("input", "offsets", "mirror", "mean", "sizes", composite=_composite)
 def augment(
     input: Tensor,
     offsets: Tensor,
@@ -50,8 +73,8 @@ def augment(
         dtype: of the result: float16, bfloat16, float32 or float64.
         memory_format: of the result: ``torch.channels_last`` or ``torch.contiguous_format``.
 
-        The choices may be on the CPU when the input is on a GPU, which is better: their values are checked, for which
-        those on a GPU have to be waited for.
+        Choices are best left on the CPU, wherever the input is: their values are checked, and reading them from a GPU
+        waits for it.
 
     Returns:
         Tensor of shape (N, 3, crop height, crop width). Without ``sizes`` every backend gives the same bits: difference
@@ -60,9 +83,10 @@ def augment(
     Raises:
         TypeError: an argument is of the wrong type.
         NotImplementedError: ``input`` is not uint8 or not strided, or ``dtype`` is not one of these.
-        RuntimeError: a tensor is of the wrong shape, dtype or device, or asks for a gradient; ``crop`` is not positive.
-        ValueError: a crop is not within its picture; a picture is to be resized and it, or its new size, has more than
-            16384 rows or columns.
+        RuntimeError: a tensor is of the wrong shape, dtype or device, or asks for a gradient; ``crop`` is not positive,
+            ``scale`` not of three channels, or ``memory_format`` another.
+        ValueError: a crop is not within its picture; a picture is to be resized and it, or its new size, has no or more
+            than 16384 rows or columns.
 
     Source: Krizhevsky et al. (2012), 4.1, as their code does it; for ``sizes`` Simonyan, Zisserman, "Very deep
     convolutional networks for large-scale image recognition", 2015, 3.1.

@@ -139,9 +139,20 @@ def test_crops_must_be_within_the_pictures() -> None:
             reference.augment(PICTURES, offsets, torch.zeros(4).bool(), torch.zeros(4, 3), crop=29)
 
 
+def test_pictures_that_cannot_be_resized_are_refused_whatever_is_drawn() -> None:
+    augment = Augmentation(9, jitter=(9, 512))
+    for size in ((10, 320), (1, 1), (16384, 16384)):
+        augment.check(*size)
+    for height, width in ((10, 321), (16385, 16385), (0, 5)):
+        with pytest.raises(ValueError, match=f"pictures of {height}x{width} pixels"):
+            augment(torch.zeros(1, height, width, 3, dtype=torch.uint8), 0, 0, torch.tensor([0]))
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"crop": 5, "dtype": "float32"},
+        {"crop": 5, "memory_format": None},
         {"crop": 2.5},
         {"crop": True},
         {"crop": 5, "dtype": torch.uint8},
@@ -167,6 +178,8 @@ def test_types_that_an_augmentation_refuses(options: dict[str, Any]) -> None:
         ({"crop": 5, "noise": float("nan")}, "noise=nan"),
         ({"crop": 5, "jitter": (4, 9)}, r"jitter=\(4, 9\), crop=5"),
         ({"crop": 5, "jitter": (9, 8)}, r"jitter=\(9, 8\)"),
+        ({"crop": 5, "jitter": (9, 16385)}, "the second at most 16384"),
+        ({"crop": 5, "mean": (1.0, float("nan"), 2.0)}, "must be finite"),
         ({"crop": 5, "noise": 0.1}, "noise needs the statistics of the training set"),
     ],
 )

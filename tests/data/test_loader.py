@@ -381,6 +381,13 @@ def test_integers_of_numpy_and_torch_will_do(folder: Dataset) -> None:
             load.epoch(epoch, step)  # type: ignore[arg-type]
 
 
+def test_jitter_makes_pictures_larger_than_the_crop(folder: Dataset) -> None:
+    augment = Augmentation(20, jitter=(22, 50))
+    for batch, plain in zip(make(folder, augment=augment).epoch(1), make(folder).epoch(1), strict=True):
+        assert batch.images.shape[1:] == (3, 20, 20)
+        assert torch.equal(batch.images, augment(plain.images, SEED, 1, plain.indices))
+
+
 def test_workers_are_no_more_than_steps_and_a_share_of_the_cpus(
     folder: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ def test_the_largest_pictures_that_can_be_resized(kernel):
     """Positions in them take all of 32 bits."""
     x = torch.randint(0, 256, (1, 2, MOST_RESIZED, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     others = torch.tensor([False]), torch.zeros(1, 3)
-    for height, width, left in ((3, MOST_RESIZED - 1, MOST_RESIZED - 9), (MOST_RESIZED, 16, 8)):
+    for height, width, left in ((3, MOST_RESIZED - 1, MOST_RESIZED - 9), (MOST_RESIZED, 128, 8)):
         args = torch.tensor([[1, left]]), *others, torch.tensor([[height, width]])
         exact = reference.augment(x, *args, crop=(2, 8), dtype=torch.float64)
         assert_same_answer(FF.augment(x, *args, crop=(2, 8)), exact)
@@ -88,6 +88,38 @@ def test_an_argument_that_asks_for_a_gradient_raises():
     pictures, offsets, mirror, _ = TENSORS.values()
     with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'mean'"):
         torch.ops.fastcnn.augment(pictures, offsets, mirror, mean, None, [29, 29], [1.0] * 3, torch.float32, True)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda mean: reference.augment(**{**TENSORS, "mean": mean}, crop=29),
+        lambda mean: torch.jit.trace(fastcnn.nn.Augment(29), (*[*TENSORS.values()][:3], mean)),
+        lambda mean: torch.func.jvp(lambda mean: call(mean=mean), (mean.detach(),), (mean.detach(),)),
+        lambda mean: torch.compile(lambda mean: call(mean=mean), backend="eager")(mean),
+    ],
+    ids=["reference", "trace", "jvp", "compile"],
+)
+def test_no_other_way_gives_one(run):
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'mean'"):
+        run(TENSORS["mean"].clone().requires_grad_())
+
+
+def test_traced_it_takes_other_pictures_and_choices():
+    """But no sizes, on which depends what would be traced."""
+    layer = CASE.layer()
+    traced = torch.jit.trace(layer, CASE.tensors()[:4])
+    other = augment.varied(CASE, 1, 9).tensors(seed=5)[:4]
+    assert_bitwise(traced(*other), layer(*other))
+    with pytest.raises(RuntimeError, match="cannot be traced with sizes"):
+        torch.jit.trace(RESIZED.layer(), RESIZED.tensors())
+
+
+def test_zeros_of_either_sign_are_factors_of_their_own(each_backend):
+    """Whatever was called before."""
+    for factor in (0.0, -0.0):
+        y = call(mean=torch.zeros(3, 3), scale=(factor,) * 3)
+        assert_bitwise(torch.signbit(y), torch.signbit(torch.full_like(y, factor)))
 
 
 @pytest.mark.parametrize("case", [CASE, RESIZED], ids=lambda case: case.id)
@@ -129,6 +161,7 @@ INT = torch.zeros(3, 2, dtype=torch.int64)
         ({"mean": torch.zeros(3, 3).int()}, RuntimeError, "expected mean of a floating-point dtype"),
         ({"mean": [1.0] * 3}, TypeError, "argument 'mean' must be Tensor, not list"),
         ({"offsets": None}, TypeError, "argument 'offsets' must be Tensor, not NoneType"),
+        ({"mean": torch.zeros(3, 3).to_sparse()}, NotImplementedError, "mean must have layout torch.strided"),
         ({"sizes": INT[0]}, RuntimeError, r"expected sizes of size \[3, 2\]"),
         ({"sizes": 256}, TypeError, "argument 'sizes' must be Tensor, not int"),
         ({"mean": torch.zeros(3, 3, device="meta")}, RuntimeError, "expected mean on the CPU or with the input on cpu"),
@@ -157,11 +190,37 @@ def test_sizes_must_be_those_of_pictures(each_backend):
     for sizes in ((0, 36), (40, -1), (MOST_RESIZED + 1, 36), (2**62, 2**62)):
         with pytest.raises(ValueError, match="pictures can be resized from and to 1 to 16384 pixels"):
             call(sizes=torch.tensor([(40, 36), sizes, (40, 36)]))
+    for height, width in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match=f"but got pictures of {height}x{width}"):
+            FF.augment(
+                torch.zeros(1, height, width, 3).byte(),
+                INT[:1],
+                torch.tensor([False]),
+                torch.zeros(1, 3),
+                INT[:1] + 4,
+                crop=2,
+            )
     long = torch.zeros(1, 1, MOST_RESIZED + 1, 3, dtype=torch.uint8)
     rest = INT[:1], torch.tensor([False]), torch.zeros(1, 3)
     with pytest.raises(ValueError, match="but got pictures of 1x16385"):
         FF.augment(long, *rest, torch.tensor([[4, 4]]), crop=1)
     assert FF.augment(long, *rest, crop=1).shape == (1, 3, 1, 1)
+    assert FF.augment(long[:0], *(t[:0] for t in rest), INT[:0], crop=1).shape == (0, 3, 1, 1)
+
+
+def test_the_op_called_directly_refuses_what_does_not_fit(each_backend):
+    x, offsets, mirror, mean = TENSORS.values()
+    wrong = (
+        (x.float(), offsets, mirror, mean),
+        (x[..., :2], offsets, mirror, mean),
+        (x, offsets[:1], mirror, mean),
+        (x, offsets.int(), mirror, mean),
+        (x, offsets, mirror[:1], mean),
+        (x, offsets, mirror, mean[:1]),
+    )
+    for tensors in wrong:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            torch.ops.fastcnn.augment(*tensors, None, [29, 29], [1.0] * 3, torch.float32, True)
 
 
 @pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="C++ kernels are not built")
@@ -172,8 +231,9 @@ def test_the_private_op_reads_nothing_out_of_bounds():
     for bad in (offsets - 40, offsets + 40):
         with pytest.raises(RuntimeError, match="a crop is not within its picture"):
             run(x, bad, mirror, mean, None, y, False, 1.0, 1.0, 1.0)
-    with pytest.raises(RuntimeError, match="too large to be resized"):
-        run(x, INT, mirror, mean, INT + MOST_RESIZED + 1, y, False, 1.0, 1.0, 1.0)
+    for size in (MOST_RESIZED + 1, 0, -1, -(2**63), 2**63 - 1):
+        with pytest.raises(RuntimeError, match="a picture cannot be resized"):
+            run(x, INT, mirror, mean, INT + size, y, False, 1.0, 1.0, 1.0)
     for tensors in ((x[:, :9], offsets, mirror, mean), (x, offsets[:2], mirror, mean), (x, offsets, mirror, mean[:1])):
         with pytest.raises(RuntimeError):
             run(*tensors, None, y, False, 1.0, 1.0, 1.0)

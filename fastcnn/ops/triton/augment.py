@@ -8,9 +8,9 @@ from ..outputs import augmented
 from .launch import acc_dtype, cdiv, kernels, launch
 from .parameters import Augmentation
 
-# Rows of a crop that a program goes through, elements of a row that it has, and its warps.
+# Rows of a crop that a program goes through, how many it loads at once, elements of a row that it has, and its warps.
 # The first is used, the others are what a GPU test checks too.
-FORWARD_CONFIGS = [(64, 64, 2), (64, 128, 4), (32, 64, 2)]
+FORWARD_CONFIGS = [(64, 16, 128, 4), (64, 8, 128, 4), (32, 8, 64, 2)]
 
 
 def forward(
@@ -21,11 +21,11 @@ def forward(
     sizes: Tensor | None,
     params: AugmentParams,
     *,
-    config: tuple[int, int, int] | None = None,
+    config: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     (crop_h, crop_w), (red, green, blue), dtype, channels_last = params.op_args()
-    (rows, block, num_warps), y = config or FORWARD_CONFIGS[0], augmented(x, params)
     x, offsets, mirror, mean, sizes = params.dense(x, offsets, mirror, mean, sizes)
+    (rows, at_once, block, num_warps), y = config or FORWARD_CONFIGS[0], augmented(x, params)
     row_blocks, blocks = cdiv(crop_h, rows), cdiv(3 * crop_w, block)
     launch(
         kernels("augment").augment_kernel,
@@ -37,7 +37,7 @@ def forward(
         crop_w=crop_w,
         row_blocks=row_blocks,
         blocks=blocks,
-        layout=Augmentation(red, green, blue, channels_last, sizes is not None, rows, block, acc_dtype(dtype)),
+        layout=Augmentation(red, green, blue, channels_last, sizes is not None, rows, at_once, block, acc_dtype(dtype)),
         num_warps=num_warps,
     )
     return y

@@ -72,6 +72,8 @@ class Layout(NamedTuple):
 class Augmentation(NamedTuple):
     """The factors of the channels, and how programs share out a crop: ROWS rows of BLOCK elements.
 
+    Of so many rows AT_ONCE are loaded before any is stored.
+
     RESIZED where pictures are; ACC is Triton's dtype of what is computed.
     """
 
@@ -81,5 +83,6 @@ class Augmentation(NamedTuple):
     CHANNELS_LAST: bool
     RESIZED: bool
     ROWS: int
+    AT_ONCE: int
     BLOCK: int
     ACC: Any
