@@ -216,6 +216,8 @@ def test_threads_are_set_and_stated(tmp_path: Path) -> None:
         (["--shape", "1,2,3"], ["--shape", "'1,2,3'", "N,C,H,W", "stage1, stage2, conv2"]),
         (["--shape", "1,2,2,9"], ["--shape", "'1,2,2,9'", "at least 3"]),
         (["--shape", "2,4,7,7", "--input", "photographs"], ["--input", "N,96,55,55 or N,256,27,27", "2,4,7,7"]),
+        (["--op", "augment", "--mode", "backward"], ["no operator has this combination"]),
+        (["--op", "augment", "--shape", "2,4,9,9"], ["no operator has this combination", "N,3,H,W"]),
         (["--repeats", "0"], ["--repeats"]),
         (["--batch", "0"], ["--batch"]),
     ],

@@ -84,9 +84,7 @@ def kernels(
         full=full,
     )
     if not cases:
-        raise typer.BadParameter("no operator has this combination of --op and --mode")
-    if any(OPERATORS[case.op].takes_pictures and case.shape[1] != 3 for case in cases):
-        raise typer.BadParameter("pictures have three channels: N,3,H,W", param_hint="--shape")
+        raise typer.BadParameter("no operator has this combination of --op, --mode and --shape (pictures are N,3,H,W)")
     here = operator_providers()
     names = among("--providers", providers, here) or list(here)
     if quick and not providers and "fastcnn.cpu" in here:

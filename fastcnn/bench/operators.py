@@ -322,6 +322,8 @@ def select(
         if not (full or ((modes or usual_mode) and (dtypes or usual_dtype))):
             continue
         for n, c, h, w in shapes or list(operator.shapes)[: None if full else 1]:
+            if operator.takes_pictures and c != 3:
+                continue
             memories = ["fresh"]
             if mode in (operator.into if full else operator.mapped):
                 memories.append("mapped")
