@@ -115,6 +115,19 @@ def test_traced_it_takes_other_pictures_and_choices():
         torch.jit.trace(RESIZED.layer(), RESIZED.tensors())
 
 
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_onnxruntime_computes_the_same_bits(tmp_path: Path, dynamo):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    file, layer, tensors = tmp_path / "augment.onnx", CASE.layer(), CASE.tensors()[:4]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the tracing exporter will go, and what it does not see
+        torch.onnx.export(layer, tuple(tensors), file, dynamo=dynamo, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    feeds = {t.name: value.numpy() for t, value in zip(session.get_inputs(), tensors, strict=True)}
+    assert_bitwise(torch.from_numpy(session.run(None, feeds)[0]), layer(*tensors).contiguous())
+
+
 def test_zeros_of_either_sign_are_factors_of_their_own(each_backend):
     """Whatever was called before."""
     for factor in (0.0, -0.0):
