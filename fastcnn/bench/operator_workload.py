@@ -61,7 +61,7 @@ class OperatorWorkload:
     def yardsticks(self) -> dict[str, Yardstick]:
         copied = self.x
         if self.operator.takes_pictures:  # which are smaller than what is made of them
-            copied = self.x.new_empty((self.bytes_moved(self.case.dtype) or 0) // 2)
+            copied = self.x.new_ones((self.bytes_moved(self.case.dtype) or 0) // 2)
         found = {"copy": copy_of(copied)}
         if self.flop and self.device != "cpu":
             found["matmul"] = matmul(_MATMUL, self.x.dtype, self.device)
