@@ -43,14 +43,11 @@ STEPS = [(1, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 2), (2, 1, 3, 1)]
 
 def lying(tensors, order=None, steps=None, offset=0):
     """The tensors with other strides: those of 4 dimensions in this order, with steps between the others' elements."""
-    return [
-        t
-        if t is None
-        else embedded(t, order, steps, offset)
-        if t.dim() == 4
-        else embedded(t, steps=[2] * t.dim(), offset=offset)
-        for t in tensors
-    ]
+
+    def lie(t):
+        return embedded(t, order, steps, offset) if t.dim() == 4 else embedded(t, steps=[2] * t.dim(), offset=offset)
+
+    return [t if t is None else lie(t) for t in tensors]
 
 
 # -- memory formats ---------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class Operator:
         moved: (case, element size) -> the bytes that it must read and write, where these are not the elements of input
             and output.
         compilable: what torch.compile gets in the place of ``torch``.
-        peers: others who do what it does, by name.
+        peers: others who do what it does, by name; "torch.eager" only where it rounds more.
     """
 
     name: str
