@@ -1013,7 +1013,10 @@ class Augment(Operator):
         for i, picture in enumerate(x):
             y = picture.permute(2, 0, 1)[None].double()
             if sizes is not None:
-                y = F.interpolate(y, sizes[i].tolist(), mode="bilinear", antialias=True)
+                high, wide = sizes[i].tolist()
+                if y.shape[3] == wide == 1:  # of which torch, up to 2.14 at least, makes something else
+                    y, wide = y.expand(-1, -1, -1, 2), 2
+                y = F.interpolate(y, (high, wide), mode="bilinear", antialias=True)
             (top, left), (height, width) = offsets[i].tolist(), crop
             y = y[0, :, top : top + height, left : left + width]
             y = y.flip(-1) if mirror[i] else y
