@@ -945,6 +945,12 @@ def errors(run: Callable[..., Tensor], tensors: Tensors, kwargs: dict[str, Any],
 # -- augmentation -----------------------------------------------------------------------------------------------------
 
 
+def resized_rows(x: Tensor, size: int) -> Tensor:
+    """By torch, of pictures that are not one pixel wide: of those 2.14 still makes something else."""
+    wide = x.expand(-1, -1, -1, 2) if x.shape[3] == 1 else x
+    return F.interpolate(wide, (size, wide.shape[3]), mode="bilinear", antialias=True)[..., : x.shape[3]]
+
+
 class Augment(Operator):
     """Its tensors are pictures, offsets, mirror, mean and, where pictures are resized, sizes."""
 
@@ -1014,9 +1020,7 @@ class Augment(Operator):
             y = picture.permute(2, 0, 1)[None].double()
             if sizes is not None:
                 high, wide = sizes[i].tolist()
-                if y.shape[3] == wide == 1:  # of which torch, up to 2.14 at least, makes something else
-                    y, wide = y.expand(-1, -1, -1, 2), 2
-                y = F.interpolate(y, (high, wide), mode="bilinear", antialias=True)
+                y = resized_rows(resized_rows(y, high).transpose(2, 3), wide).transpose(2, 3)
             (top, left), (height, width) = offsets[i].tolist(), crop
             y = y[0, :, top : top + height, left : left + width]
             y = y.flip(-1) if mirror[i] else y
