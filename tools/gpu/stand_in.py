@@ -24,7 +24,7 @@ from fastcnn.ops import stage
 from fastcnn.ops.cuda import conv2d_relu as cuda
 from fastcnn.ops.cudnn import conv2d_relu as cudnn
 from fastcnn.ops.register import IMPLEMENTATIONS
-from fastcnn.ops.triton import conv2d_relu, lrn, max_pool2d, relu_lrn_max_pool2d
+from fastcnn.ops.triton import augment, conv2d_relu, lrn, max_pool2d, relu_lrn_max_pool2d
 
 from .compilation import compiling_into_cache
 
@@ -32,6 +32,7 @@ from .compilation import compiling_into_cache
 LEFT_OUT = (
     *("graph", "stream", "capture", "compile", "opcheck", "attributes", "benchmark_mode"),
     *("31_elements", "where_its", "another_gpu", "every_device", "refused", "launch"),
+    "test_data.py",
 )
 _everything = ExitStack()
 
@@ -52,7 +53,7 @@ class OnCPU(TorchFunctionMode):
         kwargs = {name: _on_cpu(value) for name, value in (kwargs or {}).items()}
         result = args[0] if function is Tensor.cuda else function(*map(_on_cpu, args), **kwargs)
         if asked is not None and args and result is args[0]:
-            result = result.view_as(result)  # another tensor, as it would be on another device
+            result = torch.ops.aten.alias(result)  # another tensor, as it would be on another device
         gpu = asked == "cuda"
         if asked is None:
             gpu = hasattr(args[0], "on_gpu") if function in _BETWEEN_DEVICES else True in marks
@@ -148,6 +149,8 @@ def _patches(arch: int) -> list[Any]:
             conv2d_relu, "forward", _compiled(conv2d_relu.forward, IMPLEMENTATIONS["conv2d_relu"]["cpu"])
         ),
     ]
+    run = _compiled(augment.forward, IMPLEMENTATIONS["augment"]["cpu"])
+    patches.append(mock.patch.object(augment, "forward", run))
     for module, op in ((lrn, "lrn"), (max_pool2d, "max_pool2d"), (relu_lrn_max_pool2d, "relu_lrn_max_pool2d")):
         for launcher, name in (("forward", op), ("backward", f"{op}_backward")):
             run = _compiled(getattr(module, launcher), IMPLEMENTATIONS[name]["cpu"])
