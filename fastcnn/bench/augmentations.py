@@ -64,11 +64,10 @@ def bytes_moved(case: Case, element_size: int) -> int:
 
 
 def _of(function: Callable[..., Tensor], x: Tensor, *given: Any) -> Tensor:
-    """Of the first of the pictures that the choices are for."""
+    """Of as many of the pictures that were drawn for as there are."""
     *choices, crop, dtype, format = given
     first = (None if t is None else t[: len(x)] for t in choices)
-    dtype = torch.float64 if x.dtype == torch.float64 else dtype
-    return function(x.to(torch.uint8), *first, crop=crop, dtype=dtype, memory_format=format)
+    return function(x, *first, crop=crop, dtype=dtype, memory_format=format)
 
 
 ours: Augmenting = partial(_of, augment)

@@ -1,6 +1,7 @@
 """Training's crop, mirroring, mean and colour noise, in one pass over a batch of bytes; optionally also a new size."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,24 +19,15 @@ from .triton import augment as triton
 
 
 def _composite(
-    input: Tensor,
-    offsets: Tensor,
-    mirror: Tensor,
-    mean: Tensor,
-    sizes: Tensor | None = None,
-    *,
-    crop: IntOrPair,
-    scale: Sequence[float] = (1.0, 1.0, 1.0),
-    dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.channels_last,
+    input: Tensor, offsets: Tensor, mirror: Tensor, mean: Tensor, sizes: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """In torch's operators, for tracers too: of the values, which these do not see, nothing is checked or decided."""
-    params = AugmentParams(crop, scale, dtype, memory_format)
+    """In torch's operators, for tracers too: as these do not see values, none is checked and nothing depends on one."""
+    params = AugmentParams(**options)
     params.check_tensors(input, offsets, mirror, mean, sizes)
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(mean).tangent is not None:
         raise RuntimeError("augment(): it is not differentiable with respect to argument 'mean', which has a tangent")
     if sizes is not None and (torch._C._is_tracing() or torch.compiler.is_compiling()):
-        raise RuntimeError("augment(): it cannot be traced with sizes, on which depends how many pixels make a new one")
+        raise RuntimeError("augment(): it cannot be traced with sizes, whose values decide how many pixels make one")
     return reference.augmented(input, offsets, mirror, mean, sizes, params)
 
 

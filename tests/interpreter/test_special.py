@@ -41,6 +41,15 @@ def test_augment_in_every_configuration(config, resized):
     assert_same_answer(y, reference.augment(*tensors, **{**case.kwargs, "dtype": torch.float64}))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_augment_adds_up_a_thousand_pixels():
+    """Row by row: in a single sum of float32 the error would be a hundred times what is allowed."""
+    x = integers(1, 2048, 3, 3, dtype=torch.uint8, low=0, high=256)
+    given = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([True]), torch.zeros(1, 3), torch.tensor([[4, 2]])
+    y = launcher.forward(x, *given, AugmentParams((4, 2)))
+    assert_same_answer(y, reference.augment(x, *given, crop=(4, 2), dtype=torch.float64))
+
+
 def test_ops_called_directly_refuse_tensors_that_do_not_fit():
     x, args = randn(1, 4, 5, 5), (3, 0.5, 0.75, 1.0, 1)
     with pytest.raises(RuntimeError, match=r"lrn_backward\(\): expected grad of size \[1, 4, 5, 5\]"):

@@ -56,7 +56,7 @@ def test_the_largest_pictures_that_can_be_resized(kernel):
     """Positions in them take all of 32 bits."""
     x = torch.randint(0, 256, (1, 2, MOST_RESIZED, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     others = torch.tensor([False]), torch.zeros(1, 3)
-    for height, width, left in ((3, MOST_RESIZED - 1, MOST_RESIZED - 9), (MOST_RESIZED, 128, 8)):
+    for height, width, left in ((3, MOST_RESIZED - 1, MOST_RESIZED - 9), (MOST_RESIZED, 128, 8), (3, 32, 8)):
         args = torch.tensor([[1, left]]), *others, torch.tensor([[height, width]])
         exact = reference.augment(x, *args, crop=(2, 8), dtype=torch.float64)
         assert_same_answer(FF.augment(x, *args, crop=(2, 8)), exact)
