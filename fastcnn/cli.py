@@ -21,12 +21,15 @@ from .models.summary import LayerRow, layer_table
 from .ops.register import IMPLEMENTATIONS, what_runs
 from .pack import pack
 from .predict import predict
+from .train_cli import evaluate, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(bench, name="bench")
 app.command()(predict)
 app.command()(export)
 app.command()(pack)
+app.command()(train)
+app.command("eval")(evaluate)
 
 
 @app.callback()

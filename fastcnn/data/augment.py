@@ -34,7 +34,8 @@ class Augmentation:
 
     Args:
         crop: height and width of the crops, in pixels.
-        random: crop at random places and mirror half of the pictures; otherwise crop the centre, and mirror none.
+        random: crop at random places; otherwise crop the centre, and mirror none.
+        mirror: whether half of the random crops are mirrored.
         mean, std: of each channel, from 0 to 255.
         noise: standard deviation of the colour noise; the paper's is 0.1.
         statistics: of the training set's pixels, for the noise.
@@ -53,6 +54,7 @@ class Augmentation:
 
     crop: int
     random: bool = True
+    mirror: bool = True
     mean: Triple = (0.0, 0.0, 0.0)
     std: Triple = (1.0, 1.0, 1.0)
     noise: float = 0.0
@@ -127,7 +129,7 @@ class Augmentation:
         return functional.augment(
             pictures,
             made.offsets,
-            made.mirror,
+            made.mirror & self.mirror,
             mean,
             made.sizes,
             crop=self.crop,

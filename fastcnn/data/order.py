@@ -22,6 +22,8 @@ class Stream(IntEnum):
     ORDER = 0
     CROP = 1
     NOISE = 2
+    DROPOUT = 3  # index: of a step in its epoch
+    INIT = 4  # of the weights: epoch and index are 0
 
 
 def random_words(seed: int, epoch: int, indices: Tensor, stream: Stream) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import operator
 import os
+import signal
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -32,8 +33,9 @@ _parent: int | None = None  # of a worker, when it began
 
 def watch_parent(process: int, worker: int) -> None:
     """The ``worker_init_fn`` of processes that ``process`` starts: one that has lost it already ends, as torch's do
-    later."""
+    later. Ctrl-C, of which a terminal tells them too, is for it to act on."""
     global _parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _parent = os.getppid()
     if multiprocessing.get_start_method() == "fork" and _parent != process:
         os._exit(1)

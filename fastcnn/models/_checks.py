@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Collection
 from itertools import count
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,15 @@ def check_positive(model: str, option: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"{model}(): {option} must be at least 1, but got {option}={number}")
     return number
+
+
+def check_width(model: str, width: Any) -> float:
+    """``width`` as a float; TypeError if it is no number, ValueError if it is not positive and finite."""
+    if isinstance(width, bool) or not isinstance(width, int | float):
+        raise TypeError(f"{model}(): argument 'width' must be float, not {type(width).__name__}")
+    if not 0 < width < inf:
+        raise ValueError(f"{model}(): width must be positive and finite, but got width={width}")
+    return float(width)
 
 
 def smallest_images(map_sizes: Callable[[int], dict[str, int]]) -> Smallest:

@@ -27,7 +27,7 @@ INITS: dict[str, Initializer] = {
 }
 
 
-@register_model(input_size=227, dropout="paper", init="paper")
+@register_model(input_size=227, dropout="paper", init="paper", width=1.0)
 def alexnet(*, lrn_groups: int = 2, **common: Any) -> ConvNet:
     """AlexNet as published: two towers (``groups=2``), LRN, overlapping pools; 60,965,224 parameters.
 
@@ -46,6 +46,7 @@ def alexnet(*, lrn_groups: int = 2, **common: Any) -> ConvNet:
             All but the last need pixels on their raw scale, 0 to 255 minus the mean: with inputs of unit variance the
             logits hardly depend on the image (they differ by less than 1e-4 in "paper"), and training sticks at a loss
             of ln(num_classes).
+        width: factor of all numbers of channels and hidden units, see :class:`ConvNet`.
         plain: build it from the layers of torch, none fused.
         lrn_groups: 2 normalizes within each tower, as the published network ran on two GPUs; 1 across both, as Caffe's
             single-GPU port does (so for weights trained there).
@@ -65,7 +66,7 @@ def alexnet(*, lrn_groups: int = 2, **common: Any) -> ConvNet:
     )
 
 
-@register_model(input_size=227, dropout="paper", init="paper")
+@register_model(input_size=227, dropout="paper", init="paper", width=1.0)
 def alexnet_one_tower(**common: Any) -> ConvNet:
     """AlexNet's layers without the split: 96-256-384-384-256 maps, LRN, no groups; 62,378,344 parameters.
 
@@ -76,7 +77,7 @@ def alexnet_one_tower(**common: Any) -> ConvNet:
     )
 
 
-@register_model(input_size=227, dropout="inverted", init="caffe")
+@register_model(input_size=227, dropout="inverted", init="caffe", width=1.0)
 def caffenet(**common: Any) -> ConvNet:
     """CaffeNet, Caffe's reference model: AlexNet with each pool in front of its LRN; 60,965,224 parameters.
 
@@ -94,15 +95,15 @@ def caffenet(**common: Any) -> ConvNet:
     )
 
 
-@register_model(input_size=227, dropout="inverted", init="kaiming")
+@register_model(input_size=227, dropout="inverted", init="kaiming", width=1.0)
 def alexnet_bn(*, head: str = "avg", **common: Any) -> ConvNet:
     """AlexNet's two towers with batch norm instead of LRN, and a global pool instead of the last one.
 
     Each stage is convolution (without bias) -> batch norm -> ReLU, the first two with a max-pool behind.
 
     Args:
-        num_classes, input_size, dropout, init, plain: as for :func:`alexnet`, but the network learns from inputs of any
-            scale.
+        num_classes, input_size, dropout, init, width, plain: as for :func:`alexnet`, but the network learns from inputs
+            of any scale.
         head: what becomes of the last map in front of the fully connected layers: its "avg" or its "max".
     """
     check_choice("alexnet_bn", "head", head, ("avg", "max"))
@@ -115,7 +116,7 @@ def alexnet_bn(*, head: str = "avg", **common: Any) -> ConvNet:
     return ConvNet("alexnet_bn", stages, inits=INITS, preprocessing=TORCHVISION, average=head == "avg", **common)
 
 
-@register_model(input_size=224, dropout="inverted", init="kaiming")
+@register_model(input_size=224, dropout="inverted", init="kaiming", width=1.0)
 def alexnet_owt(**common: Any) -> ConvNet:
     """The one-tower AlexNet of torchvision, without LRN: 64-192-384-256-256 maps; 61,100,840 parameters.
 

@@ -1,7 +1,7 @@
 """How weights and biases are drawn, a layer at a time."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -23,6 +23,11 @@ class Gaussian:
     def __call__(self, name: str, layer: Layer) -> None:
         nn.init.normal_(layer.weight, std=self.stds.get(name, self.std))
         _set_bias(layer, self.bias if name in self.biased else 0.0)
+
+    def times(self, factor: float) -> "Gaussian":
+        """The same with deviations ``factor`` times as large."""
+        stds = {name: std * factor for name, std in self.stds.items()}
+        return replace(self, std=self.std * factor, stds=stds)
 
 
 def kaiming(name: str, layer: Layer) -> None:

@@ -52,7 +52,7 @@ class Preprocessing:
         from PIL.Image import Resampling
 
         image = to_rgb(image)
-        side = min(image.size) * size / _short_side(size)
+        side = min(image.size) * size / short_side(size)
         left, top = ((length - side) / 2 for length in image.size)
         box = (left, top, left + side, top + side)
         image = image.resize((size, size), Resampling.BICUBIC, box)
@@ -66,7 +66,8 @@ class Preprocessing:
         return (pixels * self.scale - mean) / std
 
 
-def _short_side(size: int) -> int:
+def short_side(size: int) -> int:
+    """Of pictures, in pixels, from which crops of this size are taken: 256 for 224 and 227, others in proportion."""
     return 256 if size in (224, 227) else round(size * 256 / 224)
 
 

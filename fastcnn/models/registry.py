@@ -16,7 +16,7 @@ def register_model(factory: Any = None, **defaults: Any) -> Any:
     """Decorator: make ``factory`` known to :func:`create_model` under its own name.
 
     Its keyword arguments are the model's options; ``num_classes`` and ``plain`` must be among them. With ``defaults``,
-    of ``input_size``, ``dropout`` and ``init``, the factory takes ``**common`` and gets all five in it.
+    of ``input_size``, ``dropout`` and ``init`` for example, the factory takes ``**common`` and gets all of them in it.
 
     Raises:
         ValueError: the name is taken.
@@ -67,7 +67,7 @@ def create_model(
         dropout: how the dropout of the hidden fully connected layers is scaled.
         init: how weights and biases are drawn, from torch's global generator.
         plain: build it from the layers of torch instead of fused ones: same ``state_dict``, same outputs.
-        options: what else the model's function takes.
+        options: what else the model's function takes, such as ``width`` of AlexNet and VGG.
 
     Returns:
         The model, in training mode.

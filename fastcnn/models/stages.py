@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -38,6 +38,18 @@ class Stage:
         """The arguments of :class:`torch.nn.Conv2d`."""
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups", "bias")
         return {name: getattr(self, name) for name in names}
+
+
+def scaled_channels(channels: int, width: float) -> int:
+    """``width`` times as many, to the nearest even number but 0, so that two towers can share them."""
+    return max(2, 2 * round(channels * width / 2))
+
+
+def scaled_stages(stages: Sequence[Stage], width: float) -> list[Stage]:
+    """The stages with all their channels scaled but those of the images."""
+    scaled = [replace(stage, out_channels=scaled_channels(stage.out_channels, width)) for stage in stages]
+    inputs = [stages[0].in_channels, *(stage.out_channels for stage in scaled)]
+    return [replace(stage, in_channels=channels) for stage, channels in zip(scaled, inputs, strict=False)]
 
 
 def build_features(stages: Sequence[Stage], *, plain: bool, numbered: bool = False) -> nn.Sequential:

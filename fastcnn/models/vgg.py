@@ -46,6 +46,7 @@ def _register(name: str, configuration: str, preprocessing: Preprocessing, *, ba
         dropout: "inverted" or "paper", see :func:`alexnet`; p=0.5.
         init: "glorot": uniform, which trains every configuration. "paper": weights N(0, variance .01), biases 0, from
             which only A was trained. "kaiming": He's normal initialization.
+        width: factor of all numbers of channels and hidden units, see :class:`ConvNet`.
         plain: build it from the layers of torch, none fused.
         start_from: a trained A, of as many classes and the same input size: its four first convolutions (to the layers
             of their names: conv1_1, conv2_1, conv3_1, conv3_2) and its fully connected layers are copied, as the paper
@@ -54,7 +55,7 @@ def _register(name: str, configuration: str, preprocessing: Preprocessing, *, ba
     Shape, errors: see :class:`fastcnn.models.ConvNet`.
 
     Source: Simonyan and Zisserman (2015), table 1 (layers) and 3.1 (initialization)."""
-    register_model(input_size=224, dropout="inverted", init="glorot")(vgg)
+    register_model(input_size=224, dropout="inverted", init="glorot", width=1.0)(vgg)
 
 
 def _stages(configuration: str, batch_norm: bool) -> list[Stage]:

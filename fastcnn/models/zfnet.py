@@ -12,7 +12,7 @@ from .stages import Stage
 INITS: dict[str, Initializer] = {"paper": Gaussian(), "kaiming": kaiming}
 
 
-@register_model(input_size=224, dropout="inverted", init="paper")
+@register_model(input_size=224, dropout="inverted", init="paper", width=1.0)
 def zfnet(**common: Any) -> ConvNet:
     """ZFNet as published: smaller and denser filters first, LRN behind the pools; 62,357,608 parameters.
 
@@ -22,6 +22,7 @@ def zfnet(**common: Any) -> ConvNet:
         dropout: "inverted" or "paper", see :func:`alexnet`; p=0.5.
         init: "paper": weights N(0, .01^2), biases 0, for pixels on their raw scale. "kaiming": He's normal
             initialization.
+        width: factor of all numbers of channels and hidden units, see :class:`ConvNet`.
         plain: build it from the layers of torch, none fused.
 
     Shape, errors: see :class:`fastcnn.models.ConvNet`.
@@ -40,7 +41,7 @@ def zfnet(**common: Any) -> ConvNet:
     return ConvNet("zfnet", lambda size: stages, inits=INITS, preprocessing=RAW, **common)
 
 
-@register_model(input_size=224, dropout="inverted", init="paper")
+@register_model(input_size=224, dropout="inverted", init="paper", width=1.0)
 def zfnet512(**common: Any) -> ConvNet:
     """ZFNet-512 of the ONNX model zoo: 512 maps in the last stages, 1024 units in fc7, LRN in front of the pools.
 

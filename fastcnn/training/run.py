@@ -1,0 +1,389 @@
+"""A run from its beginning, or from where it stands, to its end; whatever ends it earlier, it can go on."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Batch, Dataset, open_splits
+from ..data.files import flush_folder, locked
+from . import checkpoints
+from .evaluation import Evaluation
+from .events import Begun, Epoch, Event, Listener, Saved, Step
+from .job import SETTINGS, Job, new_job
+from .logs import METRICS, Logs
+from .recipes import RECIPES, Recipe, text_of
+from .saved import choose_checkpoint, load_model, read_job
+from .trainer import Trainer, choose_device, environment
+
+LOCK = "lock"
+REMAINS = (METRICS, LOCK, "events.out.tfevents.*", f"step-*{checkpoints.UNFINISHED}", f"{METRICS}.*.tmp")
+UNREAD = 10  # losses that may be waiting on a GPU, which reading each would stop
+
+
+class Diverged(RuntimeError):
+    """The loss or a weight is not a number any more.
+
+    Attributes:
+        step: that showed it, counted from 1.
+        lr: its learning rate.
+        checkpoint: the last one, whose weights are numbers.
+    """
+
+    def __init__(self, what: str, step: int, lr: float, checkpoint: Path) -> None:
+        self.step, self.lr, self.checkpoint = step, lr, checkpoint
+        super().__init__(
+            f"{what} at step {step}, at a learning rate of {lr:g}. The last good checkpoint is {checkpoint}. Try a "
+            "tenth of the learning rate, or a warm-up"
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run.
+
+    Attributes:
+        out: its folder.
+        checkpoint: the newest.
+        best: the one whose validation was best, the first of equals; None without validation.
+        validations: of each epoch, None without validation.
+        complete: False if it was interrupted.
+        skipped: how many pictures for training could not be read.
+    """
+
+    out: Path
+    checkpoint: Path
+    best: Path | None
+    validations: Sequence[Evaluation | None]
+    complete: bool
+    skipped: int
+
+
+def train(
+    data: str | Mapping[str, Dataset] | None = None,
+    model: str | None = None,
+    recipe: str | Recipe | None = None,
+    *,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    workers: int | None = None,
+    device: str | torch.device | None = None,
+    checkpoint_minutes: float = 10,
+    listeners: Sequence[Listener] = (),
+    **settings: Any,
+) -> Result:
+    """Train a network, and keep in a folder all that is needed to go on after an interruption.
+
+    Every random choice is a function of (seed, epoch, step) and (seed, epoch, picture), so that a run that was
+    interrupted ends with the same bits as one that was not, on the same machine, with as many threads.
+
+    Args:
+        data: the data set, as for :func:`fastcnn.data.open_splits`, or its splits themselves.
+        model: a name of :func:`fastcnn.models.list_models`.
+        recipe: a name in RECIPES, "plain" if None; or a recipe of your own.
+        out: the folder of the run. It has checkpoints ``step-N``, of which the newest three and the best are kept,
+            ``metrics.jsonl``, and files for TensorBoard. A folder that is there must be empty.
+        resume: go on with the run in ``out``. Other arguments are not needed then; those given must be the run's.
+        workers: processes that read pictures, see :func:`fastcnn.data.loader`.
+        device: "cpu" or "cuda"; the GPU if None and there is one.
+        checkpoint_minutes: how often there is a checkpoint, besides at the end of every epoch. 0: after every step.
+        listeners: are called with what happens, see :mod:`fastcnn.training.events`.
+        settings: of the run: ``options`` of the model, ``width``, ``input_size``, ``seed``, ``plain``, ``start_from``
+            (the run of a VGG A, see :func:`fastcnn.models.create_model`); and fields of :class:`Recipe`, in place of
+            the recipe's own.
+
+    Returns:
+        What became of it. SIGINT (Ctrl-C) and SIGTERM end it with a checkpoint after the step that is being made.
+
+    Raises:
+        FileNotFoundError: there are no such data; with ``resume``, no run.
+        FileExistsError: without ``resume``, ``out`` has a run or something else in it.
+        BlockingIOError: another process is training in ``out``.
+        TypeError, ValueError: an argument is not what it should be, or not the run's; the message names it.
+        RuntimeError: a checkpoint is damaged, or is of another network; a worker has died (there is a checkpoint then).
+        Diverged: the loss is not a number.
+        ImageError: no picture could be read.
+        OSError: nothing can be written. The last checkpoint is as it was.
+        ImportError: a package is missing (all of them come with ``fastcnn[train]``).
+    """
+    for package in ("safetensors", "tensorboard"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{package} is not installed: pip install fastcnn[train]")
+    if not checkpoint_minutes >= 0:
+        raise ValueError(f"train(): checkpoint_minutes must not be negative, but got {checkpoint_minutes}")
+    where, out = choose_device(device), Path(out)
+    given = {"data": data, "model": model, "recipe": recipe, **settings}
+    unknown = given.keys() - {*SETTINGS, *(field.name for field in fields(Recipe))} | given.keys() & {"name"}
+    if unknown:
+        raise TypeError(f"train(): unknown settings: {', '.join(sorted(unknown))}")
+    given = {name: value for name, value in given.items() if value is not None}
+    with ExitStack() as stack:
+        if resume:
+            if not checkpoints.list_checkpoints(out):
+                raise FileNotFoundError(f"{out}: there is no run to go on with: it has no checkpoint")
+            stack.enter_context(locked(out / LOCK))
+            trainer, notes = _from_checkpoint(out, given, workers, where)
+        else:
+            _check_is_new(out)
+            trainer, notes = _from_settings(given, workers, where), []
+            out.mkdir(parents=True, exist_ok=True)
+            flush_folder(out.parent)
+            stack.enter_context(locked(out / LOCK))
+            _check_is_new(out)
+        checkpoints.clean(out)
+        stack.enter_context(_generators_restored(where))
+        stop = stack.enter_context(_signals())
+        return _Run(out, trainer, checkpoint_minutes, listeners, stop).run(notes)
+
+
+class _Run:
+    """The loop."""
+
+    def __init__(
+        self,
+        out: Path,
+        trainer: Trainer,
+        checkpoint_minutes: float,
+        listeners: Sequence[Listener],
+        stop: Callable[[], bool],
+    ) -> None:
+        self.out, self.trainer, self.stop = out, trainer, stop
+        self.seconds = 60 * checkpoint_minutes
+        self.unread: list[tuple[Tensor, dict[str, Any]]] = []
+        self.logs = Logs(out, trainer.epoch, trainer.steps_done)
+        self.listeners = (self.logs, *listeners)
+        self.saved = time.monotonic()
+
+    def run(self, notes: Sequence[str]) -> Result:
+        trainer = self.trainer
+        self._tell(Begun(trainer.job, trainer.steps_done, trainer.recipe.epochs * trainer.steps, notes))
+        try:
+            if not trainer.steps_done:
+                self._save()
+            while trainer.epoch < trainer.recipe.epochs and self._epoch():
+                pass
+            self._save()
+        finally:
+            self.logs.close()
+        found = checkpoints.list_checkpoints(self.out)
+        return Result(
+            self.out,
+            found[max(found)],
+            None if trainer.best is None else found.get(trainer.best),
+            [evaluation for _, evaluation in trainer.validations],
+            trainer.epoch == trainer.recipe.epochs,
+            len(trainer.batches.skipped),
+        )
+
+    def _epoch(self) -> bool:
+        """What is left of an epoch; False if it was interrupted."""
+        trainer = self.trainer
+        began = time.perf_counter()
+        for batch in self._batches():
+            waiting = time.perf_counter() - began
+            about = {"epoch": trainer.epoch, "lr": trainer.lr, "pictures": len(batch.labels), "waiting": waiting}
+            loss = trainer.update(batch)
+            if len(batch.labels):
+                self.unread.append((loss, {"step": trainer.steps_done, **about}))
+            read = trainer.device.type == "cpu" or len(self.unread) >= UNREAD
+            if read:
+                loss.item()  # waits for the GPU
+            if self.unread:
+                self.unread[-1][1].update(seconds=time.perf_counter() - began, time=time.time())
+            if read:
+                self._tell_steps()
+            if self.stop():
+                return False
+            if time.monotonic() - self.saved >= self.seconds:
+                self._save()
+            began = time.perf_counter()
+        if self.stop() or not trainer.validate(self.stop):
+            return False
+        self._tell_steps()
+        step, evaluation = trainer.validations[-1]
+        self._tell(Epoch(trainer.epoch - 1, step, evaluation, len(trainer.batches.skipped), time.time()))
+        self._save()
+        return not self.stop()
+
+    def _batches(self) -> Iterator[Batch]:
+        """Those of the epoch. Where they cannot be read any more, there is a checkpoint before the error."""
+        batches = self.trainer.rest_of_epoch()
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception:
+                self._save()
+                if self.stop():  # the workers were told to end, too
+                    return
+                raise
+            if batch is None:
+                return
+            yield batch
+
+    def _tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+    def _tell_steps(self) -> None:
+        unread, self.unread = self.unread, []
+        for loss, about in unread:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise Diverged(f"The loss is {value}", about["step"], about["lr"], self._newest())
+            self._tell(Step(loss=value, **about))
+
+    def _save(self) -> None:
+        self._tell_steps()
+        trainer = self.trainer
+        if trainer.steps_done not in checkpoints.list_checkpoints(self.out):
+            if not trainer.is_finite():
+                raise Diverged("A weight is not a number", trainer.steps_done, trainer.lr, self._newest())
+            self.logs.flush()
+            checkpoint = checkpoints.save(self.out, trainer.steps_done, trainer.tensors(), trainer.state())
+            checkpoints.prune(self.out, trainer.best)
+            self._tell(Saved(checkpoint))
+        self.saved = time.monotonic()
+
+    def _newest(self) -> Path:
+        found = checkpoints.list_checkpoints(self.out)
+        return found[max(found)]
+
+
+def _from_settings(given: Mapping[str, Any], workers: int | None, device: torch.device) -> Trainer:
+    """A run that begins."""
+    missing = [name for name in ("data", "model") if name not in given]
+    if missing:
+        raise TypeError(f"train(): missing: {', '.join(missing)}")
+    recipe = given.get("recipe", "plain")
+    if not isinstance(recipe, Recipe):
+        if recipe not in RECIPES:
+            raise ValueError(f"train(): recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
+        recipe = RECIPES[recipe]
+    recipe = replace(recipe, **_of_recipe(given))
+    splits = _splits(given["data"])
+    trained = load_model(given["start_from"]) if given.get("start_from") else None
+    settings = {name: given.get(name) for name in SETTINGS if name not in ("data", "model", "recipe")}
+    job = new_job(_name(given["data"]), given["model"], recipe, splits, trained=trained, workers=workers, **settings)
+    return Trainer(job, splits, trained=trained, workers=workers, device=device)
+
+
+def _from_checkpoint(
+    out: Path, given: Mapping[str, Any], workers: int | None, device: torch.device
+) -> tuple[Trainer, list[str]]:
+    """A run that goes on, and what is different now."""
+    checkpoint = choose_checkpoint(out, "newest")
+    state, job = read_job(checkpoint)
+    _check_same(job, given)
+    splits = _splits(given.get("data", job.data))
+    if (found := {name: split.fingerprint() for name, split in splits.items()}) != job.fingerprints:
+        changed = [name for name in {**job.fingerprints, **found} if found.get(name) != job.fingerprints.get(name)]
+        raise ValueError(
+            f"train(): data={_name(given.get('data', job.data))!r} is not what the run was begun with ({job.data!r}): "
+            f"other pictures, labels or classes for {', '.join(changed)}"
+        )
+    tensors = {name: checkpoints.read_tensors(checkpoint, name, state) for name in ("model", "optimizer")}
+    trainer = Trainer(job, splits, workers=workers, device=device)
+    try:
+        trainer.load(state, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RuntimeError(f"{checkpoint}: does not fit the run that it says it is of: {error}") from None
+    then, now = state["environment"], environment(device)
+    return trainer, [
+        f"{name} is {now.get(name)} and was {then.get(name)}: the same bits are not to be expected"
+        for name in {**then, **now}
+        if now.get(name) != then.get(name)
+    ]
+
+
+def _check_same(job: Job, given: Mapping[str, Any]) -> None:
+    """Raise ValueError if settings are given that are not those of the run. Data are compared by what is in them."""
+    recipe = given.get("recipe")
+    wanted = {name: value for name, value in given.items() if name in SETTINGS and name not in ("data", "recipe")}
+    if isinstance(recipe, Recipe):
+        wanted |= {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+        wanted["recipe"] = wanted.pop("name")
+    elif recipe is not None:
+        wanted["recipe"] = recipe
+    changed = replace(job.recipe, **_of_recipe(given))
+    wanted |= {name: getattr(changed, name) for name in _of_recipe(given)}
+    own = job.settings()
+    different = [
+        f"{name} is {text_of(own[name])}, not {text_of(value)}" for name, value in wanted.items() if own[name] != value
+    ]
+    if different:
+        raise ValueError(f"train(): the run that is to go on has other settings: {'; '.join(different)}")
+
+
+def _of_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(Recipe)}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def _splits(data: str | Mapping[str, Dataset]) -> Mapping[str, Dataset]:
+    splits = open_splits(data) if isinstance(data, str) else data
+    if "train" not in splits:
+        raise ValueError(f"train(): {data} has no split for training, only {', '.join(splits)}")
+    return splits
+
+
+def _name(data: str | Mapping[str, Dataset]) -> str:
+    return data if isinstance(data, str) else next(iter(data.values())).source
+
+
+def _check_is_new(out: Path) -> None:
+    """Raise FileExistsError if there is more in a folder than a run that was killed before its first checkpoint left."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(out))
+    if found := checkpoints.list_checkpoints(out):
+        raise FileExistsError(errno.EEXIST, f"has a run of {max(found)} steps; --resume goes on with it", str(out))
+    others = [path.name for path in out.iterdir() if not any(map(path.match, REMAINS))] if out.exists() else []
+    if others:
+        raise FileExistsError(errno.EEXIST, f"is not empty: there is {others[0]}", str(out))
+
+
+@contextmanager
+def _generators_restored(device: torch.device) -> Iterator[None]:
+    """Within, cuDNN is deterministic; afterwards torch's generators are as they were."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come, in the main thread; the second one has its usual effect."""
+    asked = threading.Event()
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        restore()
