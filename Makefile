@@ -21,7 +21,7 @@ GPU_OUT = $(if $(filter file,$(origin OUT)),,--out $(OUT))
 CUDA_ARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u),90)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test arm soak fuzz trained bench gpu gpu-carry kernels roofline readme lint wheel package clean
+.PHONY: help setup test arm soak fuzz crashes trained bench gpu gpu-carry kernels roofline readme lint wheel package clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -36,7 +36,7 @@ $(VENV)/.ready: pyproject.toml setup.py $(shell find csrc -type f)
 	touch $@
 
 # The threads of one process wait without spinning, which would keep the others from running.
-test arm soak: export OMP_WAIT_POLICY := passive
+test arm soak crashes: export OMP_WAIT_POLICY := passive
 test arm: PYTEST := $(BIN)/python -m pytest -q -n logical --maxprocesses 8
 test: setup  ## run the whole test suite
 	$(PYTEST)
@@ -50,6 +50,10 @@ soak: setup  ## make 100,000 calls of all sizes from threads that come and go: d
 
 fuzz: setup  ## break 2,000 small ONNX files: each must be refused, or compute what onnxruntime computes
 	$(BIN)/python -m tools.fuzz
+
+crashes: setup  ## kill a training of the whole AlexNet at random moments: does it end with the same bits? MODEL= DATA=
+	$(BIN)/python -m tools.crashes --data $(or $(DATA),digits) --model $(or $(MODEL),alexnet) --width 1 --input-size 227 \
+		--batch 128 --epochs 1 --kills 20 --checkpoint-minutes 0.2 --points last
 
 trained: setup  ## with trained weights, on labelled photographs, which are downloaded: is as much recognized as with torch?
 	FASTCNN_DOWNLOAD=1 $(BIN)/python -m pytest -q tests/models/test_trained.py

@@ -122,11 +122,9 @@ def evaluate(
         return
     table = Table(box=None, show_header=False)
     table.add_column(style="cyan")
+    told |= {"loss": f"{found.loss:.4f}", "top1": f"{found.top1:.2%}", "top5": f"{found.top5:.2%}"}
     for name, value in told.items():
-        share = name in ("top1", "top5")
-        table.add_row(
-            name, escape(printable(f"{value:.2%}" if share else f"{value:.4f}" if name == "loss" else str(value)))
-        )
+        table.add_row(name, escape(printable(str(value))))
     table.add_row("skipped", str(len(batches.skipped)))
     Console(highlight=False).print(table)
 
@@ -269,7 +267,7 @@ def _add_options() -> None:
         help = f"{help}: {', '.join(choices)}" if choices else help
         flag = f"{_flag(field.name)}/--no-{_flag(field.name)[2:]}" if field.type == "bool" else _flag(field.name)
         option = typer.Option(flag, help=f"{help[0].upper()}{help[1:]}.", rich_help_panel="The recipe's, to change it")
-        kind = Annotated[types[str(field.type)] | None, option]
+        kind: Any = Annotated[types[str(field.type)] | None, option]
         options.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     train.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
     train.__annotations__ |= {option.name: option.annotation for option in options}

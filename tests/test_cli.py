@@ -23,7 +23,18 @@ from fastcnn.ops.register import IMPLEMENTATIONS, what_runs
 HAS_CPU = "cpu" in fastcnn.backends.available()
 BEST = "cpu" if HAS_CPU else "reference"
 COMMAND_NEEDS = ("typer", "rich")
-OTHERS = ("matplotlib", "numpy", "onnx", "onnxruntime", "PIL", "safetensors", "torchinfo", "torchvision", "triton")
+OTHERS = (
+    "matplotlib",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "PIL",
+    "safetensors",
+    "tensorboard",
+    "torchinfo",
+    "torchvision",
+    "triton",
+)
 TINY = ["--shape", "2,4,7,7", "--repeats", "2", "--providers", f"fastcnn.{BEST}", "--providers", "torch.eager"]
 
 

@@ -22,11 +22,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch  # noqa: F401  (what training imports when it begins)
 import torch
+import torch._dynamo
+import torch.utils.tensorboard
 from rich.console import Console
 
 from fastcnn.data import Dataset
@@ -154,17 +158,24 @@ def calls_of(out: Path, settings: Mapping[str, Any]) -> list[str]:
     return told.read_text().split("\n")
 
 
-def kill_at_random(out: Path, settings: Mapping[str, Any], kills: int, seconds: float, seed: int) -> int:
-    """Kill the run so often, each time up to so many seconds after it began; how often it had ended before."""
-    draw, whole = random.Random(seed), 0
-    for _ in range(kills):
-        process = child(lambda: finish(out, settings))
+def kill_at_random(
+    out: Path, settings: Mapping[str, Any], kills: int, seconds: float, seed: int, check: Callable[[str, Path], None]
+) -> None:
+    """Kill a run so often, up to so many seconds after each start, and check it; when it ends before, begin another."""
+    draw, done, of_this = random.Random(seed), 0, 0
+    while done < kills:
+        process = child(partial(finish, out, settings))
         time.sleep(draw.uniform(0, seconds))
         os.kill(process, signal.SIGKILL)
-        whole += ended(process)
-    if not ended(child(lambda: finish(out, settings))):
+        if ended(process):
+            check(f"killed at {of_this} random moments", out)
+            of_this = 0
+        else:
+            done, of_this = done + 1, of_this + 1
+    if not ended(child(partial(finish, out, settings))):
         sys.exit("the run was killed by someone else")
-    return whole
+    check(f"killed at {of_this} random moments", out)
+    Console(highlight=False).print(f"killed at {done} random moments in all")
 
 
 def main() -> None:
@@ -174,7 +185,7 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=0.02)
     parser.add_argument("--input-size", type=int, default=67)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--kills", type=int, default=20, help="at random moments")
     parser.add_argument("--seed", type=int, default=0, help="of these moments")
     parser.add_argument("--checkpoint-minutes", type=float, default=0)
@@ -206,16 +217,14 @@ def main() -> None:
             shutil.rmtree(out)
 
         if options.kills:
-            out = Path(folder) / "random"
-            whole = kill_at_random(out, settings, options.kills, seconds, options.seed)
-            check(f"killed at {options.kills} random moments ({whole} of them after the end)", out)
+            kill_at_random(Path(folder) / "random", settings, options.kills, seconds, options.seed, check)
         last = max(number for number, call in enumerate(calls) if call == "before mkdir")
         first = {"none": len(calls), "last": last, "all": 0}[options.points]
+        out = Path(folder) / "injected"
         for number, call in list(enumerate(calls))[first:]:
-            out = Path(folder) / "injected"
-            if ended(child(lambda number=number: killed_at(out, settings, number))):
+            if ended(child(partial(killed_at, out, settings, number))):
                 sys.exit(f"the run was not killed at point {number}")
-            if not ended(child(lambda: finish(out, settings))):
+            if not ended(child(partial(finish, out, settings))):
                 sys.exit("the run was killed by someone else")
             check(f"killed {call} ({number})", out)
     if wrong:

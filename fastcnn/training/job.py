@@ -134,14 +134,12 @@ class Job:
         self, dataset: Dataset, *, training: bool, batch: int | None = None, workers: int | None, device: torch.device
     ) -> Loader:
         """Its batches, as images for the model. Pictures of different sizes are made squares as large as is needed."""
-        batch = batch or self.recipe.batch
+        batch, sides = batch or self.recipe.batch, _jitter(self.recipe, self.input_size)
         return loader(
             dataset,
             batch,
             augment=self.augmentation(dataset, training=training),
-            size=None
-            if dataset.shape
-            else max(_jitter(self.recipe, self.input_size) or (short_side(self.input_size),)),
+            size=None if dataset.shape else max(sides, default=short_side(self.input_size)),
             shuffle=training,
             drop_last=training and len(dataset) >= batch,  # of one picture there is no batch norm
             seed=self.seed,
@@ -202,7 +200,7 @@ def new_job(
         statistics=training.statistics or Statistics(),
         **chosen,
     )
-    with torch.device("meta"):
+    with torch.device("meta") if trained is None else torch.random.fork_rng(devices=[]):
         network: Any = unmeasured.new_model(trained)  # raises for what models refuse, before anything takes long
     job = replace(unmeasured, input_size=network.input_size)
     if training.statistics is None:

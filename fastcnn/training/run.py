@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import Batch, Dataset, open_splits
+from ..data import Dataset, open_splits
 from ..data.files import flush_folder, locked
 from . import checkpoints
 from .evaluation import Evaluation
@@ -164,8 +164,9 @@ class _Run:
         self.seconds = 60 * checkpoint_minutes
         self.unread: list[tuple[Tensor, dict[str, Any]]] = []
         self.logs = Logs(out, trainer.epoch, trainer.steps_done)
-        self.listeners = (self.logs, *listeners)
-        self.saved = time.monotonic()
+        self.listeners: tuple[Listener, ...] = (self.logs, *listeners)
+        self.saved, self.updating = time.monotonic(), False
+        self.of_torch: Any = None  # its handler of a worker's end
 
     def run(self, notes: Sequence[str]) -> Result:
         trainer = self.trainer
@@ -176,8 +177,13 @@ class _Run:
             while trainer.epoch < trainer.recipe.epochs and self._epoch():
                 pass
             self._save()
+        except Exception as error:
+            if self.updating or isinstance(error, Diverged) or not self._save_if_possible() or not self.stop():
+                raise  # otherwise workers were told to end, too
         finally:
             self.logs.close()
+            if self.of_torch is not None:
+                signal.signal(signal.SIGCHLD, self.of_torch)
         found = checkpoints.list_checkpoints(self.out)
         return Result(
             self.out,
@@ -192,10 +198,13 @@ class _Run:
         """What is left of an epoch; False if it was interrupted."""
         trainer = self.trainer
         began = time.perf_counter()
-        for batch in self._batches():
+        for batch in trainer.rest_of_epoch():
+            self._take_no_signals_of_workers()
             waiting = time.perf_counter() - began
             about = {"epoch": trainer.epoch, "lr": trainer.lr, "pictures": len(batch.labels), "waiting": waiting}
+            self.updating = True
             loss = trainer.update(batch)
+            self.updating = False
             if len(batch.labels):
                 self.unread.append((loss, {"step": trainer.steps_done, **about}))
             read = trainer.device.type == "cpu" or len(self.unread) >= UNREAD
@@ -218,20 +227,14 @@ class _Run:
         self._save()
         return not self.stop()
 
-    def _batches(self) -> Iterator[Batch]:
-        """Those of the epoch. Where they cannot be read any more, there is a checkpoint before the error."""
-        batches = self.trainer.rest_of_epoch()
-        while True:
-            try:
-                batch = next(batches, None)
-            except Exception:
-                self._save()
-                if self.stop():  # the workers were told to end, too
-                    return
-                raise
-            if batch is None:
-                return
-            yield batch
+    def _take_no_signals_of_workers(self) -> None:
+        """When a worker dies, torch raises an error at whatever line is running, such as in the middle of an update.
+        Without its handler the loader finds out a few seconds later, when it is asked for a batch."""
+        if threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGCHLD)
+            if handler not in (None, signal.SIG_DFL, signal.SIG_IGN):
+                self.of_torch = handler
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _tell(self, event: Event) -> None:
         for listener in self.listeners:
@@ -253,9 +256,15 @@ class _Run:
                 raise Diverged("A weight is not a number", trainer.steps_done, trainer.lr, self._newest())
             self.logs.flush()
             checkpoint = checkpoints.save(self.out, trainer.steps_done, trainer.tensors(), trainer.state())
-            checkpoints.prune(self.out, trainer.best)
             self._tell(Saved(checkpoint))
+        checkpoints.prune(self.out, trainer.best)
         self.saved = time.monotonic()
+
+    def _save_if_possible(self) -> bool:
+        with suppress(OSError):
+            self._save()
+            return True
+        return False
 
     def _newest(self) -> Path:
         found = checkpoints.list_checkpoints(self.out)
@@ -344,7 +353,7 @@ def _name(data: str | Mapping[str, Dataset]) -> str:
 
 
 def _check_is_new(out: Path) -> None:
-    """Raise FileExistsError if there is more in a folder than a run that was killed before its first checkpoint left."""
+    """Raise FileExistsError if there is more in a folder than a run that was killed before its first checkpoint."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(out))
     if found := checkpoints.list_checkpoints(out):

@@ -476,7 +476,7 @@ def test_export_with_a_dynamic_batch(strict):
         (TypeError, "argument 'num_classes' must be int, not bool", {"num_classes": True}),
         (TypeError, "argument 'input_size' must be int, not tuple", {"input_size": (227, 227)}),
         (ValueError, "input_size must be at least 1, but got input_size=-1", {"input_size": -1}),
-        (TypeError, "unexpected option width=2; allowed are: num_classes, .*lrn_groups", {"width": 2}),
+        (TypeError, "unexpected option depth=2; allowed are: num_classes, .*lrn_groups", {"depth": 2}),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else "",
 )

@@ -1,0 +1,491 @@
+"""Runs: what they write, that they are resumed to the bit, and what is refused without anything being lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastcnn.data.dataset import Encoded
+from fastcnn.training import RECIPES, Diverged, checkpoints, evaluate, load_model, train
+from fastcnn.training.events import Begun, Epoch, Event, Saved, Step
+from fastcnn.training.job import new_job
+from fastcnn.training.logs import read_events
+from fastcnn.training.trainer import Trainer
+
+from .data import CLASSES, SMALL, splits
+
+
+class Interrupt:
+    """A listener that asks the run to stop after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step) and event.step == self.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def tensors(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    found = checkpoints.list_checkpoints(run)
+    return {file.name: load_file(file) for file in sorted(found[max(found)].glob("*.safetensors"))}
+
+
+def assert_same(run: Path, other: Path) -> None:
+    ours, theirs = tensors(run), tensors(other)
+    assert ours.keys() == theirs.keys() == {"model.safetensors", "optimizer.safetensors"}
+    for file in ours:
+        assert ours[file].keys() == theirs[file].keys()
+        for name in ours[file]:
+            assert torch.equal(ours[file][name], theirs[file][name]), name
+    steps = [[(event.step, event.loss) for event in read_events(r) if isinstance(event, Step)] for r in (run, other)]
+    assert steps[0] == steps[1]
+    assert [step for step, _ in steps[0]] == list(range(1, len(steps[0]) + 1))
+
+
+def test_a_run_writes_checkpoints_metrics_and_tensorboards_files(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    heard: list[Event] = []
+    result = train(splits(), **SMALL, out=tmp_path / "run", listeners=[heard.append])
+    assert result.complete
+    assert result.checkpoint == tmp_path / "run" / "step-15"
+    assert len(result.validations) == 3
+    assert isinstance(heard[0], Begun)
+    kinds = [type(event) for event in heard]
+    assert (kinds.count(Step), kinds.count(Epoch), kinds.count(Saved)) == (15, 3, 4)
+    assert [event for event in heard if isinstance(event, Step | Epoch)] == read_events(tmp_path / "run")
+    kept = list(checkpoints.list_checkpoints(tmp_path / "run"))
+    assert kept[-3:] == [5, 10, 15]
+    state = json.loads((result.checkpoint / "state.json").read_text())
+    assert (state["epoch"], state["step"], state["steps_done"]) == (3, 0, 15)
+    assert state["environment"]["threads"] == torch.get_num_threads()
+    assert state["environment"]["torch"] == torch.__version__
+    board = EventAccumulator(str(tmp_path / "run")).Reload()
+    losses = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in board.Scalars("train/loss")]
+    assert losses == [(event.step, event.loss) for event in heard if isinstance(event, Step)]
+    assert {path.name for path in (tmp_path / "run").iterdir()} - {"metrics.jsonl"} == {
+        *(f"step-{step}" for step in kept),
+        *(path.name for path in (tmp_path / "run").glob("events.out.tfevents.*")),
+    }
+
+
+def test_the_best_and_the_newest_three_are_kept(tmp_path: Path) -> None:
+    result = train(splits(), **{**SMALL, "epochs": 8}, out=tmp_path / "run", dropout_p=0.0)
+    assert result.best is not None
+    best = max(found.top1 for found in result.validations if found)
+    first = next(epoch for epoch, found in enumerate(result.validations) if found and found.top1 == best)
+    assert result.best.name == f"step-{5 * (first + 1)}"
+    assert set(checkpoints.list_checkpoints(tmp_path / "run")) == {5 * (first + 1), 30, 35, 40}
+    images = torch.rand(2, 3, 67, 67)
+    wanted = load_file(result.best / "model.safetensors")
+    assert all(torch.equal(wanted[name], value) for name, value in load_model(tmp_path / "run").state_dict().items())
+    assert load_model(tmp_path / "run", "newest")(images).shape == (2, 4)
+
+
+OTHER_RUNS: dict[str, dict[str, Any]] = {
+    "sgd": {},
+    "adam": {"optimizer": "adam", "lr": 1e-3},
+    "accumulated": {"accumulate": 3, "dropout": "paper"},
+    "bf16": {"precision": "bf16"},
+    "fp64": {"precision": "fp64"},
+    "contiguous": {"channels_last": False},
+    "as_run": {
+        "recipe": replace(RECIPES["alexnet-as-run"], drops=(1, 2), slow_conv1=1, stop_conv1=2, noise_until=2),
+        "lr": 1e-3,
+    },
+    "vgg": {"model": "vgg_a", "recipe": "vgg-paper", "input_size": 32, "lr": 1e-5, "patience": 1},
+    "batch_norm": {"model": "alexnet_bn", "recipe": "plain"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RUNS)
+def test_an_interrupted_run_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    given = {**SMALL, **OTHER_RUNS[name]}
+    train(splits(), **given, out=tmp_path / "alone")
+    result = train(splits(), **given, out=tmp_path / "run", listeners=[Interrupt(3)])
+    assert not result.complete
+    assert result.checkpoint.name == "step-3"
+    for stop in (5, 12):
+        assert not train(splits(), out=tmp_path / "run", resume=True, listeners=[Interrupt(stop)]).complete
+    generator = torch.get_rng_state()
+    assert train(splits(), out=tmp_path / "run", resume=True).complete
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
+def test_lines_after_the_checkpoint_are_not_there_twice(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    run = tmp_path / "run"
+    train(splits(), **SMALL, out=run)
+    shutil.rmtree(run / "step-15")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')  # a crash in the middle of a line
+    train(out=run, data=splits(), resume=True)
+    steps = [event.step for event in read_events(run) if isinstance(event, Step)]
+    assert steps == list(range(1, 16))
+    assert [event.epoch for event in read_events(run) if isinstance(event, Epoch)] == [0, 1, 2]
+    (file_of_board,) = run.glob("events.out.tfevents.*")
+    losses = [
+        event.step
+        for event in EventFileLoader(str(file_of_board)).Load()
+        if any(value.tag == "train/loss" for value in event.summary.value)
+    ]
+    assert losses == list(range(1, 16))
+
+
+def test_runs_that_are_killed_at_any_point_end_with_the_same_bits() -> None:
+    done = subprocess.run([sys.executable, "-m", "tools.crashes"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "killed at 20 random moments in all" in done.stdout
+    for name in ("write", "fsync", "rename", "unlink", "rmdir"):
+        assert f"killed before {name}" in done.stdout
+        assert f"killed after {name}" in done.stdout
+
+
+def test_pictures_of_files_and_workers_give_the_same_bits(tmp_path: Path) -> None:
+    from data.pictures import write_folder
+
+    write_folder(tmp_path / "data" / "train", {"a": 9, "b": 9})
+    write_folder(tmp_path / "data" / "val", {"a": 3, "b": 3}, 100)
+    given: dict[str, Any] = {**SMALL, "data": str(tmp_path / "data"), "epochs": 2}
+    for workers in (0, 2):
+        assert train(**given, out=tmp_path / f"run{workers}", workers=workers).complete
+    assert_same(tmp_path / "run0", tmp_path / "run2")
+
+
+def test_what_differs_on_resuming_is_said(tmp_path: Path) -> None:
+    train(splits(), **SMALL, out=tmp_path / "run", listeners=[Interrupt(3)])
+    heard: list[Event] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        train(splits(), out=tmp_path / "run", resume=True, listeners=[heard.append])
+    finally:
+        torch.set_num_threads(threads)
+    begun = heard[0]
+    assert isinstance(begun, Begun)
+    assert begun.step == 3
+    (note,) = begun.notes
+    assert f"threads is {threads + 1} and was {threads}" in note
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"lr": 0.5}, "lr is 0.02, not 0.5"),
+        ({"epochs": 9, "batch": 9}, "epochs is 3, not 9; batch is 8, not 9|batch is 8, not 9; epochs is 3, not 9"),
+        ({"model": "caffenet"}, "model is alexnet, not caffenet"),
+        ({"seed": 1}, "seed is 0, not 1"),
+        ({"width": 0.5}, "width is 0.02, not 0.5"),
+        ({"recipe": "alexnet-paper"}, "recipe is plain, not alexnet-paper"),
+        ({"plain": True}, "plain is no, not yes"),
+        ({"data": splits(train=44)}, "data='small' is not what .* train"),
+        ({"data": splits(seed=5)}, "data='small' is not what .* train, validation"),
+    ],
+)
+def test_other_settings_on_resuming_are_refused_and_named(given: dict[str, Any], named: str, tmp_path: Path) -> None:
+    train(splits(), **SMALL, out=tmp_path / "run", listeners=[Interrupt(3)])
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(ValueError, match=named):
+        train(**{"data": splits(), **given}, out=tmp_path / "run", resume=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert train(splits(), **SMALL, out=tmp_path / "run", resume=True).complete  # the run's own are allowed
+
+
+def _cut(run: Path) -> None:
+    file = run / "step-3" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def _flip(run: Path) -> None:
+    file = run / "step-3" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def _no_state(run: Path) -> None:
+    (run / "step-3" / "state.json").unlink()
+
+
+def _no_model(run: Path) -> None:
+    (run / "step-3" / "model.safetensors").unlink()
+
+
+def _half_state(run: Path) -> None:
+    file = run / "step-3" / "state.json"
+    file.write_text(file.read_text()[:200])
+
+
+def _other_network(run: Path) -> None:
+    file = run / "step-3" / "state.json"
+    file.write_text(file.read_text().replace('"alexnet"', '"vgg_a"'))
+
+
+def _other_classes(run: Path) -> None:
+    file = run / "step-3" / "state.json"
+    state = json.loads(file.read_text())
+    state["job"]["classes"].append("more")
+    file.write_text(json.dumps(state))
+
+
+def _no_checkpoints(run: Path) -> None:
+    for path in run.glob("step-*"):
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "named"),
+    [
+        (_cut, RuntimeError, "model.safetensors: is damaged .* goes on from step 0"),
+        (_flip, RuntimeError, "optimizer.safetensors: is damaged"),
+        (_no_state, FileNotFoundError, "state.json"),
+        (_no_model, FileNotFoundError, "model.safetensors"),
+        (_half_state, RuntimeError, "state.json: cannot be read"),
+        (_other_network, RuntimeError, "does not fit"),
+        (_other_classes, RuntimeError, "does not fit"),
+        (_no_checkpoints, FileNotFoundError, "no checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_named(
+    damage: Callable[[Path], None], error: type[Exception], named: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(splits(), **SMALL, out=run, listeners=[Interrupt(3)])
+    damage(run)
+    with pytest.raises(error, match=named):
+        train(splits(), out=run, resume=True)
+    with pytest.raises(error, match=named) if damage is not _flip else pytest.raises(RuntimeError):
+        load_model(run, "step-3" if damage is not _no_checkpoints else "best")
+        raise RuntimeError  # of the optimizer nothing is loaded
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    write = checkpoints._write
+
+    def full(file: Path, content: bytes) -> str:
+        if "step-10" in str(file) and file.suffix == ".safetensors":
+            file.write_bytes(content[:100])
+            raise OSError(28, "No space left on device", str(file))
+        return write(file, content)
+
+    monkeypatch.setattr(checkpoints, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(splits(), **SMALL, out=run)
+    assert list(checkpoints.list_checkpoints(run)) == [0, 5]
+    assert not list(run.glob("*.partial"))
+    monkeypatch.undo()
+    assert train(splits(), out=run, resume=True).complete
+    train(splits(), **SMALL, out=tmp_path / "alone")
+    assert_same(run, tmp_path / "alone")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"at step \d+, at a learning rate of .*step-\d") as caught:
+        train(splits(), **{**SMALL, "lr": 1e30, "warmup": 0, "checkpoint_minutes": 0}, out=tmp_path / "run")
+    assert caught.value.checkpoint.is_dir()
+    model = load_file(caught.value.checkpoint / "model.safetensors")
+    assert all(value.isfinite().all() for value in model.values())
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(splits(), **SMALL, out=run)
+    before = tensors(run)
+    with pytest.raises(FileExistsError, match="has a run of 15 steps"):
+        train(splits(), **SMALL, out=run)
+    assert tensors(run).keys() == before.keys()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
+        train(splits(), **SMALL, out=tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="no run"):
+        train(splits(), **SMALL, out=tmp_path / "nowhere", resume=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        train(splits(), **SMALL, out=tmp_path / "file")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_two_processes_in_one_folder_are_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def second(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 2:
+            code = (
+                "import fcntl, sys\n"
+                f"file = open({str(run / 'lock')!r}, 'r+')\n"
+                "try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+                "except OSError: sys.exit(7)"
+            )
+            assert subprocess.run([sys.executable, "-c", code]).returncode == 7
+
+    assert train(splits(), **SMALL, out=run, listeners=[second]).complete
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "named"),
+    [
+        ({"model": "lenet"}, ValueError, "lenet"),
+        ({"recipe": "best"}, ValueError, "recipe must be one of"),
+        ({"width": 0}, ValueError, "width"),
+        ({"input_size": 60}, ValueError, "input_size"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"seed": 1.5}, TypeError, "seed"),
+        ({"device": "tpu"}, ValueError, "device"),
+        ({"checkpoint_minutes": -1.0}, ValueError, "checkpoint_minutes"),
+        ({"learning_rate": 0.1}, TypeError, "learning_rate"),
+        ({"name": "x"}, TypeError, "name"),
+        ({"data": "nowhere"}, FileNotFoundError, "nowhere"),
+        ({"data": None}, TypeError, "data"),
+        ({"schedule": "plateau", "data": {"train": splits()["train"]}}, ValueError, "plateau"),
+        ({"data": {"validation": splits()["validation"]}}, ValueError, "no split for training"),
+        ({"start_from": "nowhere"}, FileNotFoundError, "nowhere"),
+        ({"options": {"depth": 3}}, TypeError, "depth"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    given: dict[str, Any], error: type[Exception], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=named):
+        train(**{"data": splits(), **SMALL, **given}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Fragile(Encoded):
+    """Pictures that a worker dies of."""
+
+    def __init__(self, split: str, count: int) -> None:
+        super().__init__("fragile", split, "all", CLASSES, torch.arange(count) % 4)
+
+    def file(self, index: int) -> str:
+        raise AssertionError
+
+    def pixels(self, index: int) -> Any:
+        if (Path(os.environ["FRAGILE"]) / "dies").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((80, 80, 3), 50 * (index % 4), dtype=torch.uint8).numpy()
+
+
+def test_a_worker_that_dies_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRAGILE", str(tmp_path))
+    data = {"train": Fragile("train", 40), "validation": Fragile("validation", 4)}
+    train(data, **SMALL, out=tmp_path / "alone", workers=1)
+
+    def die(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 7:
+            (tmp_path / "dies").touch()
+
+    with pytest.raises(RuntimeError, match="worker"):
+        train(data, **SMALL, out=tmp_path / "run", workers=1, listeners=[die])
+    assert max(checkpoints.list_checkpoints(tmp_path / "run")) > 5  # the epoch's
+    (tmp_path / "dies").unlink()
+    assert train(out=tmp_path / "run", data=data, resume=True, workers=1).complete
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
+def test_vgg_starts_from_the_layers_of_a(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"recipe": "vgg-paper", "width": 0.05, "input_size": 32, "batch": 8, "epochs": 1}
+    train(splits(), "vgg_a", **given, out=tmp_path / "a", lr=1e-5)
+    train(splits(), "vgg_b", **given, out=tmp_path / "b", lr=0.0, start_from=str(tmp_path / "a"))
+    theirs, ours = (load_model(tmp_path / name).weighted_layers() for name in "ab")
+    for layer in ("conv1_1", "conv2_1", "fc6", "fc7", "fc8"):
+        assert torch.equal(ours[layer].weight, theirs[layer].weight)
+    with pytest.raises(TypeError, match="start_from"):
+        train(splits(), **SMALL, out=tmp_path / "c", start_from=str(tmp_path / "a"))
+
+
+def test_groups_of_parameters_have_their_own_learning_rates() -> None:
+    recipe = replace(RECIPES["alexnet-as-run"], drops=(1,), slow_conv1=1, stop_conv1=2)
+    job = new_job("small", "alexnet", recipe, splits(), width=0.02, input_size=67)
+    trainer = Trainer(job, splits())
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+
+    def rates() -> dict[str, tuple[float, float]]:
+        trainer._set_learning_rates()
+        groups = trainer.optimizer.param_groups
+        return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    assert rates()["features.conv1.weight"] == rates()["classifier.fc8.weight"] == (0.01, 5e-4)
+    assert rates()["features.conv1.bias"] == rates()["classifier.fc8.bias"] == (0.02, 0.0)
+    trainer.epoch = 1
+    assert rates()["features.conv2.weight"] == (pytest.approx(1e-3), 5e-4)
+    assert rates()["features.conv1.weight"] == (pytest.approx(1e-4), 5e-4)
+    assert rates()["features.conv2.bias"] == (0.02, 0.0)  # not dropped in the authors' files
+    trainer.epoch = 2
+    assert rates()["features.conv1.weight"][0] == rates()["features.conv1.bias"][0] == 0
+
+
+def test_accumulated_gradients_are_those_of_the_batch() -> None:
+    found = []
+    for accumulate in (1, 3):
+        recipe = replace(RECIPES["plain"], dropout_p=0.0, precision="fp64", accumulate=accumulate, batch=8)
+        trainer = Trainer(new_job("small", "alexnet", recipe, splits(), width=0.02, input_size=67), splits())
+        loss = trainer.update(next(trainer.rest_of_epoch()))
+        found.append((loss, [parameter.grad.clone() for parameter in trainer.model.parameters()]))
+    (loss, gradients), (other, others) = found
+    torch.testing.assert_close(loss, other, rtol=1e-6, atol=0)
+    for gradient, theirs in zip(gradients, others, strict=True):
+        torch.testing.assert_close(gradient, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_is_a_function_of_seed_and_step() -> None:
+    job = new_job("small", "alexnet", replace(RECIPES["plain"], batch=8), splits(), width=0.02, input_size=67)
+
+    def loss(seed: int, step: int, generator: int) -> float:
+        trainer = Trainer(job, splits())
+        trainer.job = replace(job, seed=seed)
+        batch = next(trainer.rest_of_epoch())
+        trainer.step = step
+        torch.manual_seed(generator)  # of no consequence
+        return float(trainer.update(batch))
+
+    assert loss(0, 0, 5) == loss(0, 0, 6)
+    assert len({loss(0, 0, 5), loss(1, 0, 5), loss(0, 1, 5)}) == 3
+
+
+def test_fused_and_plain_layers_learn_alike(tmp_path: Path) -> None:
+    given: dict[str, Any] = {**SMALL, "epochs": 10, "precision": "fp64", "dropout_p": 0.0, "lr": 0.05}
+    for plain in (False, True):
+        train(splits(), **given, out=tmp_path / f"{plain}", plain=plain)
+    fused, plain_ = (
+        [event.loss for event in read_events(tmp_path / f"{plain}") if isinstance(event, Step)]
+        for plain in (False, True)
+    )
+    assert len(fused) == 50
+    assert fused == pytest.approx(plain_, rel=1e-9, abs=0)
+    assert sum(fused[-5:]) < 0.8 * sum(fused[:5])
+
+
+def test_evaluation_counts_ranks_as_defined() -> None:
+    from fastcnn.data import Batch
+
+    logits = torch.tensor(
+        [[3.0, 2, 1, 0, -1, -2], [3, 2, 1, 0, -1, -2], [1, 1, 1, 1, 1, 1], [0, 0, torch.nan, 0, 0, 0]]
+    )
+    labels = torch.tensor([0, 4, 0, 2])
+    model = torch.nn.Identity()
+    found = evaluate(model, [Batch(logits[:3], labels[:3], labels[:3])])
+    assert found is not None
+    assert (found.pictures, found.top1, found.top5) == (3, 1 / 3, 2 / 3)
+    assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits[:3], labels[:3]).item())
+    broken = evaluate(model, [Batch(logits[3:], labels[3:], labels[3:])])
+    assert broken is not None
+    assert broken.top1 == broken.top5 == 0
+    with pytest.raises(ValueError, match="no pictures"):
+        evaluate(model, [])
