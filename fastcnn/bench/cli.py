@@ -25,6 +25,7 @@ from .operators import MODES, OPERATORS, SHAPES, select
 from .providers import NetworkProvider, OperatorProvider, network_providers, operator_providers
 from .rows import Row
 from .serve_cli import serve
+from .training_cli import training
 from .workload import Workload
 from .zoo_cli import zoo
 
@@ -39,6 +40,7 @@ bench = typer.Typer(no_args_is_help=True)
 bench.command()(zoo)
 bench.command()(serve)
 bench.command()(data)
+bench.command()(training)
 
 
 @bench.callback()

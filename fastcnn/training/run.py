@@ -27,7 +27,7 @@ from .job import SETTINGS, Job, new_job
 from .logs import METRICS, Logs
 from .recipes import RECIPES, Recipe, text_of
 from .saved import choose_checkpoint, load_model, read_job
-from .trainer import Trainer, choose_device, environment
+from .trainer import Trainer, choose_device
 
 LOCK = "lock"
 REMAINS = (METRICS, LOCK, "events.out.tfevents.*", f"step-*{checkpoints.UNFINISHED}", f"{METRICS}.*.tmp")
@@ -309,7 +309,7 @@ def _from_checkpoint(
         trainer.load(state, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RuntimeError(f"{checkpoint}: does not fit the run that it says it is of: {error}") from None
-    then, now = state["environment"], environment(device)
+    then, now = state["environment"], trainer.environment
     return trainer, [
         f"{name} is {now.get(name)} and was {then.get(name)}: the same bits are not to be expected"
         for name in {**then, **now}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import __version__
+from ..bench.environment import environment
 from ..data import Batch, Dataset
 from ..data.order import Stream
 from .checkpoints import State, Tensors
@@ -35,6 +33,7 @@ class Trainer:
 
     Attributes:
         model: in training mode, on the device.
+        environment: what the bits of a run depend on besides its settings.
         epoch, step: how many epochs are done, and how many steps of the next one.
         validations: of the epochs that are done, and at which step each ended.
     """
@@ -56,6 +55,7 @@ class Trainer:
         self.to_validate = None
         if "validation" in splits:
             self.to_validate = job.loader(splits["validation"], training=False, workers=workers, device=self.device)
+        self.environment = {**environment(self.device.type), "FASTCNN_BACKEND": os.environ.get("FASTCNN_BACKEND")}
         self.epoch = self.step = 0
         self.validations: list[tuple[int, Evaluation | None]] = []
 
@@ -142,7 +142,7 @@ class Trainer:
             "validations": [(step, found and asdict(found)) for step, found in self.validations],
             "job": self.job.to_json(),
             "recipe_hash": self.recipe.digest(),
-            "environment": environment(self.device),
+            "environment": self.environment,
         }
 
     def load(self, state: State, tensors: Tensors) -> None:
@@ -232,24 +232,3 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device!r}: there are {torch.cuda.device_count()} GPUs here that torch can use")
     return chosen
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the bits of a run depend on besides its settings."""
-    return {
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "fastcnn": __version__,
-        "python": platform.python_version(),
-        "backend": os.environ.get("FASTCNN_BACKEND", ""),
-    }
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
