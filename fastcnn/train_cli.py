@@ -4,6 +4,7 @@ import inspect
 import json
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ from .training import RECIPES, Diverged, Recipe, Result, load_model
 from .training import evaluate as evaluate_model
 from .training import train as train_model
 from .training.checkpoints import list_checkpoints
-from .training.events import Begun, Epoch, Event, Saved, Step
+from .training.events import Begun, Epoch, Event, Step
 from .training.saved import choose_checkpoint, read_job
 from .training.trainer import choose_device
 
@@ -78,12 +79,11 @@ def train(
     except (ImageError, Diverged) as error:
         raise _failed(str(error)) from None
     except REFUSALS as error:
+        if screen.task is not None:  # it has begun
+            raise _failed(str(error) + _remedy(out)) from None
         raise typer.BadParameter(printable(str(error))) from None
     except (RuntimeError, OSError, MemoryError) as error:
-        remedy = (
-            f"\nfastcnn train --resume --out {out} goes on from the last checkpoint" if list_checkpoints(out) else ""
-        )
-        raise _failed(f"{str(error) or type(error).__name__}{remedy}") from None
+        raise _failed((str(error) or type(error).__name__) + _remedy(out)) from None
     screen.finish(result)
     if not result.complete:
         raise typer.Exit(130)
@@ -166,8 +166,6 @@ class Screen:
             )
             skipped = f", {event.skipped:,} pictures skipped" if event.skipped else ""
             self._print(f"epoch {event.epoch + 1}/{self.epochs}: {told}; {self._speed()}{skipped}")
-        elif isinstance(event, Saved):
-            self.saved = event.checkpoint
 
     def finish(self, result: Result) -> None:
         """After the run: what has become of it, and plots."""
@@ -189,7 +187,7 @@ class Screen:
             from .training.plots import plot_run
 
             plots = plot_run(result.out, load_model(result.out))
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, RuntimeError) as error:
             self._print(f"no plots: {error}")
         else:
             console.print(f"plots: {', '.join(plot.name for plot in plots)}", markup=False)
@@ -221,6 +219,13 @@ class Screen:
 def printable_lines(text: str) -> str:
     """As :func:`printable`, a line at a time."""
     return "\n".join(map(printable, text.splitlines()))
+
+
+def _remedy(out: Path) -> str:
+    with suppress(OSError):
+        if list_checkpoints(out):
+            return f"\nfastcnn train --resume --out {out} goes on from the last checkpoint"
+    return ""
 
 
 def _failed(what: str) -> typer.Exit:

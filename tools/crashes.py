@@ -103,7 +103,9 @@ def content(out: Path) -> dict[str, Any]:
     for line in lines:
         for measured in ("time", "seconds", "waiting"):
             line.pop(measured, None)
-    return {**found, "checkpoints": list(newest), "lines": lines}
+    state = checkpoints.read_state(last)
+    state.pop("environment")
+    return {**found, "state": state, "checkpoints": list(newest), "lines": lines}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.files import flush_folder
+from ..data.files import flush_folder, write_whole
 
 NEWEST = 3  # are kept, and the best
 UNFINISHED = ".partial"  # behind the name of what is being written or deleted
@@ -30,7 +30,7 @@ def list_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def save(run: Path, step: int, tensors: Tensors, state: State) -> Path:
-    """Write a checkpoint, unless there is one of this step.
+    """Write a checkpoint; only its state, if there is one of this step.
 
     Args:
         run: the folder of the run.
@@ -44,7 +44,10 @@ def save(run: Path, step: int, tensors: Tensors, state: State) -> Path:
     from safetensors.torch import save as to_bytes
 
     final, temporary = run / f"step-{step}", run / f"step-{step}{UNFINISHED}"
-    if final.exists():
+    if final.exists():  # from before the validation that ends the epoch: the same tensors
+        files = read_state(final)["files"]
+        content = _sealed({**state, "files": files})
+        write_whole(final / STATE, lambda stream: stream.write(content))
         return final
     try:
         temporary.mkdir()
@@ -52,7 +55,7 @@ def save(run: Path, step: int, tensors: Tensors, state: State) -> Path:
         for name, some in tensors.items():
             file = temporary / f"{name}.safetensors"
             hashes[file.name] = _write(file, to_bytes({key: value.contiguous() for key, value in some.items()}))
-        _write(temporary / STATE, json.dumps({**state, "files": hashes}, indent=1, allow_nan=False).encode())
+        _write(temporary / STATE, _sealed({**state, "files": hashes}))
         flush_folder(temporary)
         os.rename(temporary, final)
     except BaseException:
@@ -76,6 +79,8 @@ def clean(run: Path) -> None:
     """Remove what a process has left that was killed while it wrote or deleted."""
     for remains in run.glob(f"step-*{UNFINISHED}"):
         shutil.rmtree(remains)
+    for file in (*run.glob("*.tmp"), *run.glob("step-*/*.tmp")):
+        file.unlink()
 
 
 def read_state(checkpoint: Path) -> State:
@@ -90,6 +95,8 @@ def read_state(checkpoint: Path) -> State:
         state = json.loads(file.read_text())
         if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
             raise ValueError("it is not that of a checkpoint")
+        if state.pop("hash", None) != _digest(state):
+            raise ValueError("it is damaged or was changed: its hash is another")
     except (ValueError, UnicodeDecodeError) as error:
         raise RuntimeError(f"{file}: cannot be read: {error}{_remedy(checkpoint)}") from None
     return state
@@ -114,6 +121,15 @@ def _remedy(checkpoint: Path) -> str:
     """What to do without this checkpoint."""
     others = [step for step, path in list_checkpoints(checkpoint.parent).items() if path != checkpoint]
     return f". Without {checkpoint.name} the run goes on from step {others[-1]}" if others else ""
+
+
+def _sealed(state: State) -> bytes:
+    """With a hash of the rest."""
+    return json.dumps({**state, "hash": _digest(state)}, indent=1, allow_nan=False).encode()
+
+
+def _digest(state: State) -> str:
+    return sha256(json.dumps(state, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _write(file: Path, content: bytes) -> str:

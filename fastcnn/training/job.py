@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -185,12 +186,17 @@ def new_job(
     """
     chosen = {**_DEFAULTS, **{name: value for name, value in given.items() if value is not None}}
     if recipe.schedule == "plateau" and "validation" not in splits:
-        raise ValueError(f"train(): {data} has no validation split, of which the schedule 'plateau' takes notice")
+        raise ValueError(f"train(): {data} has no validation split, which the schedule 'plateau' needs")
     seed = chosen["seed"] = integer("seed", chosen["seed"])
     if not 0 <= seed < 2**64:
         raise ValueError(f"train(): seed must be from 0 to 2**64 - 1, but got seed={seed}")
-    training = splits["train"]
+    training, size = splits["train"], chosen.get("input_size", 1)
+    if integer("input_size", size) < 1:
+        raise ValueError(f"train(): input_size must be at least 1, but got input_size={size}")
     chosen.setdefault("input_size", 0)
+    if own := chosen["options"].keys() & {*SETTINGS, *(field.name for field in fields(Recipe)), "num_classes"}:
+        raise TypeError(f"train(): options of the model that have a setting of their own: {', '.join(sorted(own))}")
+    json.dumps(chosen)  # raises TypeError for what cannot be written down
     unmeasured = Job(
         data=data,
         model=model,

@@ -125,7 +125,8 @@ def train(
     if not checkpoint_minutes >= 0:
         raise ValueError(f"train(): checkpoint_minutes must not be negative, but got {checkpoint_minutes}")
     where, out = choose_device(device), Path(out)
-    given = {"data": data, "model": model, "recipe": recipe, **settings}
+    given: dict[str, Any] = {"data": data, "model": model, "recipe": recipe, **settings}
+    given |= {name: os.fspath(value) for name, value in given.items() if isinstance(value, os.PathLike)}
     unknown = given.keys() - {*SETTINGS, *(field.name for field in fields(Recipe))} | given.keys() & {"name"}
     if unknown:
         raise TypeError(f"train(): unknown settings: {', '.join(sorted(unknown))}")
@@ -166,14 +167,14 @@ class _Run:
         self.logs = Logs(out, trainer.epoch, trainer.steps_done)
         self.listeners: tuple[Listener, ...] = (self.logs, *listeners)
         self.saved, self.updating = time.monotonic(), False
+        self.saved_place = (trainer.epoch, trainer.step) if checkpoints.list_checkpoints(out) else None
         self.of_torch: Any = None  # its handler of a worker's end
 
     def run(self, notes: Sequence[str]) -> Result:
         trainer = self.trainer
         self._tell(Begun(trainer.job, trainer.steps_done, trainer.recipe.epochs * trainer.steps, notes))
         try:
-            if not trainer.steps_done:
-                self._save()
+            self._save()
             while trainer.epoch < trainer.recipe.epochs and self._epoch():
                 pass
             self._save()
@@ -216,14 +217,23 @@ class _Run:
                 self._tell_steps()
             if self.stop():
                 return False
-            if time.monotonic() - self.saved >= self.seconds:
+            if time.monotonic() - self.saved >= self.seconds and trainer.step < trainer.steps:
                 self._save()
             began = time.perf_counter()
-        if self.stop() or not trainer.validate(self.stop):
-            return False
         self._tell_steps()
-        step, evaluation = trainer.validations[-1]
-        self._tell(Epoch(trainer.epoch - 1, step, evaluation, len(trainer.batches.skipped), time.time()))
+        if self.stop():
+            return False
+        evaluation = None
+        if trainer.to_validate is not None:
+            evaluation = trainer.validate(self.stop)
+            if evaluation is None:
+                return False
+            if not math.isfinite(evaluation.loss):
+                what = f"The loss of validation is {evaluation.loss}"
+                raise Diverged(what, trainer.steps_done, trainer.lr, self._newest())
+        event = Epoch(trainer.epoch, trainer.steps_done, evaluation, len(trainer.batches.skipped), time.time())
+        trainer.end_epoch(evaluation)
+        self._tell(event)
         self._save()
         return not self.stop()
 
@@ -241,8 +251,8 @@ class _Run:
             listener(event)
 
     def _tell_steps(self) -> None:
-        unread, self.unread = self.unread, []
-        for loss, about in unread:
+        while self.unread:
+            loss, about = self.unread.pop(0)
             value = loss.item()
             if not math.isfinite(value):
                 raise Diverged(f"The loss is {value}", about["step"], about["lr"], self._newest())
@@ -251,11 +261,12 @@ class _Run:
     def _save(self) -> None:
         self._tell_steps()
         trainer = self.trainer
-        if trainer.steps_done not in checkpoints.list_checkpoints(self.out):
+        if (place := (trainer.epoch, trainer.step)) != self.saved_place:
             if not trainer.is_finite():
                 raise Diverged("A weight is not a number", trainer.steps_done, trainer.lr, self._newest())
             self.logs.flush()
             checkpoint = checkpoints.save(self.out, trainer.steps_done, trainer.tensors(), trainer.state())
+            self.saved_place = place
             self._tell(Saved(checkpoint))
         checkpoints.prune(self.out, trainer.best)
         self.saved = time.monotonic()
@@ -304,12 +315,12 @@ def _from_checkpoint(
             f"other pictures, labels or classes for {', '.join(changed)}"
         )
     tensors = {name: checkpoints.read_tensors(checkpoint, name, state) for name in ("model", "optimizer")}
-    trainer = Trainer(job, splits, workers=workers, device=device)
     try:
+        trainer = Trainer(job, splits, workers=workers, device=device)
         trainer.load(state, tensors)
+        then, now = state["environment"], trainer.environment
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RuntimeError(f"{checkpoint}: does not fit the run that it says it is of: {error}") from None
-    then, now = state["environment"], trainer.environment
     return trainer, [
         f"{name} is {now.get(name)} and was {then.get(name)}: the same bits are not to be expected"
         for name in {**then, **now}

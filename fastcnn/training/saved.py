@@ -43,7 +43,7 @@ def read_job(checkpoint: Path) -> tuple[State, Job]:
     state = read_state(checkpoint)
     try:
         return state, Job.from_json(state["job"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RuntimeError(f"{checkpoint / STATE}: cannot be read: {error!r}") from None
 
 
@@ -63,13 +63,13 @@ def load_model(run: str | os.PathLike[str], which: str = "best") -> nn.Module:
     """
     checkpoint = choose_checkpoint(Path(run), which)
     state, job = read_job(checkpoint)
-    with torch.device("meta"):
-        model: Any = job.new_model()
-    model = model.to_empty(device="cpu").to(DTYPES[job.recipe.precision])
     tensors = read_tensors(checkpoint, "model", state)
     try:
+        with torch.device("meta"):
+            model: Any = job.new_model()
+        model = model.to_empty(device="cpu").to(DTYPES[job.recipe.precision])
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise RuntimeError(f"{checkpoint}: does not fit the run that it says it is of: {error}") from None
     model.preprocessing = job.preprocessing()
     return model.eval()

@@ -105,17 +105,16 @@ class Trainer:
         self.step += 1
         return loss
 
-    def validate(self, stop: Callable[[], bool]) -> bool:
-        """End the epoch with an evaluation, if there are pictures for it; False if that was stopped."""
-        evaluation = None
-        if self.to_validate is not None:
-            batches, device = self.to_validate.epoch(0), self.device
-            evaluation = evaluate(self.model, batches, autocast=lambda: self.job.autocast(device), stop=stop)
-            if evaluation is None:
-                return False
+    def validate(self, stop: Callable[[], bool]) -> Evaluation | None:
+        """Of the pictures for validation, of which there must be some; None if it was stopped."""
+        assert self.to_validate is not None
+        batches, device = self.to_validate.epoch(0), self.device
+        return evaluate(self.model, batches, autocast=lambda: self.job.autocast(device), stop=stop)
+
+    def end_epoch(self, evaluation: Evaluation | None) -> None:
+        """After its last step, with what validation has found, if there is one."""
         self.validations.append((self.steps_done, evaluation))
         self.epoch, self.step = self.epoch + 1, 0
-        return True
 
     def is_finite(self) -> bool:
         """Whether all weights are numbers."""
@@ -156,9 +155,9 @@ class Trainer:
         for name, value in tensors["optimizer"].items():
             parameter, key = name.rsplit(".", 1)
             own = parameters[parameter]
-            like = torch.empty_like(own) if value.shape == own.shape and value.dim() else torch.empty_like(value)
             if value.dim() and value.shape != own.shape:
                 raise ValueError(f"{name} of the optimizer is {tuple(value.shape)}, not {tuple(own.shape)}")
+            like = torch.empty_like(own) if value.dim() else torch.empty_like(value, device=own.device)
             self.optimizer.state[own][key] = like.copy_(value)
         self.epoch, self.step = state["epoch"], state["step"]
         self.validations = [(step, found and Evaluation(**found)) for step, found in state["validations"]]

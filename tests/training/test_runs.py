@@ -22,6 +22,7 @@ from fastcnn.training import RECIPES, Diverged, checkpoints, evaluate, load_mode
 from fastcnn.training.events import Begun, Epoch, Event, Saved, Step
 from fastcnn.training.job import new_job
 from fastcnn.training.logs import read_events
+from fastcnn.training.saved import choose_checkpoint
 from fastcnn.training.trainer import Trainer
 
 from .data import CLASSES, SMALL, splits
@@ -45,6 +46,8 @@ def tensors(run: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def assert_same(run: Path, other: Path) -> None:
     ours, theirs = tensors(run), tensors(other)
+    states = [checkpoints.read_state(choose_checkpoint(r, "newest")) for r in (run, other)]
+    assert len({json.dumps({**state, "environment": None}, sort_keys=True) for state in states}) == 1
     assert ours.keys() == theirs.keys() == {"model.safetensors", "optimizer.safetensors"}
     for file in ours:
         assert ours[file].keys() == theirs[file].keys()
@@ -232,15 +235,31 @@ def _half_state(run: Path) -> None:
 
 
 def _other_network(run: Path) -> None:
-    file = run / "step-3" / "state.json"
-    file.write_text(file.read_text().replace('"alexnet"', '"vgg_a"'))
+    _change(run, lambda job: job.update(model="vgg_a"))
 
 
 def _other_classes(run: Path) -> None:
+    _change(run, lambda job: job["classes"].append("more"))
+
+
+def _no_recipe(run: Path) -> None:
+    _change(run, lambda job: job.update(recipe=5))
+
+
+def _unknown_network(run: Path) -> None:
+    _change(run, lambda job: job.update(model="lenet"))
+
+
+def _change(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Of the settings in a state that is whole otherwise."""
+    state = checkpoints.read_state(run / "step-3")
+    change(state["job"])
+    (run / "step-3" / "state.json").write_bytes(checkpoints._sealed(state))
+
+
+def _another_lr(run: Path) -> None:
     file = run / "step-3" / "state.json"
-    state = json.loads(file.read_text())
-    state["job"]["classes"].append("more")
-    file.write_text(json.dumps(state))
+    file.write_text(file.read_text().replace('"lr": 0.02', '"lr": 0.07'))
 
 
 def _no_checkpoints(run: Path) -> None:
@@ -256,6 +275,9 @@ def _no_checkpoints(run: Path) -> None:
         (_no_state, FileNotFoundError, "state.json"),
         (_no_model, FileNotFoundError, "model.safetensors"),
         (_half_state, RuntimeError, "state.json: cannot be read"),
+        (_another_lr, RuntimeError, "state.json: .* was changed"),
+        (_no_recipe, RuntimeError, "state.json: cannot be read"),
+        (_unknown_network, RuntimeError, "step-3: does not fit"),
         (_other_network, RuntimeError, "does not fit"),
         (_other_classes, RuntimeError, "does not fit"),
         (_no_checkpoints, FileNotFoundError, "no checkpoint"),
@@ -269,9 +291,11 @@ def test_a_damaged_checkpoint_is_refused_and_named(
     damage(run)
     with pytest.raises(error, match=named):
         train(splits(), out=run, resume=True)
-    with pytest.raises(error, match=named) if damage is not _flip else pytest.raises(RuntimeError):
+    if damage is _flip:  # of the optimizer, which the network does not need
+        load_model(run, "step-3")
+        return
+    with pytest.raises(error, match=named):
         load_model(run, "step-3" if damage is not _no_checkpoints else "best")
-        raise RuntimeError  # of the optimizer nothing is loaded
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +325,27 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_last_good_checkpoin
     assert caught.value.checkpoint.is_dir()
     model = load_file(caught.value.checkpoint / "model.safetensors")
     assert all(value.isfinite().all() for value in model.values())
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"The loss of validation is (nan|inf) at step 1,.*step-0"):
+        train(splits(train=8), **{**SMALL, "lr": 1e10, "warmup": 0}, out=tmp_path / "run")
+    assert list(checkpoints.list_checkpoints(tmp_path / "run")) == [0]
+
+
+@pytest.mark.parametrize("stop", [5, 10, 15])
+def test_the_best_is_known_after_an_interruption_at_the_end_of_an_epoch(stop: int, tmp_path: Path) -> None:
+    given = {**SMALL, "dropout_p": 0.0}
+    alone = train(splits(), **given, out=tmp_path / "alone")
+    result = train(splits(), **given, out=tmp_path / "run", listeners=[Interrupt(stop)])
+    assert (result.complete, result.checkpoint.name) == (False, f"step-{stop}")
+    result = train(splits(), out=tmp_path / "run", resume=True)
+    assert alone.best is not None
+    assert result.best is not None
+    assert checkpoints.read_state(result.checkpoint)["best"] == checkpoints.read_state(alone.checkpoint)["best"]
+    assert choose_checkpoint(tmp_path / "run") == result.best
+    assert result.best.name == alone.best.name
+    assert_same(tmp_path / "run", tmp_path / "alone")
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
@@ -357,6 +402,9 @@ def test_two_processes_in_one_folder_are_refused(tmp_path: Path) -> None:
         ({"data": {"validation": splits()["validation"]}}, ValueError, "no split for training"),
         ({"start_from": "nowhere"}, FileNotFoundError, "nowhere"),
         ({"options": {"depth": 3}}, TypeError, "depth"),
+        ({"options": {"width": 3}}, TypeError, "setting of their own: width"),
+        ({"options": {"lrn_groups": {1}}}, TypeError, "JSON"),
+        ({"input_size": 0}, ValueError, "input_size=0"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
