@@ -104,7 +104,7 @@ def compare(job: Job, splits: Mapping[str, Dataset], steps: int) -> Parity:
 
 
 def measure_training(
-    job: Job, splits: Mapping[str, Dataset], *, steps: int, rounds: int, workers: int | None
+    job: Job, splits: Mapping[str, Dataset], *, steps: int, rounds: int, workers: int
 ) -> list[TrainingRow]:
     """A row for each provider."""
     trainers = {

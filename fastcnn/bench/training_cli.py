@@ -29,14 +29,15 @@ def training(
     width: Annotated[float, typer.Option(help="Factor of the model's channels.")] = 1.0,
     steps: Annotated[int, typer.Option(min=1, help="Of a provider's turn.")] = 2,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each provider.")] = 5,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode; one per CPU.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode, also in the turns of others.")] = 0,
     check_data: Annotated[str, typer.Option(help="What the networks learn that are compared.")] = "digits",
     check_steps: Annotated[int, typer.Option(min=10, help="Of that.")] = 50,
     out: Annotated[Path, typer.Option(help="Folder for training.json.")] = Path("results"),
 ) -> None:
     """Measure training, its input included, beside the same loop on torch's layers, which must learn alike before.
 
-    The pictures are parts of photographs, of about 500x375 pixels, as ImageNet's are, as JPEG files in a folder.
+    The pictures are parts of photographs, of about 500x375 pixels, as ImageNet's are, as JPEG files in a folder. They
+    are decoded by this process, so that each provider's time has the decoding of its own pictures in it.
     """
     if recipe not in RECIPES:
         raise typer.BadParameter(f"{recipe!r} is not one of {', '.join(RECIPES)}", param_hint="--recipe")
