@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch  # noqa: F401  (what training imports when it begins)
+import tensorboard.compat.proto.event_pb2
+import tensorboard.summary.writer.record_writer  # noqa: F401
 import torch
 import torch._dynamo
-import torch.utils.tensorboard
 from rich.console import Console
 
 from fastcnn.data import Dataset
@@ -41,6 +42,7 @@ CALLS = {  # of a checkpoint, by what they do
     "write": (checkpoints, "_write"),
     "fsync": (os, "fsync"),
     "rename": (os, "rename"),
+    "replace": (os, "replace"),
     "mkdir": (os, "mkdir"),
     "unlink": (os, "unlink"),
     "rmdir": (os, "rmdir"),

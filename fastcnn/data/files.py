@@ -18,17 +18,26 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as stream:
+        with named_in_errors(file), open(temporary, "wb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(file)
         raise
     flush_folder(file.parent)
+
+
+@contextmanager
+def named_in_errors(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Name a file in errors of the system that do not: those of its stream, such as of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(file)
+        raise
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.files import flush_folder, write_whole
+from ..data.files import flush_folder, named_in_errors, write_whole
 
 NEWEST = 3  # are kept, and the best
 UNFINISHED = ".partial"  # behind the name of what is being written or deleted
@@ -134,7 +134,7 @@ def _digest(state: State) -> str:
 
 def _write(file: Path, content: bytes) -> str:
     """Write a file to the disk; its hash."""
-    with open(file, "wb") as stream:
+    with named_in_errors(file), open(file, "wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

@@ -9,69 +9,73 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..data.files import write_whole
+from ..data.files import named_in_errors, write_whole
 from .evaluation import Evaluation
 from .events import Epoch, Event, Step
 
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event as Record
+
 METRICS = "metrics.jsonl"
+BOARD = "events.out.tfevents."  # and when it was begun, by which TensorBoard orders such files
 log = logging.getLogger(__name__)
 
 
 class Logs:
-    """A listener that writes both.
+    """A listener that writes both, each event as it comes.
 
     Args:
         run: the folder.
         epoch, step: where the run stands: the epochs before ``epoch`` and ``step`` steps are done.
+
+    Raises:
+        OSError: a file cannot be written, as in all methods but :meth:`close`; the message names it.
     """
 
     def __init__(self, run: Path, epoch: int, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         done = [event for event in read_events(run) if _is_done(event, epoch, step)]
         if (last := max((event.step for event in done), default=0)) < step:
-            log.warning("%s: steps %d to %d are missing", run / METRICS, last + 1, step)
+            log.warning("%s: has no lines of steps %d to %d", run / METRICS, last + 1, step)
         lines = "".join(map(_line, done)).encode()
         write_whole(run / METRICS, lambda stream: stream.write(lines))
-        for file in run.glob("events.out.tfevents.*"):
+        for file in run.glob(f"{BOARD}*"):
             file.unlink()
         self.lines = open(run / METRICS, "a")  # noqa: SIM115
-        self.board = SummaryWriter(str(run))
-        for event in done:
-            self._show(event)
+        self.board = open(run / f"{BOARD}{time.time_ns()}", "wb")  # noqa: SIM115
+        self._show([_version(), *map(_record, done)])
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Step | Epoch):
-            self.lines.write(_line(event))
-            self._show(event)
+            with named_in_errors(self.lines.name):
+                self.lines.write(_line(event))
+                self.lines.flush()
+            self._show([_record(event)])
 
     def flush(self) -> None:
         """To the disk."""
-        self.lines.flush()
-        os.fsync(self.lines.fileno())
-        self.board.flush()
+        with named_in_errors(self.lines.name):
+            os.fsync(self.lines.fileno())
 
     def close(self) -> None:
-        """End, after what was written is on the disk if it can be."""
-        with suppress(OSError):
-            self.lines.close()
-        with suppress(OSError):
-            self.board.close()
+        """End."""
+        for file in (self.lines, self.board):
+            with suppress(OSError):  # of what could not be written before
+                file.close()
 
-    def _show(self, event: Step | Epoch) -> None:
-        if isinstance(event, Step):
-            shown = {"train/loss": event.loss, "train/lr": event.lr}
-            shown["train/pictures_per_s"] = event.pictures / event.seconds
-            shown["train/waiting"] = event.waiting / event.seconds
-        else:
-            found = asdict(event.validation) if event.validation else {}
-            shown = {f"validation/{name}": value for name, value in found.items() if name != "pictures"}
-        for name, value in shown.items():
-            self.board.add_scalar(name, value, event.step, walltime=event.time)
+    def _show(self, records: list[Record]) -> None:
+        """In TensorBoard. The writer of torch has a thread, which ends with a traceback when the disk is full."""
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with named_in_errors(self.board.name):
+            for record in records:
+                RecordWriter(self.board).write(record.SerializeToString())
+            self.board.flush()
 
 
 def read_events(run: Path) -> list[Step | Epoch]:
@@ -102,3 +106,27 @@ def _line(event: Step | Epoch) -> str:
 
 def _is_done(event: Step | Epoch, epoch: int, step: int) -> bool:
     return event.step <= step if isinstance(event, Step) else event.epoch < epoch
+
+
+def _version() -> Record:
+    """With which TensorBoard's files begin."""
+    from tensorboard.compat.proto.event_pb2 import Event as Record
+
+    return Record(wall_time=time.time(), file_version="brain.Event:2")
+
+
+def _record(event: Step | Epoch) -> Record:
+    """For TensorBoard."""
+    from tensorboard.compat.proto.event_pb2 import Event as Record
+
+    if isinstance(event, Step):
+        shown = {"train/loss": event.loss, "train/lr": event.lr}
+        shown["train/pictures_per_s"] = event.pictures / event.seconds
+        shown["train/waiting"] = event.waiting / event.seconds
+    else:
+        found = asdict(event.validation) if event.validation else {}
+        shown = {f"validation/{name}": value for name, value in found.items() if name != "pictures"}
+    record = Record(wall_time=event.time, step=event.step)
+    for name, value in shown.items():
+        record.summary.value.add(tag=name, simple_value=value)
+    return record

@@ -50,10 +50,10 @@ class Recipe:
     stop_conv1: int = _field(0, "epoch from which conv1 does not learn; 0 for never")
     batch: int = _field(128, "pictures of a step", at_least=1)
     accumulate: int = _field(1, "parts that a batch is cut into to save memory; their gradients are added", at_least=1)
-    epochs: int = _field(90, "how often every picture is seen", at_least=1)
+    epochs: int = _field(90, "passes over the pictures, but for those that fill no batch", at_least=1)
     init: str = _field("kaiming", "how weights and biases are drawn; see the model")
     dropout: str = _field("inverted", "how dropout is scaled: as torch does or as in the paper", ("inverted", "paper"))
-    dropout_p: float = _field(0.5, "probability of dropping a unit")
+    dropout_p: float = _field(0.5, "probability of dropping a unit, in every dropout layer")
     pixels: str = _field("unit", "raw: 0 to 255 minus the mean; unit: also divided by the deviation", PIXELS)
     mirror: bool = _field(True, "mirror half of the pictures")
     noise: float = _field(0.0, "standard deviation of AlexNet's colour noise")
@@ -64,7 +64,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            object.__setattr__(self, entry.name, _checked(entry, getattr(self, entry.name)))
+            object.__setattr__(self, entry.name, checked(entry.name, getattr(self, entry.name)))
         if self.accumulate > self.batch:
             raise ValueError(f"Recipe(): a batch of {self.batch} cannot be cut into {self.accumulate} parts")
         if list(self.drops) != sorted(set(self.drops)):
@@ -136,11 +136,17 @@ def text_of(value: object) -> str:
         return ",".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value)
 
 
-def _checked(entry: Any, value: Any) -> Any:
-    name, choices, least = entry.name, entry.metadata["choices"], entry.metadata["at_least"]
+def checked(name: str, value: Any) -> Any:
+    """A value of a field, of the field's type.
+
+    Raises:
+        TypeError, ValueError: as for :class:`Recipe`.
+    """
+    entry: Any = Recipe.__dataclass_fields__[name]
+    choices, least = entry.metadata["choices"], entry.metadata["at_least"]
     if entry.type == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if entry.type == "tuple[int, ...]" and isinstance(value, list):

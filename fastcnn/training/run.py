@@ -24,13 +24,13 @@ from . import checkpoints
 from .evaluation import Evaluation
 from .events import Begun, Epoch, Event, Listener, Saved, Step
 from .job import SETTINGS, Job, new_job
-from .logs import METRICS, Logs
-from .recipes import RECIPES, Recipe, text_of
+from .logs import BOARD, METRICS, Logs
+from .recipes import RECIPES, Recipe, checked, text_of
 from .saved import choose_checkpoint, load_model, read_job
 from .trainer import Trainer, choose_device
 
 LOCK = "lock"
-REMAINS = (METRICS, LOCK, "events.out.tfevents.*", f"step-*{checkpoints.UNFINISHED}", f"{METRICS}.*.tmp")
+REMAINS = (METRICS, LOCK, f"{BOARD}*", f"step-*{checkpoints.UNFINISHED}", f"{METRICS}.*.tmp")
 UNREAD = 10  # losses that may be waiting on a GPU, which reading each would stop
 
 
@@ -138,12 +138,14 @@ def train(
             stack.enter_context(locked(out / LOCK))
             trainer, notes = _from_checkpoint(out, given, workers, where)
         else:
+            if not out.exists():
+                stack.callback(_remove_if_empty, out)
+                out.mkdir(parents=True, exist_ok=True)
+                flush_folder(out.parent)
             _check_is_new(out)
-            trainer, notes = _from_settings(given, workers, where), []
-            out.mkdir(parents=True, exist_ok=True)
-            flush_folder(out.parent)
             stack.enter_context(locked(out / LOCK))
             _check_is_new(out)
+            trainer, notes = _from_settings(given, workers, where), []
         checkpoints.clean(out)
         stack.enter_context(_generators_restored(where))
         stop = stack.enter_context(_signals())
@@ -202,17 +204,17 @@ class _Run:
         for batch in trainer.rest_of_epoch():
             self._take_no_signals_of_workers()
             waiting = time.perf_counter() - began
-            about = {"epoch": trainer.epoch, "lr": trainer.lr, "pictures": len(batch.labels), "waiting": waiting}
+            about = {"step": trainer.steps_done + 1, "epoch": trainer.epoch, "lr": trainer.lr}
             self.updating = True
             loss = trainer.update(batch)
             self.updating = False
-            if len(batch.labels):
-                self.unread.append((loss, {"step": trainer.steps_done, **about}))
+            if pictures := len(batch.labels):
+                self.unread.append((loss, about))
             read = trainer.device.type == "cpu" or len(self.unread) >= UNREAD
             if read:
                 loss.item()  # waits for the GPU
-            if self.unread:
-                self.unread[-1][1].update(seconds=time.perf_counter() - began, time=time.time())
+            seconds = time.perf_counter() - began
+            about |= {"pictures": pictures, "seconds": seconds, "waiting": waiting, "time": time.time()}
             if read:
                 self._tell_steps()
             if self.stop():
@@ -337,8 +339,7 @@ def _check_same(job: Job, given: Mapping[str, Any]) -> None:
         wanted["recipe"] = wanted.pop("name")
     elif recipe is not None:
         wanted["recipe"] = recipe
-    changed = replace(job.recipe, **_of_recipe(given))
-    wanted |= {name: getattr(changed, name) for name in _of_recipe(given)}
+    wanted |= {name: checked(name, value) for name, value in _of_recipe(given).items()}
     own = job.settings()
     different = [
         f"{name} is {text_of(own[name])}, not {text_of(value)}" for name, value in wanted.items() if own[name] != value
@@ -372,6 +373,11 @@ def _check_is_new(out: Path) -> None:
     others = [path.name for path in out.iterdir() if not any(map(path.match, REMAINS))] if out.exists() else []
     if others:
         raise FileExistsError(errno.EEXIST, f"is not empty: there is {others[0]}", str(out))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager

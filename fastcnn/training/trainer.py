@@ -139,6 +139,7 @@ class Trainer:
             "steps_done": self.steps_done,
             "best": self.best,
             "validations": [(step, found and asdict(found)) for step, found in self.validations],
+            "skipped": {str(index): why for index, why in self.batches.skipped.items()},
             "job": self.job.to_json(),
             "recipe_hash": self.recipe.digest(),
             "environment": self.environment,
@@ -161,6 +162,7 @@ class Trainer:
             self.optimizer.state[own][key] = like.copy_(value)
         self.epoch, self.step = state["epoch"], state["step"]
         self.validations = [(step, found and Evaluation(**found)) for step, found in state["validations"]]
+        self.batches.skipped.update({int(index): why for index, why in state["skipped"].items()})
         if not (0 <= self.epoch <= self.recipe.epochs and 0 <= self.step <= self.steps) or (
             self.steps_done != state["steps_done"] or len(self.validations) != self.epoch
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastcnn.data import ImageError
 from fastcnn.data.dataset import Encoded
 from fastcnn.training import RECIPES, Diverged, checkpoints, evaluate, load_model, train
 from fastcnn.training.events import Begun, Epoch, Event, Saved, Step
 from fastcnn.training.job import new_job
-from fastcnn.training.logs import read_events
+from fastcnn.training.logs import Logs, read_events
 from fastcnn.training.saved import choose_checkpoint
 from fastcnn.training.trainer import Trainer
 
@@ -110,7 +112,11 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
     },
     "vgg": {"model": "vgg_a", "recipe": "vgg-paper", "input_size": 32, "lr": 1e-5, "patience": 1},
-    "batch_norm": {"model": "alexnet_bn", "recipe": "plain"},
+    "batch_norm": {"model": "alexnet_bn"},
+    "bf16_adam_accumulated": {"precision": "bf16", "optimizer": "adam", "lr": 1e-3, "accumulate": 3},
+    "no_momentum": {"momentum": 0.0},
+    "auxiliary_heads": {"model": "inception_v1", "options": {"aux": True}, "width": None, "input_size": 96},
+    "squeezenet": {"model": "squeezenet1_1", "width": None},
 }
 
 
@@ -190,6 +196,8 @@ def test_what_differs_on_resuming_is_said(tmp_path: Path) -> None:
     ("given", "named"),
     [
         ({"lr": 0.5}, "lr is 0.02, not 0.5"),
+        ({"lr": 0.02000000001}, "lr is 0.02, not 0.02000000001"),
+        ({"batch": 2, "accumulate": 4}, "batch is 8, not 2; accumulate is 1, not 4"),
         ({"epochs": 9, "batch": 9}, "epochs is 3, not 9; batch is 8, not 9|batch is 8, not 9; epochs is 3, not 9"),
         ({"model": "caffenet"}, "model is alexnet, not caffenet"),
         ({"seed": 1}, "seed is 0, not 1"),
@@ -319,6 +327,34 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch:
     assert_same(run, tmp_path / "alone")
 
 
+def test_a_log_that_cannot_grow_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    run, limit = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((run / "metrics.jsonl").stat().st_size + 10, limit[1]))
+
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"):
+            train(splits(), **SMALL, out=run, listeners=[fill])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(checkpoints.list_checkpoints(run)) == [0, 5]
+    assert train(splits(), out=run, resume=True).complete
+    train(splits(), **SMALL, out=tmp_path / "alone")
+    assert_same(run, tmp_path / "alone")
+
+
+def test_a_full_disk_is_an_error_of_the_log_that_it_names(tmp_path: Path) -> None:
+    step = Step(step=1, epoch=0, loss=1.0, lr=0.1, pictures=1, seconds=1.0, waiting=0.0, time=0.0)
+    for attribute, mode in (("lines", "w"), ("board", "wb")):
+        logs = Logs(tmp_path, 0, 0)
+        setattr(logs, attribute, open("/dev/full", mode))  # noqa: SIM115
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            logs(step)
+        logs.close()
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match=r"at step \d+, at a learning rate of .*step-\d") as caught:
         train(splits(), **{**SMALL, "lr": 1e30, "warmup": 0, "checkpoint_minutes": 0}, out=tmp_path / "run")
@@ -372,15 +408,24 @@ def test_two_processes_in_one_folder_are_refused(tmp_path: Path) -> None:
 
     def second(event: Event) -> None:
         if isinstance(event, Step) and event.step == 2:
-            code = (
-                "import fcntl, sys\n"
-                f"file = open({str(run / 'lock')!r}, 'r+')\n"
-                "try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
-                "except OSError: sys.exit(7)"
-            )
-            assert subprocess.run([sys.executable, "-c", code]).returncode == 7
+            before = sorted(run.iterdir())
+            code = f"from fastcnn.training import train; train(out={str(run)!r}, resume=True)"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            assert "BlockingIOError" in done.stderr
+            assert "another process holds it" in done.stderr
+            assert sorted(run.iterdir()) == before
 
     assert train(splits(), **SMALL, out=run, listeners=[second]).complete
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_pictures_are_measured(tmp_path: Path) -> None:
+    class Unread(Fragile):
+        def pixels(self, index: int) -> Any:
+            raise AssertionError("it was read")
+
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file"):
+        train({"train": Unread("train", 8)}, **SMALL, out=tmp_path / "file" / "run", workers=0)
 
 
 @pytest.mark.parametrize(
@@ -413,6 +458,42 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(error, match=named):
         train(**{"data": splits(), **SMALL, **given}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Unreadable(Encoded):
+    """Pictures of which some cannot be read: among them, in a batch of one, all."""
+
+    def __init__(self, split: str, count: int) -> None:
+        super().__init__("unreadable", split, "all", CLASSES, torch.arange(count) % 4)
+
+    def file(self, index: int) -> str:
+        raise AssertionError
+
+    def pixels(self, index: int) -> Any:
+        if index in (1, 6):
+            raise ImageError(f"picture {index} is damaged")
+        return torch.full((80, 80, 3), 50 * (index % 4), dtype=torch.uint8).numpy()
+
+
+def test_what_was_skipped_is_known_after_an_interruption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = {"train": Unreadable("train", 12), "validation": splits()["validation"]}
+    given = {**SMALL, "batch": 1, "epochs": 2}
+    alone = train(data, **given, out=tmp_path / "alone", workers=0)
+    assert alone.skipped == 2
+    steps = [event for event in read_events(tmp_path / "alone") if isinstance(event, Step)]
+    assert len(steps) == 24 - 4
+    missing = next(step for step in range(1, 13) if step not in [event.step for event in steps])
+    for stop in (missing - 1, missing + 1, 15):
+        given = {} if stop > missing - 1 else given
+        train(data, **given, out=tmp_path / "run", resume=not given, workers=0, listeners=[Interrupt(stop)])
+    result = train(data, out=tmp_path / "run", resume=True, workers=0)
+    assert (result.complete, result.skipped) == (True, 2)
+    states = [checkpoints.read_state(choose_checkpoint(tmp_path / name, "newest")) for name in ("alone", "run")]
+    assert states[0] == states[1]
+    epochs = [
+        [event.skipped for event in read_events(tmp_path / n) if isinstance(event, Epoch)] for n in ("alone", "run")
+    ]
+    assert epochs[0] == epochs[1] == [2, 2]
 
 
 class Fragile(Encoded):
