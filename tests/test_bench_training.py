@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastcnn.bench import training
-from fastcnn.bench.training import PROVIDERS, Parity, compare
+from fastcnn.bench.training import PROVIDERS, Parity, compare, measure_training
 from fastcnn.cli import app
 from fastcnn.data import open_splits
 from fastcnn.training import RECIPES
@@ -31,6 +31,19 @@ def test_rates_are_written_after_both_have_learned_alike(tmp_path: Path) -> None
     assert document["rows"][0]["speedup"] == 1
     assert Parity(**document["parity"]).passed
     assert document["parity"]["last"] < document["parity"]["first"]
+
+
+def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_seed(job: training.Job, *, plain: bool, channels_last: bool) -> training.Job:
+        recipe = replace(job.recipe, channels_last=channels_last)
+        return replace(job, plain=plain, recipe=recipe, seed=int(channels_last))
+
+    monkeypatch.setattr(training, "PROVIDERS", dict(list(PROVIDERS.items())[:3]))
+    monkeypatch.setattr(training, "_with", other_seed)
+    splits = open_splits("digits")
+    job = new_job("digits", "alexnet", RECIPES["plain"], splits, width=0.02, input_size=67)
+    with pytest.raises(ValueError, match="the logits of fastcnn are not"):
+        measure_training(job, splits, steps=1, rounds=2, workers=0)
 
 
 def test_who_learns_otherwise_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

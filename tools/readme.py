@@ -13,6 +13,7 @@ from fastcnn.bench.data import DataRow, who
 from fastcnn.bench.environment import sources_digest
 from fastcnn.bench.report import ratio, read_rows
 from fastcnn.bench.rows import Row, fastest
+from fastcnn.bench.training import Parity, TrainingRow
 
 _R = TypeVar("_R")
 
@@ -118,6 +119,29 @@ def read_data_rows(document: dict[str, Any]) -> list[DataRow]:
     return [row for row in (DataRow(**fields) for fields in document["rows"]) if row.failure is None]
 
 
+def training(runs: Sequence[tuple[str, Parity, list[TrainingRow]]]) -> list[str]:
+    """Pictures a second of each network and provider, and by how much fastcnn is faster; what was checked before."""
+    names = list(dict.fromkeys(row.provider for _, _, rows in runs for row in rows))
+    lines = [_line(["pictures per second, from JPEG files", *names, "times faster than the best other"])]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for title, _, rows in runs:
+        rates = {row.provider: _rate(row.pictures_per_s) for row in rows}
+        best = max((row for row in rows if row.provider != "fastcnn"), key=lambda row: row.pictures_per_s)
+        lines.append(_line([title, *(rates.get(name, "") for name in names), ratio(best.speedup)]))
+    worst = max(parity.loss for _, parity, _ in runs), max(parity.ratio for _, parity, _ in runs)
+    told = (
+        f"Before that, the losses of {runs[0][1].steps} steps in float64 differed from those of torch's layers by "
+        f"{worst[0]:.0e} at most, and gradients in float32 had at most {worst[1]:.2f} times the error of torch's."
+    )
+    return [*lines, "", told]
+
+
+def read_training(document: dict[str, Any]) -> list[tuple[str, Parity, list[TrainingRow]]]:
+    """What is in a file of ``fastcnn bench training``."""
+    rows = [TrainingRow(**fields) for fields in document["rows"]]
+    return [(document["job"], Parity(**document["parity"]), rows)]
+
+
 def _rate(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}" if value >= 20 else f"{value:.1f}"
 
@@ -137,6 +161,7 @@ def _grouped(rows: Iterable[_R], key: Callable[[_R], tuple[Any, ...]]) -> list[t
 TABLES: dict[str, tuple[Callable[..., list[str]], Callable[..., list[Any]], list[str]]] = {
     "kernels": (kernels, read_rows, ["kernels.json"]),
     "models": (networks, read_rows, ["inference/models.json", "training/models.json"]),
+    "training": (training, read_training, ["training.json"]),
     "data": (data, read_data_rows, ["data.json"]),
     "augment": (augmentations, read_rows, ["augment/kernels.json"]),
 }

@@ -1,7 +1,8 @@
 """How fast a network is trained, pictures and all, beside the same loop on torch's layers; and that both learn alike.
 
 Before any time is taken, 50 steps in float64 must give the same losses, and gradients of the same weights in float32
-must be as near to those in float64 as torch's. Providers take turns, some steps each.
+must be as near to those in float64 as torch's; and the networks that are timed must say the same of a batch.
+Providers take turns, some steps each.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from ..training.job import Job
 from ..training.trainer import Trainer
 from .report import new_table, number
 
-PROVIDERS = {  # whether of torch's layers, whether channels_last
-    "fastcnn": (False, True),
-    "torch.eager NCHW": (True, False),
-    "torch.eager channels_last": (True, True),
+PROVIDERS = {  # whether of torch's layers, whether compiled, whether channels_last
+    "fastcnn": (False, False, True),
+    "torch.eager NCHW": (True, False, False),
+    "torch.eager channels_last": (True, False, True),
+    "torch.compile NCHW": (True, True, False),
+    "torch.compile channels_last": (True, True, True),
 }
 POINTS = 10
+TOLERANCE = 1e-4  # of logits, relative to the largest
 
 
 @dataclass
@@ -106,11 +110,19 @@ def compare(job: Job, splits: Mapping[str, Dataset], steps: int) -> Parity:
 def measure_training(
     job: Job, splits: Mapping[str, Dataset], *, steps: int, rounds: int, workers: int
 ) -> list[TrainingRow]:
-    """A row for each provider."""
+    """A row for each provider.
+
+    Raises:
+        ValueError: one computes something else.
+    """
     trainers = {
         name: Trainer(_with(job, plain=plain, channels_last=channels_last), splits, workers=workers)
-        for name, (plain, channels_last) in PROVIDERS.items()
+        for name, (plain, _, channels_last) in PROVIDERS.items()
     }
+    for name, (_, compiled, _) in PROVIDERS.items():
+        if compiled:
+            trainers[name].model.compile()
+    _check_same_logits(trainers)
     batches = {name: _batches(trainer) for name, trainer in trainers.items()}
     rates: dict[str, list[float]] = {name: [] for name in trainers}
     waits: dict[str, list[float]] = {name: [] for name in trainers}
@@ -151,6 +163,20 @@ def parity_table(parity: Parity) -> Group:
     table.add_row("error of gradients in fp32, torch", f"{parity.torch_gradient:.1e}", "")
     table.add_row(f"largest ratio of the two at {parity.points} points", number(parity.ratio, 2), "2.00")
     return Group(table)
+
+
+def _check_same_logits(trainers: Mapping[str, Trainer]) -> None:
+    """Raise ValueError if networks differ in what they say, in evaluation mode, of a batch."""
+    found = {}
+    for name, trainer in trainers.items():
+        images = next(trainer.rest_of_epoch()).images
+        with torch.no_grad():
+            found[name] = trainer.model.eval()(images)
+        trainer.model.train()
+    wanted = found["torch.eager NCHW"]
+    for name, logits in found.items():
+        if not (logits - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
+            raise ValueError(f"the logits of {name} are not those of torch.eager")
 
 
 def _row(name: str, rates: Mapping[str, Sequence[float]], waits: Mapping[str, Sequence[float]]) -> TrainingRow:
