@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .data import ImageError, open_dataset
+from .data import open_dataset
 from .data.sources import KINDS
 from .models import list_models
 from .pack import printable
@@ -35,12 +35,12 @@ REFUSALS = (FileNotFoundError, FileExistsError, NotADirectoryError, BlockingIOEr
 
 def train(
     out: Annotated[Path, typer.Option(help="The folder of the run.", show_default=False)],
-    data: Annotated[str | None, typer.Option(help=f"{KINDS[0].upper()}{KINDS[1:]}.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help=f"The data set: {KINDS}.", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help=f"One of {', '.join(list_models())}.", show_default=False)] = None,
     recipe: Annotated[str | None, typer.Option(help=f"{', '.join(RECIPES)}; plain if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     width: Annotated[float | None, typer.Option(help="Factor of all channels and hidden units.")] = None,
-    input_size: Annotated[int | None, typer.Option(help="Height and width of the images; AlexNet: from 67 on.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Height and width of the images; the model's own.")] = None,
     option: ModelOptions = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation and dropout; 0.")] = None,
     plain: Annotated[bool | None, typer.Option("--plain", help="Layers of torch instead of fused ones.")] = None,
@@ -76,14 +76,15 @@ def train(
                 start_from=start_from,
                 **{name: _value(name, value) for name, value in recipe_fields.items() if value is not None},
             )
-    except (ImageError, Diverged) as error:
+    except Diverged as error:
         raise _failed(str(error)) from None
-    except REFUSALS as error:
+    except (*REFUSALS, RuntimeError, OSError, MemoryError) as error:
+        told = str(error) or type(error).__name__
         if screen.task is not None:  # it has begun
-            raise _failed(str(error) + _remedy(out)) from None
-        raise typer.BadParameter(printable(str(error))) from None
-    except (RuntimeError, OSError, MemoryError) as error:
-        raise _failed((str(error) or type(error).__name__) + _remedy(out)) from None
+            raise _failed(told + _remedy(out)) from None
+        if isinstance(error, REFUSALS):
+            raise typer.BadParameter(printable(told)) from None
+        raise _failed(told) from None
     screen.finish(result)
     if not result.complete:
         raise typer.Exit(130)
@@ -104,9 +105,9 @@ def evaluate(
         where = choose_device(device)
         chosen = choose_checkpoint(run, checkpoint)
         _, job = read_job(chosen)
-        pictures = open_dataset(data or job.data, split)
+        pictures = open_dataset(job.data if data is None else data, split)
         if pictures.classes != job.classes:
-            raise ValueError(_other_classes(data or job.data, pictures.classes, job.classes))
+            raise ValueError(_other_classes(pictures.source, pictures.classes, job.classes))
         format = torch.channels_last if job.recipe.channels_last else torch.contiguous_format
         network = load_model(run, chosen.name).to(where, memory_format=format)  # type: ignore[call-overload]
         batches = job.loader(pictures, training=False, batch=batch, workers=workers, device=where)
@@ -116,7 +117,7 @@ def evaluate(
     except (RuntimeError, OSError, MemoryError) as error:
         raise _failed(str(error) or type(error).__name__) from None
     assert found is not None
-    told = {"run": str(run), "checkpoint": chosen.name, "data": data or job.data, "split": split, **asdict(found)}
+    told = {"run": str(run), "checkpoint": chosen.name, "data": pictures.source, "split": split, **asdict(found)}
     if as_json:
         typer.echo(json.dumps({**told, "skipped": batches.skipped}, indent=1))
         return

@@ -144,13 +144,13 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
-    """What fastcnn.data logs."""
+    """What fastcnn logs."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("fastcnn.data").addHandler(handler)
+    logging.getLogger("fastcnn").addHandler(handler)
     yield lines
-    logging.getLogger("fastcnn.data").removeHandler(handler)
+    logging.getLogger("fastcnn").removeHandler(handler)
 
 
 @pytest.fixture

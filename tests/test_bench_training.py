@@ -41,7 +41,7 @@ def test_who_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(training, "PROVIDERS", dict(list(PROVIDERS.items())[:3]))
     monkeypatch.setattr(training, "_with", other_seed)
     splits = open_splits("digits")
-    job = new_job("digits", "alexnet", RECIPES["plain"], splits, width=0.02, input_size=67)
+    job = new_job("alexnet", RECIPES["plain"], splits, width=0.02, input_size=67)
     with pytest.raises(ValueError, match="the logits of fastcnn are not"):
         measure_training(job, splits, steps=1, rounds=2, workers=0)
 
@@ -54,7 +54,7 @@ def test_who_learns_otherwise_is_not_timed(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(training, "_with", other_seed)
     splits = open_splits("digits")
-    job = new_job("digits", "alexnet", RECIPES["plain"], splits, width=0.02, input_size=67)
+    job = new_job("alexnet", RECIPES["plain"], splits, width=0.02, input_size=67)
     assert not compare(job, splits, 10).passed
     arguments = ["bench", "training", *TINY, "--check-steps", "10", "--out", str(tmp_path)]
     assert CliRunner().invoke(app, arguments).exit_code == 1

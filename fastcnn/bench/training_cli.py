@@ -43,13 +43,13 @@ def training(
         raise typer.BadParameter(f"{recipe!r} is not one of {', '.join(RECIPES)}", param_hint="--recipe")
     try:
         small, plain = open_splits(check_data), replace(RECIPES["plain"], warmup=0)
-        parity = compare(new_job(check_data, model, plain, small, input_size=67, width=0.125), small, check_steps)
+        parity = compare(new_job(model, plain, small, input_size=67, width=0.125), small, check_steps)
         with TemporaryDirectory() as folder:
             if data == PHOTOGRAPHS:
                 write_photographs(Path(folder), 8 * batch)
             splits = open_splits(folder if data == PHOTOGRAPHS else data)
             chosen = replace(RECIPES[recipe], batch=batch, schedule="steps")
-            job = new_job(data, model, chosen, splits, input_size=size, width=width)
+            job = new_job(model, chosen, splits, input_size=size, width=width)
             rows = measure_training(job, splits, steps=steps, rounds=repeats, workers=workers) if parity.passed else []
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None

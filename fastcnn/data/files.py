@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import glob
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +29,13 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
     flush_folder(file.parent)
 
 
+def remove_unfinished(file: Path) -> None:
+    """Remove what processes have left that were killed in :func:`write_whole`."""
+    for temporary in file.parent.glob(f"{glob.escape(file.name)}.*.tmp"):
+        if temporary.name[len(file.name) + 1 : -len(".tmp")].isdigit():
+            temporary.unlink()
+
+
 @contextmanager
 def named_in_errors(file: str | os.PathLike[str]) -> Iterator[None]:
     """Name a file in errors of the system that do not: those of its stream, such as of a full disk."""
@@ -45,7 +52,7 @@ def locked(file: Path) -> Iterator[None]:
     """Hold a lock file, which is removed in the end. The lock ends with this process, and is not its children's.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it; this one may not ask for it twice.
     """
     import fcntl
 
@@ -55,11 +62,11 @@ def locked(file: Path) -> Iterator[None]:
             if os.fstat(stream.fileno()).st_ino != os.stat(file).st_ino:  # another one, by now
                 raise BlockingIOError
         except (BlockingIOError, PermissionError, FileNotFoundError):
-            raise BlockingIOError(errno.EAGAIN, "another process holds it", str(file)) from None
+            raise BlockingIOError(f"{file}: another process holds it") from None
         try:
             yield
         finally:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def flush_folder(folder: Path) -> None:

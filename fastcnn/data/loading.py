@@ -124,7 +124,7 @@ class Loader:
     """See :func:`loader`, which makes it.
 
     Attributes:
-        skipped: pictures of this rank that could not be read so far, by their numbers, and why.
+        skipped: pictures of this rank that could not be read when they were last needed, by their numbers, and why.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Loader:
         read, failed = 0, 0
         self._check_is_last(begun)
         for fetched in self.source(plan):
-            self._skip(fetched.failures)
+            self._note(fetched)
             read, failed = read + len(fetched.indices), failed + len(fetched.failures)
             yield self._batch(epoch, fetched)
             self._check_is_last(begun)
@@ -184,8 +184,11 @@ class Loader:
         if self._begun != begun:
             raise RuntimeError("Loader.epoch(): another epoch has begun before the end of this one")
 
-    def _skip(self, failures: list[tuple[int, str]]) -> None:
-        for index, why in failures:
+    def _note(self, fetched: Fetched) -> None:
+        """What could be read, and what could not."""
+        for index in fetched.indices.tolist() if self.skipped else ():
+            self.skipped.pop(index, None)
+        for index, why in fetched.failures:
             if index not in self.skipped:
                 log.warning("skipped: %s", why)
             self.skipped[index] = why

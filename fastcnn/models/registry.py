@@ -86,5 +86,6 @@ def create_model(
     allowed = inspect.signature(_factories[name]).parameters
     for option, value in options.items():
         if option not in allowed:
-            raise TypeError(f"{name}(): got an unexpected option {option}={value!r}; allowed are: {', '.join(allowed)}")
+            given_as = option if isinstance(value, nn.Module) else f"{option}={value!r}"
+            raise TypeError(f"{name}(): got an unexpected option {given_as}; allowed are: {', '.join(allowed)}")
     return _factories[name](**options)

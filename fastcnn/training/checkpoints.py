@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.files import flush_folder, named_in_errors, write_whole
+from ..data.files import flush_folder, named_in_errors, remove_unfinished, write_whole
 
 NEWEST = 3  # are kept, and the best
-UNFINISHED = ".partial"  # behind the name of what is being written or deleted
+UNFINISHED = ".partial"  # after the name of what is being written or deleted
 STATE = "state.json"
 
 State = dict[str, Any]
@@ -78,9 +78,10 @@ def prune(run: Path, best: int | None) -> None:
 def clean(run: Path) -> None:
     """Remove what a process has left that was killed while it wrote or deleted."""
     for remains in run.glob(f"step-*{UNFINISHED}"):
-        shutil.rmtree(remains)
-    for file in (*run.glob("*.tmp"), *run.glob("step-*/*.tmp")):
-        file.unlink()
+        if re.fullmatch(rf"step-\d+{UNFINISHED}", remains.name):
+            shutil.rmtree(remains)
+    for file in (found / STATE for found in list_checkpoints(run).values()):
+        remove_unfinished(file)
 
 
 def read_state(checkpoint: Path) -> State:
@@ -88,16 +89,19 @@ def read_state(checkpoint: Path) -> State:
 
     Raises:
         FileNotFoundError: it is missing.
-        RuntimeError: it is damaged.
+        RuntimeError: it is damaged, or of another step than the folder's name says.
     """
     file = checkpoint / STATE
+    _check_is_there(file)
     try:
         state = json.loads(file.read_text())
         if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
             raise ValueError("it is not that of a checkpoint")
         if state.pop("hash", None) != _digest(state):
             raise ValueError("it is damaged or was changed: its hash is another")
-    except (ValueError, UnicodeDecodeError) as error:
+        if (saved := f"step-{state['steps_done']}") != checkpoint.name:
+            raise ValueError(f"it was saved as {saved}")
+    except (ValueError, KeyError, RecursionError) as error:
         raise RuntimeError(f"{file}: cannot be read: {error}{_remedy(checkpoint)}") from None
     return state
 
@@ -112,9 +116,15 @@ def read_tensors(checkpoint: Path, name: str, state: State) -> dict[str, Tensor]
     from safetensors.torch import load_file
 
     file = checkpoint / f"{name}.safetensors"
+    _check_is_there(file)
     if _hash(file) != state["files"].get(file.name):
         raise RuntimeError(f"{file}: is damaged or was changed: its hash is not that in {STATE}{_remedy(checkpoint)}")
     return load_file(file)
+
+
+def _check_is_there(file: Path) -> None:
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: is missing{_remedy(file.parent)}")
 
 
 def _remedy(checkpoint: Path) -> str:

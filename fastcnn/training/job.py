@@ -27,7 +27,7 @@ class Job:
     """The settings of a run.
 
     Args:
-        data: the data set, as for :func:`fastcnn.data.open_splits`.
+        data: the source of the data set: its name, or its path, which is absolute.
         model: its name.
         recipe: how it is trained.
         options: further options of the model.
@@ -163,7 +163,6 @@ _DEFAULTS: dict[str, Any] = {"options": {}, "width": 1.0, "seed": 0, "plain": Fa
 
 
 def new_job(
-    data: str,
     model: str,
     recipe: Recipe,
     splits: Mapping[str, Dataset],
@@ -175,7 +174,7 @@ def new_job(
     """A run that begins.
 
     Args:
-        data, model, recipe: as for :class:`Job`.
+        model, recipe: as for :class:`Job`.
         splits: of the data set.
         trained: the network of ``start_from``.
         workers: processes that read the training pictures, if their statistics are not known yet.
@@ -185,12 +184,18 @@ def new_job(
         TypeError, ValueError: an argument is not what it should be.
     """
     chosen = {**_DEFAULTS, **{name: value for name, value in given.items() if value is not None}}
+    training = splits["train"]
+    for name, split in splits.items():
+        if split.classes != training.classes:
+            raise ValueError(f"train(): the classes of {name} are not those of training")
+    if not isinstance(chosen["options"], Mapping):
+        raise TypeError(f"train(): options must be a dictionary, not {type(chosen['options']).__name__}")
     if recipe.schedule == "plateau" and "validation" not in splits:
-        raise ValueError(f"train(): {data} has no validation split, which the schedule 'plateau' needs")
+        raise ValueError(f"train(): {training.source} has no split for validation, which the schedule 'plateau' needs")
     seed = chosen["seed"] = integer("seed", chosen["seed"])
     if not 0 <= seed < 2**64:
         raise ValueError(f"train(): seed must be from 0 to 2**64 - 1, but got seed={seed}")
-    training, size = splits["train"], chosen.get("input_size", 1)
+    size = chosen.get("input_size", 1)
     if integer("input_size", size) < 1:
         raise ValueError(f"train(): input_size must be at least 1, but got input_size={size}")
     chosen.setdefault("input_size", 0)
@@ -198,7 +203,7 @@ def new_job(
         raise TypeError(f"train(): options of the model that have a setting of their own: {', '.join(sorted(own))}")
     json.dumps(chosen)  # raises TypeError for what cannot be written down
     unmeasured = Job(
-        data=data,
+        data=training.source,
         model=model,
         recipe=recipe,
         classes=training.classes,

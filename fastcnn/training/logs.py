@@ -11,16 +11,19 @@ import logging
 import os
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..data.files import named_in_errors, write_whole
+from ..data.files import named_in_errors, remove_unfinished, write_whole
 from .evaluation import Evaluation
 from .events import Epoch, Event, Step
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event as Record
+
+T = TypeVar("T")
 
 METRICS = "metrics.jsonl"
 BOARD = "events.out.tfevents."  # and when it was begun, by which TensorBoard orders such files
@@ -39,9 +42,12 @@ class Logs:
     """
 
     def __init__(self, run: Path, epoch: int, step: int) -> None:
+        remove_unfinished(run / METRICS)
         done = [event for event in read_events(run) if _is_done(event, epoch, step)]
-        if (last := max((event.step for event in done), default=0)) < step:
-            log.warning("%s: has no lines of steps %d to %d", run / METRICS, last + 1, step)
+        steps = sum(isinstance(event, Step) for event in done)
+        if (steps, len(done) - steps) != (step, epoch):
+            missing = step - steps, epoch - (len(done) - steps)
+            log.warning("%s: the lines of %d steps and %d epochs are missing", run / METRICS, *missing)
         lines = "".join(map(_line, done)).encode()
         write_whole(run / METRICS, lambda stream: stream.write(lines))
         for file in run.glob(f"{BOARD}*"):
@@ -79,14 +85,14 @@ class Logs:
 
 
 def read_events(run: Path) -> list[Step | Epoch]:
-    """The steps and epochs that a run has written down, up to a line that a crash has damaged or cut short."""
+    """The steps and epochs that a run has written down, in ascending order, without lines that are damaged."""
     file = run / METRICS
     found: list[Step | Epoch] = []
     for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
-        try:
-            found.append(_event(line))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            break
+        with suppress(ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
+            event = _event(line)
+            if not found or _place(event) > _place(found[-1]):
+                found.append(event)
     return found
 
 
@@ -95,9 +101,27 @@ def _event(line: bytes) -> Step | Epoch:
         raise ValueError("it is cut short")
     content = json.loads(line)
     if content.pop("kind") == "step":
-        return Step(**content)
+        step = _of_numbers(Step, content)
+        if step.seconds <= 0:
+            raise ValueError("it took no time")
+        return step
     found = content.pop("validation")
-    return Epoch(validation=found and Evaluation(**found), **content)
+    validation = None if found is None else _of_numbers(Evaluation, found)
+    return replace(_of_numbers(Epoch, {**content, "validation": None}), validation=validation)
+
+
+def _of_numbers(kind: type[T], content: dict[str, Any]) -> T:
+    """A dataclass whose fields are numbers, but for those that are None."""
+    for field in fields(kind):  # type: ignore[arg-type]
+        value = content[field.name]
+        allowed = {"int": (int,), "float": (int, float)}.get(str(field.type), (type(None),))
+        if type(value) not in allowed or (value is not None and not isfinite(value)):
+            raise TypeError(f"{field.name} is {value!r}")
+    return kind(**content)
+
+
+def _place(event: Step | Epoch) -> tuple[int, bool]:
+    return event.step, isinstance(event, Epoch)
 
 
 def _line(event: Step | Epoch) -> str:

@@ -6,13 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
-from math import inf, isfinite
+from math import inf
+from sys import float_info
 from typing import Any
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("steps", "plateau", "linear")
 PIXELS = ("raw", "unit")
 PRECISIONS = ("fp32", "bf16", "fp64")
+MOST = 10**9  # of whole numbers
 
 
 def _field(default: Any, help: str, choices: Sequence[str] = (), at_least: float = 0) -> Any:
@@ -40,11 +42,11 @@ class Recipe:
     decay_biases: bool = _field(False, "biases and batch norm decay too")
     bias_lr: float = _field(1.0, "factor of the learning rate of biases and batch norm")
     drop_biases: bool = _field(True, "the schedule is also that of biases and batch norm")
-    schedule: str = _field("steps", "of the learning rate: at given epochs, when validation stalls, or to 0", SCHEDULES)
-    drops: tuple[int, ...] = _field((), "steps: epochs at which it falls, such as 25,51", at_least=1)
+    schedule: str = _field("steps", "how lr falls: at given epochs, when validation stalls, or to 0", SCHEDULES)
+    drops: tuple[int, ...] = _field((), "steps: epochs at which it falls, such as 25,51, or none", at_least=1)
     drop_factor: float = _field(0.1, "steps and plateau: how far it falls")
     patience: int = _field(5, "plateau: epochs without a lower validation error before it falls", at_least=1)
-    most_drops: int = _field(3, "plateau: how often it falls")
+    most_drops: int = _field(3, "plateau: how often it falls at most")
     warmup: int = _field(0, "steps in which the learning rate rises to its value")
     slow_conv1: int = _field(0, "epoch from which conv1 learns a tenth as fast; 0 for never")
     stop_conv1: int = _field(0, "epoch from which conv1 does not learn; 0 for never")
@@ -54,12 +56,12 @@ class Recipe:
     init: str = _field("kaiming", "how weights and biases are drawn; see the model")
     dropout: str = _field("inverted", "how dropout is scaled: as torch does or as in the paper", ("inverted", "paper"))
     dropout_p: float = _field(0.5, "probability of dropping a unit, in every dropout layer")
-    pixels: str = _field("unit", "raw: 0 to 255 minus the mean; unit: also divided by the deviation", PIXELS)
+    pixels: str = _field("unit", "0 to 255 minus the mean, which is raw, or also divided by the deviation", PIXELS)
     mirror: bool = _field(True, "mirror half of the pictures")
     noise: float = _field(0.0, "standard deviation of AlexNet's colour noise")
     noise_until: int = _field(0, "epoch from which there is no colour noise; 0 for always")
-    jitter: tuple[int, ...] = _field((), "range of the short side for crops of 224, others in proportion: 256,512")
-    precision: str = _field("fp32", "bf16 is autocast", PRECISIONS)
+    jitter: tuple[int, ...] = _field((), "range of the short side for crops of 224, such as 256,512, or none")
+    precision: str = _field("fp32", "number format; bf16 is autocast", PRECISIONS)
     channels_last: bool = _field(True, "memory format")
 
     def __post_init__(self) -> None:
@@ -136,7 +138,7 @@ def text_of(value: object) -> str:
         return ",".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value)
+    return str(value) or "none"
 
 
 def checked(name: str, value: Any) -> Any:
@@ -147,7 +149,7 @@ def checked(name: str, value: Any) -> Any:
     """
     entry: Any = Recipe.__dataclass_fields__[name]
     choices, least = entry.metadata["choices"], entry.metadata["at_least"]
-    if entry.type == "float" and isinstance(value, int) and not isinstance(value, bool):
+    if entry.type == "float" and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST:
         value = float(value)
     if entry.type == "tuple[int, ...]" and isinstance(value, list):
         value = tuple(value)
@@ -157,8 +159,10 @@ def checked(name: str, value: Any) -> Any:
     if choices and value not in choices:
         raise ValueError(f"Recipe(): {name} must be one of {', '.join(choices)}, but got {name}={value!r}")
     numbers: Sequence[float] = value if kind is tuple else [value] if kind in (int, float) else []
-    if any(number < least or not isfinite(number) for number in numbers):
-        raise ValueError(f"Recipe(): {name} must be finite and at least {least:g}, but got {name}={text_of(value)}")
+    most = float_info.max if kind is float else MOST
+    if not all(least <= number <= most for number in numbers):
+        upwards = "and finite" if kind is float else f"and at most {MOST:,}"
+        raise ValueError(f"Recipe(): {name} must be at least {least:g} {upwards}, but got {name}={text_of(value)}")
     return value
 
 

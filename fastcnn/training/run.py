@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import math
 import os
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset, open_splits
+from ..data.dataset import SPLITS
 from ..data.files import flush_folder, locked
 from . import checkpoints
 from .evaluation import Evaluation
@@ -31,6 +31,7 @@ from .trainer import Trainer, choose_device
 
 LOCK = "lock"
 REMAINS = (METRICS, LOCK, f"{BOARD}*", f"step-*{checkpoints.UNFINISHED}", f"{METRICS}.*.tmp")
+_RUNNING = threading.Lock()
 UNREAD = 10  # losses that may be waiting on a GPU, which reading each would stop
 
 
@@ -112,10 +113,11 @@ def train(
         FileNotFoundError: there are no such data; with ``resume``, no run.
         FileExistsError: without ``resume``, ``out`` has a run or something else in it.
         BlockingIOError: another process is training in ``out``.
+        RuntimeError: this process is training already, in another thread or in a listener.
         TypeError, ValueError: an argument is not what it should be, or not the run's; the message names it.
-        RuntimeError: a checkpoint is damaged, or is of another network; a worker has died (there is a checkpoint then).
+        RuntimeError: a checkpoint is damaged, or is of another run; a worker has died (there is a checkpoint then).
         Diverged: the loss is not a number.
-        ImageError: no picture could be read.
+        ImageError: none of the pictures of a step can be read (there is a checkpoint of the step before then).
         OSError: nothing can be written. The last checkpoint is as it was.
         ImportError: a package is missing (all of them come with ``fastcnn[train]``).
     """
@@ -124,7 +126,7 @@ def train(
             raise ImportError(f"{package} is not installed: pip install fastcnn[train]")
     if not checkpoint_minutes >= 0:
         raise ValueError(f"train(): checkpoint_minutes must not be negative, but got {checkpoint_minutes}")
-    where, out = choose_device(device), Path(out)
+    where, out = choose_device(device), Path(out).absolute()
     given: dict[str, Any] = {"data": data, "model": model, "recipe": recipe, **settings}
     given |= {name: os.fspath(value) for name, value in given.items() if isinstance(value, os.PathLike)}
     unknown = given.keys() - {*SETTINGS, *(field.name for field in fields(Recipe))} | given.keys() & {"name"}
@@ -132,17 +134,19 @@ def train(
         raise TypeError(f"train(): unknown settings: {', '.join(sorted(unknown))}")
     given = {name: value for name, value in given.items() if value is not None}
     with ExitStack() as stack:
+        if not _RUNNING.acquire(blocking=False):
+            raise RuntimeError("train(): another run is going on in this process; both would seed torch's generator")
+        stack.callback(_RUNNING.release)
         if resume:
             if not checkpoints.list_checkpoints(out):
                 raise FileNotFoundError(f"{out}: there is no run to go on with: it has no checkpoint")
             stack.enter_context(locked(out / LOCK))
             trainer, notes = _from_checkpoint(out, given, workers, where)
         else:
-            if not out.exists():
-                stack.callback(_remove_if_empty, out)
-                out.mkdir(parents=True, exist_ok=True)
-                flush_folder(out.parent)
+            stack.callback(_remove_if_empty, [folder for folder in (out, *out.parents) if not folder.exists()])
             _check_is_new(out)
+            out.mkdir(parents=True, exist_ok=True)
+            flush_folder(out.parent)
             stack.enter_context(locked(out / LOCK))
             _check_is_new(out)
             trainer, notes = _from_settings(given, workers, where), []
@@ -167,22 +171,24 @@ class _Run:
         self.seconds = 60 * checkpoint_minutes
         self.unread: list[tuple[Tensor, dict[str, Any]]] = []
         self.logs = Logs(out, trainer.epoch, trainer.steps_done)
-        self.listeners: tuple[Listener, ...] = (self.logs, *listeners)
+        self.listeners = listeners
         self.saved, self.updating = time.monotonic(), False
         self.saved_place = (trainer.epoch, trainer.step) if checkpoints.list_checkpoints(out) else None
         self.of_torch: Any = None  # its handler of a worker's end
 
     def run(self, notes: Sequence[str]) -> Result:
         trainer = self.trainer
-        self._tell(Begun(trainer.job, trainer.steps_done, trainer.recipe.epochs * trainer.steps, notes))
         try:
+            self._tell(Begun(trainer.job, trainer.steps_done, trainer.recipe.epochs * trainer.steps, notes))
             self._save()
             while trainer.epoch < trainer.recipe.epochs and self._epoch():
                 pass
             self._save()
         except Exception as error:
-            if self.updating or isinstance(error, Diverged) or not self._save_if_possible() or not self.stop():
-                raise  # otherwise workers were told to end, too
+            if self.updating or isinstance(error, Diverged) or not self._save_if_possible():
+                raise
+            if not (self.stop() and "DataLoader worker" in str(error)):  # which were told to end, too
+                raise
         finally:
             self.logs.close()
             if self.of_torch is not None:
@@ -208,13 +214,12 @@ class _Run:
             self.updating = True
             loss = trainer.update(batch)
             self.updating = False
-            if pictures := len(batch.labels):
-                self.unread.append((loss, about))
+            self.unread.append((loss, about))
             read = trainer.device.type == "cpu" or len(self.unread) >= UNREAD
             if read:
                 loss.item()  # waits for the GPU
             seconds = time.perf_counter() - began
-            about |= {"pictures": pictures, "seconds": seconds, "waiting": waiting, "time": time.time()}
+            about |= {"pictures": len(batch.labels), "seconds": seconds, "waiting": waiting, "time": time.time()}
             if read:
                 self._tell_steps()
             if self.stop():
@@ -234,6 +239,7 @@ class _Run:
                 what = f"The loss of validation is {evaluation.loss}"
                 raise Diverged(what, trainer.steps_done, trainer.lr, self._newest())
         event = Epoch(trainer.epoch, trainer.steps_done, evaluation, len(trainer.batches.skipped), time.time())
+        self.logs(event)
         trainer.end_epoch(evaluation)
         self._tell(event)
         self._save()
@@ -254,11 +260,14 @@ class _Run:
 
     def _tell_steps(self) -> None:
         while self.unread:
-            loss, about = self.unread.pop(0)
+            loss, about = self.unread[0]
             value = loss.item()
             if not math.isfinite(value):
                 raise Diverged(f"The loss is {value}", about["step"], about["lr"], self._newest())
-            self._tell(Step(loss=value, **about))
+            event = Step(loss=value, **about)
+            self.logs(event)  # without this line there is no checkpoint
+            del self.unread[0]
+            self._tell(event)
 
     def _save(self) -> None:
         self._tell_steps()
@@ -298,7 +307,7 @@ def _from_settings(given: Mapping[str, Any], workers: int | None, device: torch.
     splits = _splits(given["data"])
     trained = load_model(given["start_from"]) if given.get("start_from") else None
     settings = {name: given.get(name) for name in SETTINGS if name not in ("data", "model", "recipe")}
-    job = new_job(_name(given["data"]), given["model"], recipe, splits, trained=trained, workers=workers, **settings)
+    job = new_job(given["model"], recipe, splits, trained=trained, workers=workers, **settings)
     return Trainer(job, splits, trained=trained, workers=workers, device=device)
 
 
@@ -308,12 +317,13 @@ def _from_checkpoint(
     """A run that goes on, and what is different now."""
     checkpoint = choose_checkpoint(out, "newest")
     state, job = read_job(checkpoint)
+    _check_is_one_run(out, state)
     _check_same(job, given)
     splits = _splits(given.get("data", job.data))
     if (found := {name: split.fingerprint() for name, split in splits.items()}) != job.fingerprints:
         changed = [name for name in {**job.fingerprints, **found} if found.get(name) != job.fingerprints.get(name)]
         raise ValueError(
-            f"train(): data={_name(given.get('data', job.data))!r} is not what the run was begun with ({job.data!r}): "
+            f"train(): data={splits['train'].source!r} is not what the run was begun with ({job.data!r}): "
             f"other pictures, labels or classes for {', '.join(changed)}"
         )
     tensors = {name: checkpoints.read_tensors(checkpoint, name, state) for name in ("model", "optimizer")}
@@ -328,6 +338,17 @@ def _from_checkpoint(
         for name in {**then, **now}
         if now.get(name) != then.get(name)
     ]
+
+
+def _check_is_one_run(out: Path, state: checkpoints.State) -> None:
+    """Raise RuntimeError if another run's checkpoint is in the folder."""
+    for other in checkpoints.list_checkpoints(out).values():
+        try:
+            job = checkpoints.read_state(other)["job"]
+        except (OSError, RuntimeError):  # damaged, and not needed
+            continue
+        if job != state["job"]:
+            raise RuntimeError(f"{out}: step-{state['steps_done']} and {other.name} are of different runs")
 
 
 def _check_same(job: Job, given: Mapping[str, Any]) -> None:
@@ -354,30 +375,29 @@ def _of_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _splits(data: str | Mapping[str, Dataset]) -> Mapping[str, Dataset]:
+    if not isinstance(data, str | Mapping):
+        raise TypeError(f"train(): data must be str or a dictionary of data sets, not {type(data).__name__}")
     splits = open_splits(data) if isinstance(data, str) else data
-    if "train" not in splits:
-        raise ValueError(f"train(): {data} has no split for training, only {', '.join(splits)}")
+    if "train" not in splits or splits.keys() - set(SPLITS):
+        raise ValueError(f"train(): the splits of data must be train and perhaps validation, not {', '.join(splits)}")
     return splits
-
-
-def _name(data: str | Mapping[str, Dataset]) -> str:
-    return data if isinstance(data, str) else next(iter(data.values())).source
 
 
 def _check_is_new(out: Path) -> None:
     """Raise FileExistsError if there is more in a folder than a run that was killed before its first checkpoint."""
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(out))
+    if os.path.lexists(out) and not out.is_dir():
+        raise NotADirectoryError(f"{out}: is not a folder")
     if found := checkpoints.list_checkpoints(out):
-        raise FileExistsError(errno.EEXIST, f"has a run of {max(found)} steps; --resume goes on with it", str(out))
+        raise FileExistsError(f"{out}: has a run of {max(found)} steps; --resume goes on with it")
     others = [path.name for path in out.iterdir() if not any(map(path.match, REMAINS))] if out.exists() else []
     if others:
-        raise FileExistsError(errno.EEXIST, f"is not empty: there is {others[0]}", str(out))
+        raise FileExistsError(f"{out}: is not empty: there is {others[0]}")
 
 
-def _remove_if_empty(folder: Path) -> None:
+def _remove_if_empty(folders: Sequence[Path]) -> None:
     with suppress(OSError):
-        folder.rmdir()
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextmanager

@@ -17,17 +17,19 @@ def choose_checkpoint(run: Path, which: str = "best") -> Path:
     """A checkpoint of a run: its "best" (the newest, if there was no validation), its "newest", or one by its name.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or it is not there any more.
         RuntimeError: the newest, which says which is the best, is damaged.
     """
     found = list_checkpoints(run)
     if not found:
         raise FileNotFoundError(f"{run}: there is no run: it has no checkpoint")
-    newest = max(found)
-    if which in ("best", "newest"):
-        best = read_state(found[newest]).get("best") if which == "best" else None
-        return found.get(newest if best is None else best, found[newest])
+    newest = found[max(found)]
+    if which == "newest":
+        return newest
     names = {path.name: path for path in found.values()}
+    if which == "best":
+        best = read_state(newest)["best"]
+        which = newest.name if best is None else f"step-{best}"
     if which not in names:
         raise FileNotFoundError(f"{run}: there is no checkpoint {which!r}, only {', '.join(names)}")
     return names[which]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bench.environment import environment
-from ..data import Batch, Dataset
+from ..data import Batch, Dataset, ImageError
 from ..data.order import Stream
 from .checkpoints import State, Tensors
 from .evaluation import Evaluation, evaluate
@@ -81,18 +81,26 @@ class Trainer:
         return -max(found)[1] if found else None
 
     def rest_of_epoch(self) -> Iterator[Batch]:
-        """Its batches, each to be given to :meth:`update` before the next is asked for."""
+        """Its batches, each to be given to :meth:`update` before the next is asked for.
+
+        Raises:
+            ImageError: none of the pictures of a batch can be read.
+        """
         until, augment = self.recipe.noise_until, self.job.augmentation(self.batches.dataset, training=True)
         self.batches.augment = replace(augment, noise=0.0) if 0 < until <= self.epoch else augment
-        return self.batches.epoch(self.epoch, self.step)
+        for batch in self.batches.epoch(self.epoch, self.step):
+            if not len(batch.labels):
+                why = list(self.batches.skipped.values())[-1]
+                raise ImageError(f"step {self.steps_done + 1}: none of its pictures can be read. {why}")
+            yield batch
 
     def update(self, batch: Batch) -> Tensor:
-        """Make a step and return its loss. A batch without pictures changes nothing, and its loss is not a number."""
+        """Make a step and return its loss."""
         self._set_learning_rates()
         self.optimizer.zero_grad(set_to_none=True)
         parts = min(self.recipe.accumulate, len(batch.labels))
-        loss = torch.zeros((), device=self.device) if parts else torch.full((), torch.nan)
-        images, labels = (t.tensor_split(parts) if parts else () for t in (batch.images, batch.labels))
+        loss = torch.zeros((), device=self.device)
+        images, labels = (tensor.tensor_split(parts) for tensor in (batch.images, batch.labels))
         for part, (some, their) in enumerate(zip(images, labels, strict=True)):
             index = self.step * self.recipe.accumulate + part
             torch.manual_seed(seed_of(self.job.seed, Stream.DROPOUT, self.epoch, index))
@@ -100,8 +108,7 @@ class Trainer:
                 share = self._loss(self.model(some), their) / len(batch.labels)
             share.backward()
             loss = loss + share.detach()
-        if parts:
-            self.optimizer.step()
+        self.optimizer.step()
         self.step += 1
         return loss
 
@@ -166,7 +173,7 @@ class Trainer:
         if not (0 <= self.epoch <= self.recipe.epochs and 0 <= self.step <= self.steps) or (
             self.steps_done != state["steps_done"] or len(self.validations) != self.epoch
         ):
-            raise ValueError(f"step {self.step} of epoch {self.epoch} is no place of this run")
+            raise ValueError(f"step {self.step} of epoch {self.epoch} is not a place in this run")
 
     def _loss(self, output: Any, labels: Tensor) -> Tensor:
         """The sum over the pictures."""
@@ -177,7 +184,8 @@ class Trainer:
         return loss
 
     def _schedule(self) -> float:
-        errors = [1 - found.top1 for _, found in self.validations if found is not None]
+        plateau = self.recipe.schedule == "plateau"
+        errors = [1 - found.top1 for _, found in self.validations if plateau and found is not None]
         return self.recipe.lr_factor(self.epoch, self.step, self.steps, errors)
 
     def _set_learning_rates(self) -> None:

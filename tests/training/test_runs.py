@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -260,14 +261,25 @@ def _unknown_network(run: Path) -> None:
 
 def _change(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Of the settings in a state that is whole otherwise."""
-    state = checkpoints.read_state(run / "step-3")
-    change(state["job"])
-    (run / "step-3" / "state.json").write_bytes(checkpoints._sealed(state))
+    for checkpoint in checkpoints.list_checkpoints(run).values():
+        state = checkpoints.read_state(checkpoint)
+        change(state["job"])
+        (checkpoint / "state.json").write_bytes(checkpoints._sealed(state))
 
 
 def _another_lr(run: Path) -> None:
     file = run / "step-3" / "state.json"
     file.write_text(file.read_text().replace('"lr": 0.02', '"lr": 0.07'))
+
+
+def _renamed(run: Path) -> None:
+    (run / "step-3").rename(run / "step-9")
+
+
+def _of_another_run(run: Path) -> None:
+    other = run.with_name("other")
+    train(splits(), **{**SMALL, "seed": 1}, out=other, listeners=[Interrupt(4)])
+    shutil.copytree(other / "step-4", run / "step-4")
 
 
 def _no_checkpoints(run: Path) -> None:
@@ -280,8 +292,8 @@ def _no_checkpoints(run: Path) -> None:
     [
         (_cut, RuntimeError, "model.safetensors: is damaged .* goes on from step 0"),
         (_flip, RuntimeError, "optimizer.safetensors: is damaged"),
-        (_no_state, FileNotFoundError, "state.json"),
-        (_no_model, FileNotFoundError, "model.safetensors"),
+        (_no_state, FileNotFoundError, "state.json: is missing. Without step-3 the run goes on from step 0"),
+        (_no_model, FileNotFoundError, "model.safetensors: is missing. Without step-3"),
         (_half_state, RuntimeError, "state.json: cannot be read"),
         (_another_lr, RuntimeError, "state.json: .* was changed"),
         (_no_recipe, RuntimeError, "state.json: cannot be read"),
@@ -289,6 +301,8 @@ def _no_checkpoints(run: Path) -> None:
         (_other_network, RuntimeError, "does not fit"),
         (_other_classes, RuntimeError, "does not fit"),
         (_no_checkpoints, FileNotFoundError, "no checkpoint"),
+        (_renamed, RuntimeError, "step-9.*it was saved as step-3. Without step-9 the run goes on from step 0"),
+        (_of_another_run, RuntimeError, "step-4 and step-0 are of different runs"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_and_named(
@@ -299,11 +313,11 @@ def test_a_damaged_checkpoint_is_refused_and_named(
     damage(run)
     with pytest.raises(error, match=named):
         train(splits(), out=run, resume=True)
-    if damage is _flip:  # of the optimizer, which the network does not need
+    if damage in (_flip, _of_another_run):  # of the optimizer, which the network does not need; a network of its own
         load_model(run, "step-3")
         return
     with pytest.raises(error, match=named):
-        load_model(run, "step-3" if damage is not _no_checkpoints else "best")
+        load_model(run, "newest")
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,6 +398,108 @@ def test_the_best_is_known_after_an_interruption_at_the_end_of_an_epoch(stop: in
     assert_same(tmp_path / "run", tmp_path / "alone")
 
 
+def test_a_best_checkpoint_that_was_deleted_is_missed(tmp_path: Path) -> None:
+    result = train(splits(), **SMALL, out=tmp_path / "run")
+    assert result.best is not None
+    shutil.rmtree(result.best)
+    if result.best == result.checkpoint:
+        pytest.fail("the newest is the best")
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint '{result.best.name}'"):
+        load_model(tmp_path / "run")
+
+
+def test_another_run_in_this_process_is_refused(tmp_path: Path) -> None:
+    errors: list[str] = []
+
+    def second(event: Event) -> None:
+        if isinstance(event, Begun):
+            with pytest.raises(RuntimeError, match="another run is going on") as caught:
+                train(splits(), **SMALL, out=tmp_path / "other")
+            errors.append(str(caught.value))
+
+    assert train(splits(), **SMALL, out=tmp_path / "run", listeners=[second]).complete
+    assert len(errors) == 1
+    assert not (tmp_path / "other").exists()
+    assert train(splits(), **SMALL, out=tmp_path / "other").complete
+
+
+def test_what_is_not_of_the_run_stays(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(splits(), **SMALL, out=run, listeners=[Interrupt(3)])
+    (run / "thesis.tmp").touch()
+    (run / "step-notes.partial").mkdir()
+    for name in ("step-8.partial", "metrics.jsonl.77.tmp", "step-3/state.json.77.tmp"):
+        (run / name).mkdir() if name.endswith("partial") else (run / name).touch()
+    assert train(splits(), out=run, resume=True).complete
+    assert (run / "thesis.tmp").exists()
+    assert (run / "step-notes.partial").exists()
+    assert not list(run.glob("step-8*"))
+    assert not list(run.glob("**/*.77.tmp"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind": "step", "st',
+        "[" * 100_000,
+        '"seconds": 0,',
+        '"seconds": NaN,',
+        '"step": "3",',
+        f'"pictures": {"9" * 400},',
+        "twice",
+    ],
+)
+def test_a_log_that_was_changed_costs_no_other_line(line: str, tmp_path: Path, logged: list[str]) -> None:
+    run = tmp_path / "run"
+    train(splits(), **SMALL, out=run, listeners=[Interrupt(7)])
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    if line == "twice":
+        lines = lines * 2
+    elif line.endswith(","):
+        name = line.partition(":")[0]
+        lines[2] = re.sub(rf"{name}: [^,]+,", line, lines[2])
+    else:
+        lines[2] = line
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert train(splits(), out=run, resume=True).complete
+    steps = [event.step for event in read_events(run) if isinstance(event, Step)]
+    wanted = [step for step in range(1, 16) if line == "twice" or step != 3]
+    assert steps == wanted
+    missing = f"{run / 'metrics.jsonl'}: the lines of 1 steps and 0 epochs are missing"
+    assert (missing in logged) == (line != "twice")
+
+
+def test_a_line_of_the_log_that_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, call, failed = tmp_path / "run", Logs.__call__, []
+
+    def once(logs: Logs, event: Event) -> None:
+        if isinstance(event, Step | Epoch) and event.step == 5 and type(event) not in failed:
+            failed.append(type(event))
+            raise OSError(28, "No space left on device")
+        call(logs, event)
+
+    monkeypatch.setattr(Logs, "__call__", once)
+    for resume in (False, True):
+        with pytest.raises(OSError, match="No space left"):
+            train(splits(), **SMALL, out=run, resume=resume)
+    assert train(splits(), out=run, resume=True).complete
+    monkeypatch.undo()
+    assert [event.epoch for event in read_events(run) if isinstance(event, Epoch)] == [0, 1, 2]
+    train(splits(), **SMALL, out=tmp_path / "alone")
+    assert_same(run, tmp_path / "alone")
+
+
+def test_an_error_after_ctrl_c_is_not_lost(tmp_path: Path) -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyError("of the listener")
+
+    with pytest.raises(KeyError, match="of the listener"):
+        train(splits(), **SMALL, out=tmp_path / "run", listeners=[fail])
+    assert train(splits(), out=tmp_path / "run", resume=True).complete
+
+
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(splits(), **SMALL, out=run)
@@ -444,7 +560,18 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_pictures_are_meas
         ({"data": "nowhere"}, FileNotFoundError, "nowhere"),
         ({"data": None}, TypeError, "data"),
         ({"schedule": "plateau", "data": {"train": splits()["train"]}}, ValueError, "plateau"),
-        ({"data": {"validation": splits()["validation"]}}, ValueError, "no split for training"),
+        ({"data": {"validation": splits()["validation"]}}, ValueError, "must be train and perhaps validation"),
+        ({"data": {"train": splits()["train"], "val": splits()["validation"]}}, ValueError, "not train, val"),
+        (
+            {"data": {**splits(), "validation": splits(classes=("a", "b"))["train"]}},
+            ValueError,
+            "classes of validation",
+        ),
+        ({"data": 5}, TypeError, "data must be str"),
+        ({"options": ["depth"]}, TypeError, "options must be a dictionary"),
+        ({"width": 1e18}, ValueError, "width must be positive and at most 1000"),
+        ({"epochs": 10**400}, ValueError, "epochs must be at least 1 and at most 1,000,000,000"),
+        ({"lr": 10**400}, TypeError, "lr must be float"),
         ({"start_from": "nowhere"}, FileNotFoundError, "nowhere"),
         ({"options": {"depth": 3}}, TypeError, "depth"),
         ({"options": {"width": 3}}, TypeError, "setting of their own: width"),
@@ -461,39 +588,61 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 
 class Unreadable(Encoded):
-    """Pictures of which some cannot be read: among them, in a batch of one, all."""
+    """Pictures of which some cannot be read: two always, all while a file is missing."""
 
-    def __init__(self, split: str, count: int) -> None:
+    def __init__(self, split: str, count: int, needed: Path) -> None:
         super().__init__("unreadable", split, "all", CLASSES, torch.arange(count) % 4)
+        self.needed = needed
+        needed.touch()
 
     def file(self, index: int) -> str:
         raise AssertionError
 
     def pixels(self, index: int) -> Any:
-        if index in (1, 6):
+        if index in (1, 6) or not self.needed.exists():
             raise ImageError(f"picture {index} is damaged")
         return torch.full((80, 80, 3), 50 * (index % 4), dtype=torch.uint8).numpy()
 
 
-def test_what_was_skipped_is_known_after_an_interruption(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = {"train": Unreadable("train", 12), "validation": splits()["validation"]}
-    given = {**SMALL, "batch": 1, "epochs": 2}
-    alone = train(data, **given, out=tmp_path / "alone", workers=0)
-    assert alone.skipped == 2
-    steps = [event for event in read_events(tmp_path / "alone") if isinstance(event, Step)]
-    assert len(steps) == 24 - 4
-    missing = next(step for step in range(1, 13) if step not in [event.step for event in steps])
-    for stop in (missing - 1, missing + 1, 15):
-        given = {} if stop > missing - 1 else given
-        train(data, **given, out=tmp_path / "run", resume=not given, workers=0, listeners=[Interrupt(stop)])
+def test_what_was_skipped_is_known_after_an_interruption(tmp_path: Path) -> None:
+    data = {"train": Unreadable("train", 12, tmp_path / "file"), "validation": splits()["validation"]}
+    given = {**SMALL, "batch": 4, "epochs": 2}
+    assert train(data, **given, out=tmp_path / "alone", workers=0).skipped == 2
+    train(data, **given, out=tmp_path / "run", workers=0, listeners=[Interrupt(2)])
+    train(data, out=tmp_path / "run", resume=True, workers=0, listeners=[Interrupt(3)])
     result = train(data, out=tmp_path / "run", resume=True, workers=0)
     assert (result.complete, result.skipped) == (True, 2)
-    states = [checkpoints.read_state(choose_checkpoint(tmp_path / name, "newest")) for name in ("alone", "run")]
-    assert states[0] == states[1]
-    epochs = [
-        [event.skipped for event in read_events(tmp_path / n) if isinstance(event, Epoch)] for n in ("alone", "run")
-    ]
-    assert epochs[0] == epochs[1] == [2, 2]
+    assert_same(tmp_path / "run", tmp_path / "alone")
+    for name in ("alone", "run"):
+        assert [event.skipped for event in read_events(tmp_path / name) if isinstance(event, Epoch)] == [2, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("step", [2, 6])
+def test_pictures_that_are_gone_for_a_while_end_the_run_and_are_not_taken_for_trained(
+    step: int, workers: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    data = {"train": Unreadable("train", 48, file), "validation": splits()["validation"]}
+    given = {**SMALL, "batch": 12, "epochs": 3}
+    train(data, **given, out=tmp_path / "alone", workers=0)
+
+    def lose(event: Event) -> None:
+        if isinstance(event, Step) and event.step == step:
+            file.unlink()
+
+    for settings in ({**given, "listeners": [lose]}, {"resume": True}):
+        with pytest.raises(ImageError, match=r"step \d+: none of its pictures can be read. picture \d+ is damaged"):
+            train(data, **settings, out=tmp_path / "run", workers=workers)
+    reached = max(checkpoints.list_checkpoints(tmp_path / "run"))
+    assert step <= reached <= step + 3  # what a worker has read before
+    file.touch()
+    result = train(data, out=tmp_path / "run", resume=True, workers=workers)
+    assert (result.complete, result.skipped) == (True, 2)
+    if not workers:
+        assert reached == step
+        assert_same(tmp_path / "run", tmp_path / "alone")
+    assert [event.step for event in read_events(tmp_path / "run") if isinstance(event, Step)] == list(range(1, 13))
 
 
 class Fragile(Encoded):
@@ -541,7 +690,7 @@ def test_vgg_starts_from_the_layers_of_a(tmp_path: Path) -> None:
 
 def test_groups_of_parameters_have_their_own_learning_rates() -> None:
     recipe = replace(RECIPES["alexnet-as-run"], drops=(1,), slow_conv1=1, stop_conv1=2)
-    job = new_job("small", "alexnet", recipe, splits(), width=0.02, input_size=67)
+    job = new_job("alexnet", recipe, splits(), width=0.02, input_size=67)
     trainer = Trainer(job, splits())
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
 
@@ -564,7 +713,7 @@ def test_accumulated_gradients_are_those_of_the_batch() -> None:
     found = []
     for accumulate in (1, 3):
         recipe = replace(RECIPES["plain"], dropout_p=0.0, precision="fp64", accumulate=accumulate, batch=8)
-        trainer = Trainer(new_job("small", "alexnet", recipe, splits(), width=0.02, input_size=67), splits())
+        trainer = Trainer(new_job("alexnet", recipe, splits(), width=0.02, input_size=67), splits())
         loss = trainer.update(next(trainer.rest_of_epoch()))
         found.append((loss, [parameter.grad.clone() for parameter in trainer.model.parameters()]))
     (loss, gradients), (other, others) = found
@@ -574,7 +723,7 @@ def test_accumulated_gradients_are_those_of_the_batch() -> None:
 
 
 def test_dropout_is_a_function_of_seed_and_step() -> None:
-    job = new_job("small", "alexnet", replace(RECIPES["plain"], batch=8), splits(), width=0.02, input_size=67)
+    job = new_job("alexnet", replace(RECIPES["plain"], batch=8), splits(), width=0.02, input_size=67)
 
     def loss(seed: int, step: int, generator: int) -> float:
         trainer = Trainer(job, splits())
