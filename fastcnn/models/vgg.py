@@ -85,17 +85,17 @@ def _copy_layers_of_a(name: str, trained: ConvNet, model: ConvNet) -> None:
     if not isinstance(trained, ConvNet):
         raise TypeError(f"{name}(): argument 'start_from' must be a VGG network, not {type(trained).__name__}")
     theirs, ours = trained.weighted_layers(), model.weighted_layers()
-    pairs = [(layer, theirs.get(layer), ours[layer]) for layer in FROM_A]
-    wrong = [
-        f"{layer} is {'not there' if source is None else tuple(source.weight.shape)}, not {tuple(target.weight.shape)}"
-        for layer, source, target in pairs
-        if source is None or source.weight.shape != target.weight.shape
-    ]
+    wrong = []
+    for layer in FROM_A:
+        source, target = theirs.get(layer), ours[layer]
+        if source is None:
+            wrong.append(f"{layer} is missing")
+        elif source.weight.shape != target.weight.shape:
+            wrong.append(f"{layer} is {tuple(source.weight.shape)}, not {tuple(target.weight.shape)}")
     if wrong:
         raise ValueError(f"{name}(): start_from does not have the layers of A: {'; '.join(wrong)}")
-    for _, source, target in pairs:
-        assert source is not None
-        target.load_state_dict(source.state_dict())
+    for layer in FROM_A:
+        ours[layer].load_state_dict(theirs[layer].state_dict())
 
 
 for _configuration in CONFIGURATIONS:
