@@ -38,7 +38,7 @@ def train(
     data: Annotated[str | None, typer.Option(help=f"The data set: {KINDS}.", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help=f"One of {', '.join(list_models())}.", show_default=False)] = None,
     recipe: Annotated[str | None, typer.Option(help=f"{', '.join(RECIPES)}; plain if not given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     width: Annotated[float | None, typer.Option(help="Factor of all channels and hidden units.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Height and width of the images; the model's own.")] = None,
     option: ModelOptions = None,
@@ -50,7 +50,7 @@ def train(
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Between checkpoints, besides every epoch's.")] = 10,
     **recipe_fields: Any,
 ) -> None:
-    """Train a network; with --resume, go on where it was interrupted.
+    """Train a network; with --resume, continue where it was interrupted.
 
     Ctrl-C saves a checkpoint and stops. The folder of the run has checkpoints, metrics.jsonl, files for TensorBoard,
     and at the end plots of loss, accuracy and the first convolution's filters.
@@ -131,7 +131,7 @@ def evaluate(
 
 
 class Screen:
-    """A listener that shows a run as it goes on."""
+    """A listener that shows the progress of a run."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -172,7 +172,7 @@ class Screen:
         """After the run: what has become of it, and plots."""
         minutes, seconds = divmod(round(time.monotonic() - self.began), 60)
         if not result.complete:
-            self._print(f"interrupted and saved in {result.checkpoint}; --resume goes on")
+            self._print(f"interrupted and saved in {result.checkpoint}; continue with --resume")
             return
         validations = [found for found in result.validations if found]
         console = Console(highlight=False)
@@ -200,7 +200,7 @@ class Screen:
         )
         self._print(str(job.recipe))
         if event.step:
-            self._print(f"goes on after step {event.step:,} of {event.steps:,}")
+            self._print(f"resumes after step {event.step:,} of {event.steps:,}")
         for note in event.notes:
             self.console.print(note, style="yellow", markup=False)
         self.task = self.bar.add_task("", total=event.steps, completed=event.step, epoch="", told="")
@@ -225,7 +225,7 @@ def printable_lines(text: str) -> str:
 def _remedy(out: Path) -> str:
     with suppress(OSError):
         if list_checkpoints(out):
-            return f"\nfastcnn train --resume --out {out} goes on from the last checkpoint"
+            return f"\nResume from the last checkpoint with: fastcnn train --resume --out {out}"
     return ""
 
 

@@ -6,7 +6,7 @@ are started in the children only. It is killed with SIGKILL
 - at random moments, as often as is asked for;
 - before and after every call that writes, flushes, renames or deletes for the last checkpoint, one process for each.
 
-Then the run goes on to its end. Weights, the optimizer's state and the lines of ``metrics.jsonl`` must be those of a
+Then the run is resumed to its end. Weights, the optimizer's state and the lines of ``metrics.jsonl`` must be those of a
 run that nobody killed.
 """
 
@@ -64,7 +64,7 @@ def small() -> dict[str, Dataset]:
 
 
 def finish(out: Path, settings: Mapping[str, Any]) -> None:
-    """Begin the run, or go on with it."""
+    """Start the run, or resume it."""
     begun = bool(checkpoints.list_checkpoints(out))
     train(**settings, out=out, resume=begun)
 
@@ -134,7 +134,7 @@ def counted(hit: Callable[[str], None]) -> Iterator[None]:
 
 
 def killed_at(out: Path, settings: Mapping[str, Any], number: int) -> None:
-    """Begin the run, or go on with it, and die at the call of this number."""
+    """Start the run, or resume it, and die at the call of this number."""
     left = number
 
     def hit(_: str) -> None:

@@ -23,6 +23,7 @@ from ..data.dataset import Encoded
 from ..data.images import centre_square
 from ..data.workers import same
 from .report import new_table, number
+from .rows import quartiles
 from .workload import reason
 
 PHOTOGRAPHS = "photographs"
@@ -119,7 +120,7 @@ def measure_source(name: str, dataset: Dataset, batch: int, pictures: int, worke
 def add_figures(row: DataRow, rates: Sequence[float], bare: Sequence[float] | None) -> None:
     """Fill in the median, the quartiles, and the median of the ratios to decoding alone in the same round."""
     row.n, row.pictures_per_s = len(rates), statistics.median(rates)
-    row.q1, _, row.q3 = statistics.quantiles(rates, method="inclusive") if len(rates) > 1 else [rates[0]] * 3
+    row.q1, row.q3 = quartiles(rates)
     if bare is not None:
         row.of_bare = statistics.median(rate / other for rate, other in zip(rates, bare, strict=True))
 

@@ -14,7 +14,7 @@ import torch
 from .cases import Case
 from .isolate import Isolated, warmed
 from .memory import peak_bytes, resident_bytes, saved_bytes
-from .rows import FP32, Row, add_ratios
+from .rows import FP32, Row, add_ratios, quartiles
 from .workload import Call, Entry, Workload, Yardstick, reason
 
 Clock = Callable[[Call], float]  # calls once, and returns the seconds
@@ -208,7 +208,7 @@ def add_figures(row: Row, seconds: Iterable[float]) -> None:
     """Fill in the median of the times, their quartiles, and the rates that follow from it."""
     ms = [1e3 * s for s in seconds]
     row.n, row.median_ms = len(ms), statistics.median(ms)
-    row.q1_ms, _, row.q3_ms = statistics.quantiles(ms, method="inclusive") if len(ms) > 1 else ms * 3
+    row.q1_ms, row.q3_ms = quartiles(ms)
     if row.bytes_moved is None:
         row.images_per_s = 1e3 * row.shape[0] / row.median_ms
     else:

@@ -1,5 +1,6 @@
 """What one measurement tells, and how rows compare."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,12 @@ class Row:
     @property
     def case(self) -> Case:
         return Case(self.op, self.shape, self.dtype, self.format, self.mode, self.memory, self.layer)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third; of a single value, that value twice."""
+    first, _, third = statistics.quantiles(values, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return first, third
 
 
 def add_ratios(rows: Sequence[Row]) -> None:

@@ -21,6 +21,7 @@ from ..data import Batch, Dataset
 from ..training.job import Job
 from ..training.trainer import Trainer
 from .report import new_table, number
+from .rows import quartiles
 
 PROVIDERS = {  # whether of torch's layers, whether compiled, whether channels_last
     "fastcnn": (False, False, True),
@@ -181,7 +182,7 @@ def _check_same_logits(trainers: Mapping[str, Trainer]) -> None:
 
 def _row(name: str, rates: Mapping[str, Sequence[float]], waits: Mapping[str, Sequence[float]]) -> TrainingRow:
     own = rates[name]
-    q1, _, q3 = statistics.quantiles(own, method="inclusive") if len(own) > 1 else [own[0]] * 3
+    q1, q3 = quartiles(own)
     speedup = statistics.median(ours / other for ours, other in zip(rates["fastcnn"], own, strict=True))
     return TrainingRow(name, statistics.median(own), q1, q3, statistics.median(waits[name]), len(own), speedup)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-MOST_WIDTH = 1000
+MAX_WIDTH = 1000
 
 Smallest = tuple[tuple[str, int], ...]  # layers in the order they run, and the smallest image of which they leave a map
 
@@ -33,11 +33,11 @@ def check_positive(model: str, option: str, value: Any) -> int:
 
 
 def check_width(model: str, width: Any) -> float:
-    """``width`` as a float; TypeError if it is not a number, ValueError if it is not positive, or above MOST_WIDTH."""
+    """``width`` as a float; TypeError if it is not a number, ValueError if it is not positive, or above MAX_WIDTH."""
     if isinstance(width, bool) or not isinstance(width, int | float):
         raise TypeError(f"{model}(): argument 'width' must be float, not {type(width).__name__}")
-    if not 0 < width <= MOST_WIDTH:
-        raise ValueError(f"{model}(): width must be positive and at most {MOST_WIDTH}, but got width={width}")
+    if not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"{model}(): width must be positive and at most {MAX_WIDTH}, but got width={width}")
     return float(width)
 
 

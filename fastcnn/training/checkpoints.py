@@ -36,7 +36,7 @@ def save(run: Path, step: int, tensors: Tensors, state: State) -> Path:
         run: the folder of the run.
         step: its number.
         tensors: for each file (``model``, ``optimizer``) its tensors by name.
-        state: what else a run needs to go on; JSON.
+        state: what else a run needs to resume; JSON.
 
     Raises:
         OSError: it cannot be written. Nothing is left of it then, and the checkpoints before it are as they were.
@@ -130,7 +130,7 @@ def _check_is_there(file: Path) -> None:
 def _remedy(checkpoint: Path) -> str:
     """What to do without this checkpoint."""
     others = [step for step, path in list_checkpoints(checkpoint.parent).items() if path != checkpoint]
-    return f". Without {checkpoint.name} the run goes on from step {others[-1]}" if others else ""
+    return f". Without {checkpoint.name} the run resumes from step {others[-1]}" if others else ""
 
 
 def _sealed(state: State) -> bytes:

@@ -12,7 +12,7 @@ from .job import Job
 
 @dataclass(frozen=True)
 class Begun:
-    """A run begins or goes on: ``step`` of ``steps`` steps are done. ``notes`` are for people."""
+    """A run begins or resumes: ``step`` of ``steps`` steps are done. ``notes`` are for people."""
 
     job: Job
     step: int

@@ -1,6 +1,6 @@
 """What a run writes down: ``metrics.jsonl``, a line for each step and epoch, and the same for TensorBoard.
 
-The lines are the truth. Those after the checkpoint from which a run goes on are dropped, and TensorBoard's files are
+The lines are the truth. Those after the checkpoint from which a run resumes are dropped, and TensorBoard's files are
 written anew from the others, so that nothing is there twice.
 """
 

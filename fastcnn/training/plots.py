@@ -34,10 +34,7 @@ def plot_run(run: str | os.PathLike[str], model: nn.Module) -> list[Path]:
     figures = {"loss": _loss(steps, epochs)} if steps else {}
     if epochs:
         figures["accuracy"] = _accuracy(epochs)
-    first, *others = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    towers = others[0].groups if others and first.out_channels % others[0].groups == 0 else 1
-    if first.in_channels == 3:
-        figures["filters"] = _filters(first.weight.detach().float().cpu(), towers)
+    figures["filters"] = _filters(model)
     for name, figure in figures.items():
         figure.savefig(run / f"{name}.png", dpi=120)
     return [run / f"{name}.png" for name in figures]
@@ -68,10 +65,14 @@ def _accuracy(epochs: Sequence[Epoch]) -> Figure:
     return figure
 
 
-def _filters(weight: Tensor, towers: int) -> Figure:
-    """The filters of each tower in a block of their own, the first tower above, on one scale."""
+def _filters(model: nn.Module) -> Figure:
+    """The filters of each tower in a block of their own, the first tower above, on one scale. How many towers there
+    are is told by the groups of the second convolution."""
     from matplotlib.figure import Figure
 
+    first, *others = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    weight = first.weight.detach().float().cpu()
+    towers = others[0].groups if others and first.out_channels % others[0].groups == 0 else 1
     shown = 0.5 + 0.5 * weight / weight.abs().max().clamp_min(1e-30)
     blocks = [_grid(tower) for tower in shown.chunk(towers)]
     height, width = (sum(block.shape[0] for block in blocks), blocks[0].shape[1])

@@ -14,7 +14,7 @@ OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("steps", "plateau", "linear")
 PIXELS = ("raw", "unit")
 PRECISIONS = ("fp32", "bf16", "fp64")
-MOST = 10**9  # of whole numbers
+MAX_INT = 10**9  # of whole numbers
 
 
 def _field(default: Any, help: str, choices: Sequence[str] = (), at_least: float = 0) -> Any:
@@ -46,13 +46,13 @@ class Recipe:
     drops: tuple[int, ...] = _field((), "with steps: epochs at which it falls, such as 25,51, or none", at_least=1)
     drop_factor: float = _field(0.1, "factor by which it falls, but for linear")
     patience: int = _field(5, "with plateau: epochs without a lower validation error before it falls", at_least=1)
-    most_drops: int = _field(3, "with plateau: how often it falls at most")
+    max_drops: int = _field(3, "with plateau: how often it falls at most")
     warmup: int = _field(0, "steps in which the learning rate rises to its value")
     slow_conv1: int = _field(0, "epoch from which conv1 learns a tenth as fast; 0 for never")
     stop_conv1: int = _field(0, "epoch from which conv1 does not learn; 0 for never")
     batch: int = _field(128, "pictures of a step", at_least=1)
-    accumulate: int = _field(1, "parts that a batch is cut into to save memory; their gradients are added", at_least=1)
-    epochs: int = _field(90, "passes over the pictures, but for those that fill no batch", at_least=1)
+    accumulate: int = _field(1, "micro-batches of a step, to save memory; their gradients are added", at_least=1)
+    epochs: int = _field(90, "passes over the training set; the last partial batch is dropped", at_least=1)
     init: str = _field("kaiming", "how weights and biases are drawn; see the model")
     dropout: str = _field("inverted", "how dropout is scaled: as torch does or as in the paper", ("inverted", "paper"))
     dropout_p: float = _field(0.5, "probability of dropping a unit, in every dropout layer")
@@ -117,7 +117,7 @@ class Recipe:
         fallen, best, since = 0, inf, 0
         for error in errors:
             best, since = (error, 0) if error < best else (best, since + 1)
-            if since == self.patience and fallen < self.most_drops:
+            if since == self.patience and fallen < self.max_drops:
                 fallen, since = fallen + 1, 0
         return self.drop_factor**fallen
 
@@ -149,7 +149,7 @@ def checked(name: str, value: Any) -> Any:
     """
     entry: Any = Recipe.__dataclass_fields__[name]
     choices, least = entry.metadata["choices"], entry.metadata["at_least"]
-    if entry.type == "float" and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST:
+    if entry.type == "float" and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INT:
         value = float(value)
     if entry.type == "tuple[int, ...]" and isinstance(value, list):
         value = tuple(value)
@@ -159,9 +159,9 @@ def checked(name: str, value: Any) -> Any:
     if choices and value not in choices:
         raise ValueError(f"Recipe(): {name} must be one of {', '.join(choices)}, but got {name}={value!r}")
     numbers: Sequence[float] = value if kind is tuple else [value] if kind in (int, float) else []
-    most = float_info.max if kind is float else MOST
+    most = float_info.max if kind is float else MAX_INT
     if not all(least <= number <= most for number in numbers):
-        upwards = "and finite" if kind is float else f"and at most {MOST:,}"
+        upwards = "and finite" if kind is float else f"and at most {MAX_INT:,}"
         raise ValueError(f"Recipe(): {name} must be at least {least:g} {upwards}, but got {name}={text_of(value)}")
     return value
 

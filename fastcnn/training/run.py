@@ -1,4 +1,4 @@
-"""A run from its beginning, or from where it stands, to its end; whatever ends it earlier, it can go on."""
+"""A run from its start or its last checkpoint to its end; whatever interrupts it, it can be resumed."""
 
 from __future__ import annotations
 
@@ -10,38 +10,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import Dataset, open_splits
-from ..data.dataset import SPLITS
+from ..data import Dataset
 from ..data.files import flush_folder, locked
 from . import checkpoints
 from .evaluation import Evaluation
 from .events import Begun, Epoch, Event, Listener, Saved, Step
-from .job import SETTINGS, Job, new_job
+from .job import SETTINGS
 from .logs import BOARD, METRICS, Logs
-from .recipes import RECIPES, Recipe, checked, text_of
-from .saved import choose_checkpoint, load_model, read_job
+from .recipes import Recipe
+from .start import restore, start
 from .trainer import Trainer, choose_device
 
 LOCK = "lock"
-REMAINS = (METRICS, LOCK, f"{BOARD}*", f"step-*{checkpoints.UNFINISHED}", f"{METRICS}.*.tmp")
-_RUNNING = threading.Lock()
+LEFTOVERS = (METRICS, LOCK, f"{BOARD}*", f"step-*{checkpoints.UNFINISHED}", f"{METRICS}.*.tmp")
 UNREAD = 10  # losses that may be waiting on a GPU, which reading each would stop
+_RUNNING = threading.Lock()
 
 
 class Diverged(RuntimeError):
-    """The loss or a weight is not a number any more.
+    """The loss or a weight is NaN or infinite.
 
     Attributes:
         step: that showed it, counted from 1.
         lr: its learning rate.
-        checkpoint: the last one, whose weights are numbers.
+        checkpoint: the last one before it.
     """
 
     def __init__(self, what: str, step: int, lr: float, checkpoint: Path) -> None:
@@ -86,7 +85,7 @@ def train(
     listeners: Sequence[Listener] = (),
     **settings: Any,
 ) -> Result:
-    """Train a network, and keep in a folder all that is needed to go on after an interruption.
+    """Train a network, and keep in a folder all that is needed to resume after an interruption.
 
     Every random choice is a function of (seed, epoch, step) and (seed, epoch, picture), so that a run that was
     interrupted ends with the same bits as one that was not, on the same machine, with as many threads.
@@ -97,7 +96,7 @@ def train(
         recipe: a name in RECIPES, "plain" if None; or a recipe of your own.
         out: the folder of the run. It has checkpoints ``step-N``, of which the newest three and the best are kept,
             ``metrics.jsonl``, and files for TensorBoard. A folder that is there must be empty.
-        resume: go on with the run in ``out``. Other arguments are not needed then; those given must be the run's.
+        resume: resume the run in ``out``. Other arguments are not needed then; those given must be the run's.
         workers: processes that read pictures, see :func:`fastcnn.data.loader`.
         device: "cpu" or "cuda"; the GPU if None and there is one.
         checkpoint_minutes: how often there is a checkpoint, besides at the end of every epoch. 0: after every step.
@@ -107,7 +106,7 @@ def train(
             the recipe's own.
 
     Returns:
-        What became of it. SIGINT (Ctrl-C) and SIGTERM end it with a checkpoint after the step that is being made.
+        What became of it. SIGINT (Ctrl-C) and SIGTERM end it with a checkpoint after the current step.
 
     Raises:
         FileNotFoundError: there are no such data; with ``resume``, no run.
@@ -116,7 +115,7 @@ def train(
         RuntimeError: this process is training already, in another thread or in a listener.
         TypeError, ValueError: an argument is not what it should be, or not the run's; the message names it.
         RuntimeError: a checkpoint is damaged, or is of another run; a worker has died (there is a checkpoint then).
-        Diverged: the loss is not a number.
+        Diverged: the loss or a weight is NaN or infinite.
         ImageError: none of the pictures of a step can be read (there is a checkpoint of the step before then).
         OSError: nothing can be written. The last checkpoint is as it was.
         ImportError: a package is missing (all of them come with ``fastcnn[train]``).
@@ -135,13 +134,13 @@ def train(
     given = {name: value for name, value in given.items() if value is not None}
     with ExitStack() as stack:
         if not _RUNNING.acquire(blocking=False):
-            raise RuntimeError("train(): another run is going on in this process; both would seed torch's generator")
+            raise RuntimeError("train(): this process is training already; both runs would seed torch's generator")
         stack.callback(_RUNNING.release)
         if resume:
             if not checkpoints.list_checkpoints(out):
-                raise FileNotFoundError(f"{out}: there is no run to go on with: it has no checkpoint")
+                raise FileNotFoundError(f"{out}: there is no run to resume: it has no checkpoint")
             stack.enter_context(locked(out / LOCK))
-            trainer, notes = _from_checkpoint(out, given, workers, where)
+            trainer, notes = restore(out, given, workers, where)
         else:
             stack.callback(_remove_if_empty, [folder for folder in (out, *out.parents) if not folder.exists()])
             _check_is_new(out)
@@ -149,7 +148,7 @@ def train(
             flush_folder(out.parent)
             stack.enter_context(locked(out / LOCK))
             _check_is_new(out)
-            trainer, notes = _from_settings(given, workers, where), []
+            trainer, notes = start(given, workers, where), []
         checkpoints.clean(out)
         stack.enter_context(_generators_restored(where))
         stop = stack.enter_context(_signals())
@@ -174,12 +173,12 @@ class _Run:
         self.listeners = listeners
         self.saved, self.updating = time.monotonic(), False
         self.saved_place = (trainer.epoch, trainer.step) if checkpoints.list_checkpoints(out) else None
-        self.of_torch: Any = None  # its handler of a worker's end
+        self.torch_handler: Any = None  # of SIGCHLD
 
     def run(self, notes: Sequence[str]) -> Result:
         trainer = self.trainer
         try:
-            self._tell(Begun(trainer.job, trainer.steps_done, trainer.recipe.epochs * trainer.steps, notes))
+            self._notify(Begun(trainer.job, trainer.steps_done, trainer.recipe.epochs * trainer.steps, notes))
             self._save()
             while trainer.epoch < trainer.recipe.epochs and self._epoch():
                 pass
@@ -191,8 +190,8 @@ class _Run:
                 raise
         finally:
             self.logs.close()
-            if self.of_torch is not None:
-                signal.signal(signal.SIGCHLD, self.of_torch)
+            if self.torch_handler is not None:
+                signal.signal(signal.SIGCHLD, self.torch_handler)
         found = checkpoints.list_checkpoints(self.out)
         return Result(
             self.out,
@@ -208,7 +207,7 @@ class _Run:
         trainer = self.trainer
         began = time.perf_counter()
         for batch in trainer.rest_of_epoch():
-            self._take_no_signals_of_workers()
+            self._ignore_worker_signals()
             waiting = time.perf_counter() - began
             about = {"step": trainer.steps_done + 1, "epoch": trainer.epoch, "lr": trainer.lr}
             self.updating = True
@@ -221,13 +220,13 @@ class _Run:
             seconds = time.perf_counter() - began
             about |= {"pictures": len(batch.labels), "seconds": seconds, "waiting": waiting, "time": time.time()}
             if read:
-                self._tell_steps()
+                self._report_steps()
             if self.stop():
                 return False
             if time.monotonic() - self.saved >= self.seconds and trainer.step < trainer.steps:
                 self._save()
             began = time.perf_counter()
-        self._tell_steps()
+        self._report_steps()
         if self.stop():
             return False
         evaluation = None
@@ -241,24 +240,24 @@ class _Run:
         event = Epoch(trainer.epoch, trainer.steps_done, evaluation, len(trainer.batches.skipped), time.time())
         self.logs(event)
         trainer.end_epoch(evaluation)
-        self._tell(event)
+        self._notify(event)
         self._save()
         return not self.stop()
 
-    def _take_no_signals_of_workers(self) -> None:
+    def _ignore_worker_signals(self) -> None:
         """When a worker dies, torch raises an error at whatever line is running, such as in the middle of an update.
         Without its handler the loader finds out a few seconds later, when it is asked for a batch."""
         if threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(signal.SIGCHLD)
             if handler not in (None, signal.SIG_DFL, signal.SIG_IGN):
-                self.of_torch = handler
+                self.torch_handler = handler
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    def _tell(self, event: Event) -> None:
+    def _notify(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
 
-    def _tell_steps(self) -> None:
+    def _report_steps(self) -> None:
         while self.unread:
             loss, about = self.unread[0]
             value = loss.item()
@@ -267,10 +266,10 @@ class _Run:
             event = Step(loss=value, **about)
             self.logs(event)  # without this line there is no checkpoint
             del self.unread[0]
-            self._tell(event)
+            self._notify(event)
 
     def _save(self) -> None:
-        self._tell_steps()
+        self._report_steps()
         trainer = self.trainer
         if (place := (trainer.epoch, trainer.step)) != self.saved_place:
             if not trainer.is_finite():
@@ -278,7 +277,7 @@ class _Run:
             self.logs.flush()
             checkpoint = checkpoints.save(self.out, trainer.steps_done, trainer.tensors(), trainer.state())
             self.saved_place = place
-            self._tell(Saved(checkpoint))
+            self._notify(Saved(checkpoint))
         checkpoints.prune(self.out, trainer.best)
         self.saved = time.monotonic()
 
@@ -293,103 +292,13 @@ class _Run:
         return found[max(found)]
 
 
-def _from_settings(given: Mapping[str, Any], workers: int | None, device: torch.device) -> Trainer:
-    """A run that begins."""
-    missing = [name for name in ("data", "model") if name not in given]
-    if missing:
-        raise TypeError(f"train(): missing: {', '.join(missing)}")
-    recipe = given.get("recipe", "plain")
-    if not isinstance(recipe, Recipe):
-        if recipe not in RECIPES:
-            raise ValueError(f"train(): recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
-        recipe = RECIPES[recipe]
-    recipe = replace(recipe, **_of_recipe(given))
-    splits = _splits(given["data"])
-    trained = load_model(given["start_from"]) if given.get("start_from") else None
-    settings = {name: given.get(name) for name in SETTINGS if name not in ("data", "model", "recipe")}
-    job = new_job(given["model"], recipe, splits, trained=trained, workers=workers, **settings)
-    return Trainer(job, splits, trained=trained, workers=workers, device=device)
-
-
-def _from_checkpoint(
-    out: Path, given: Mapping[str, Any], workers: int | None, device: torch.device
-) -> tuple[Trainer, list[str]]:
-    """A run that goes on, and what is different now."""
-    checkpoint = choose_checkpoint(out, "newest")
-    state, job = read_job(checkpoint)
-    _check_is_one_run(out, state)
-    _check_same(job, given)
-    splits = _splits(given.get("data", job.data))
-    if (found := {name: split.fingerprint() for name, split in splits.items()}) != job.fingerprints:
-        changed = [name for name in {**job.fingerprints, **found} if found.get(name) != job.fingerprints.get(name)]
-        raise ValueError(
-            f"train(): data={splits['train'].source!r} is not what the run was begun with ({job.data!r}): "
-            f"other pictures, labels or classes for {', '.join(changed)}"
-        )
-    tensors = {name: checkpoints.read_tensors(checkpoint, name, state) for name in ("model", "optimizer")}
-    try:
-        trainer = Trainer(job, splits, workers=workers, device=device)
-        trainer.load(state, tensors)
-        then, now = state["environment"], trainer.environment
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RuntimeError(f"{checkpoint}: does not fit the run that it says it is of: {error}") from None
-    return trainer, [
-        f"{name} is {now.get(name)} and was {then.get(name)}: the same bits are not to be expected"
-        for name in {**then, **now}
-        if now.get(name) != then.get(name)
-    ]
-
-
-def _check_is_one_run(out: Path, state: checkpoints.State) -> None:
-    """Raise RuntimeError if another run's checkpoint is in the folder."""
-    for other in checkpoints.list_checkpoints(out).values():
-        try:
-            job = checkpoints.read_state(other)["job"]
-        except (OSError, RuntimeError):  # damaged, and not needed
-            continue
-        if job != state["job"]:
-            raise RuntimeError(f"{out}: step-{state['steps_done']} and {other.name} are of different runs")
-
-
-def _check_same(job: Job, given: Mapping[str, Any]) -> None:
-    """Raise ValueError if settings are given that are not those of the run. Data are compared by what is in them."""
-    recipe = given.get("recipe")
-    wanted = {name: value for name, value in given.items() if name in SETTINGS and name not in ("data", "recipe")}
-    if isinstance(recipe, Recipe):
-        wanted |= {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-        wanted["recipe"] = wanted.pop("name")
-    elif recipe is not None:
-        wanted["recipe"] = recipe
-    wanted |= {name: checked(name, value) for name, value in _of_recipe(given).items()}
-    own = job.settings()
-    different = [
-        f"{name} is {text_of(own[name])}, not {text_of(value)}" for name, value in wanted.items() if own[name] != value
-    ]
-    if different:
-        raise ValueError(f"train(): the run that is to go on has other settings: {'; '.join(different)}")
-
-
-def _of_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(Recipe)}
-    return {name: value for name, value in given.items() if name in names}
-
-
-def _splits(data: str | Mapping[str, Dataset]) -> Mapping[str, Dataset]:
-    if not isinstance(data, str | Mapping):
-        raise TypeError(f"train(): data must be str or a dictionary of data sets, not {type(data).__name__}")
-    splits = open_splits(data) if isinstance(data, str) else data
-    if "train" not in splits or splits.keys() - set(SPLITS):
-        raise ValueError(f"train(): the splits of data must be train and perhaps validation, not {', '.join(splits)}")
-    return splits
-
-
 def _check_is_new(out: Path) -> None:
     """Raise FileExistsError if there is more in a folder than a run that was killed before its first checkpoint."""
     if os.path.lexists(out) and not out.is_dir():
         raise NotADirectoryError(f"{out}: is not a folder")
     if found := checkpoints.list_checkpoints(out):
-        raise FileExistsError(f"{out}: has a run of {max(found)} steps; --resume goes on with it")
-    others = [path.name for path in out.iterdir() if not any(map(path.match, REMAINS))] if out.exists() else []
+        raise FileExistsError(f"{out}: has a run of {max(found)} steps; resume it with --resume")
+    others = [path.name for path in out.iterdir() if not any(map(path.match, LEFTOVERS))] if out.exists() else []
     if others:
         raise FileExistsError(f"{out}: is not empty: there is {others[0]}")
 

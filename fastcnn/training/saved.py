@@ -61,7 +61,7 @@ def load_model(run: str | os.PathLike[str], which: str = "best") -> nn.Module:
 
     Raises:
         FileNotFoundError: there is none.
-        RuntimeError: it is damaged, or does not fit the network that it says it is of.
+        RuntimeError: it is damaged, or does not fit the settings of its run.
     """
     checkpoint = choose_checkpoint(Path(run), which)
     state, job = read_job(checkpoint)
@@ -72,6 +72,6 @@ def load_model(run: str | os.PathLike[str], which: str = "best") -> nn.Module:
         model = model.to_empty(device="cpu").to(DTYPES[job.recipe.precision])
         model.load_state_dict(tensors)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise RuntimeError(f"{checkpoint}: does not fit the run that it says it is of: {error}") from None
+        raise RuntimeError(f"{checkpoint}: does not fit the settings of its run: {error}") from None
     model.preprocessing = job.preprocessing()
     return model.eval()

@@ -11,11 +11,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from fastcnn.cli import app
+from fastcnn.models import create_model
 from fastcnn.training import Recipe, checkpoints
 from fastcnn.training.logs import read_events
+from fastcnn.training.plots import _filters
 
 TINY = ["--data", "digits", "--model", "alexnet", "--width", "0.02", "--input-size", "67", "--batch", "256"]
 PLOTS = ("loss.png", "accuracy.png", "filters.png")
@@ -51,6 +54,20 @@ def test_train_then_eval(tmp_path: Path) -> None:
     assert f"{best.top1:.2%}" in command("eval", run, "--checkpoint", found["checkpoint"]).output
     other = command("eval", run, "--split", "train", "--batch", 100, "--json")
     assert json.loads(other.stdout)["pictures"] == 1437
+
+
+@pytest.mark.parametrize(("model", "titles"), [("alexnet", ["tower 1", "tower 2"]), ("vgg_a", [""])])
+def test_the_filters_of_towers_are_apart(model: str, titles: list[str]) -> None:
+    network = create_model(model, width=0.25, input_size=67)
+    figure = _filters(network)
+    assert [axes.get_title() for axes in figure.axes] == titles
+    weight = next(network.parameters()).detach()
+    scaled = 0.5 + 0.5 * weight / weight.abs().max()
+    size = weight.shape[-1]
+    for axes, filters in zip(figure.axes, scaled.chunk(len(titles)), strict=True):
+        shown = torch.as_tensor(axes.images[0].get_array())
+        torch.testing.assert_close(shown[1 : size + 1, 1 : size + 1], filters[0].permute(1, 2, 0))
+        assert shown.shape[1] == min(16, len(filters)) * (size + 2)
 
 
 def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_the_learning_rate_falls_at_the_epochs_of_the_authors_log() -> None:
 
 
 def test_plateau_divides_when_validation_stalls_and_only_so_often() -> None:
-    recipe = Recipe(schedule="plateau", patience=2, most_drops=2)
+    recipe = Recipe(schedule="plateau", patience=2, max_drops=2)
 
     def factor(*errors: float) -> float:
         return recipe.lr_factor(len(errors), 0, 10, errors)

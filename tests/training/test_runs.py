@@ -21,12 +21,10 @@ from safetensors.torch import load_file
 
 from fastcnn.data import ImageError
 from fastcnn.data.dataset import Encoded
-from fastcnn.training import RECIPES, Diverged, checkpoints, evaluate, load_model, train
+from fastcnn.training import RECIPES, Diverged, checkpoints, load_model, train
 from fastcnn.training.events import Begun, Epoch, Event, Saved, Step
-from fastcnn.training.job import new_job
 from fastcnn.training.logs import Logs, read_events
 from fastcnn.training.saved import choose_checkpoint
-from fastcnn.training.trainer import Trainer
 
 from .data import CLASSES, SMALL, splits
 
@@ -136,6 +134,26 @@ def test_an_interrupted_run_ends_with_the_same_bits(name: str, tmp_path: Path) -
     assert_same(tmp_path / "run", tmp_path / "alone")
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        calls.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        calls.append(("rename", Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    tensors = {name: {"weight": torch.zeros(2)} for name in ("model", "optimizer")}
+    checkpoints.save(tmp_path, 7, tensors, {"steps_done": 7})
+    files = ("model.safetensors", "optimizer.safetensors", "state.json", "step-7.partial")
+    assert calls == [*(("fsync", file) for file in files), ("rename", "step-7"), ("fsync", tmp_path.name)]
+
+
 def test_lines_after_the_checkpoint_are_not_there_twice(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -230,41 +248,25 @@ def _flip(run: Path) -> None:
     file.write_bytes(content)
 
 
-def _no_state(run: Path) -> None:
-    (run / "step-3" / "state.json").unlink()
-
-
-def _no_model(run: Path) -> None:
-    (run / "step-3" / "model.safetensors").unlink()
-
-
 def _half_state(run: Path) -> None:
     file = run / "step-3" / "state.json"
     file.write_text(file.read_text()[:200])
 
 
-def _other_network(run: Path) -> None:
-    _change(run, lambda job: job.update(model="vgg_a"))
+def _changed(**settings: Any) -> Callable[[Path], None]:
+    """Of the run, in states that are whole otherwise."""
+
+    def change(run: Path) -> None:
+        for checkpoint in checkpoints.list_checkpoints(run).values():
+            state = checkpoints.read_state(checkpoint)
+            state["job"].update(settings)
+            (checkpoint / "state.json").write_bytes(checkpoints._sealed(state))
+
+    return change
 
 
-def _other_classes(run: Path) -> None:
-    _change(run, lambda job: job["classes"].append("more"))
-
-
-def _no_recipe(run: Path) -> None:
-    _change(run, lambda job: job.update(recipe=5))
-
-
-def _unknown_network(run: Path) -> None:
-    _change(run, lambda job: job.update(model="lenet"))
-
-
-def _change(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Of the settings in a state that is whole otherwise."""
-    for checkpoint in checkpoints.list_checkpoints(run).values():
-        state = checkpoints.read_state(checkpoint)
-        change(state["job"])
-        (checkpoint / "state.json").write_bytes(checkpoints._sealed(state))
+def _without(file: str) -> Callable[[Path], None]:
+    return lambda run: (run / "step-3" / file).unlink()
 
 
 def _another_lr(run: Path) -> None:
@@ -290,18 +292,22 @@ def _no_checkpoints(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "named"),
     [
-        (_cut, RuntimeError, "model.safetensors: is damaged .* goes on from step 0"),
+        (_cut, RuntimeError, "model.safetensors: is damaged .* resumes from step 0"),
         (_flip, RuntimeError, "optimizer.safetensors: is damaged"),
-        (_no_state, FileNotFoundError, "state.json: is missing. Without step-3 the run goes on from step 0"),
-        (_no_model, FileNotFoundError, "model.safetensors: is missing. Without step-3"),
+        (
+            _without("state.json"),
+            FileNotFoundError,
+            "state.json: is missing. Without step-3 the run",
+        ),
+        (_without("model.safetensors"), FileNotFoundError, "model.safetensors: is missing. Without step-3"),
         (_half_state, RuntimeError, "state.json: cannot be read"),
         (_another_lr, RuntimeError, "state.json: .* was changed"),
-        (_no_recipe, RuntimeError, "state.json: cannot be read"),
-        (_unknown_network, RuntimeError, "step-3: does not fit"),
-        (_other_network, RuntimeError, "does not fit"),
-        (_other_classes, RuntimeError, "does not fit"),
+        (_changed(recipe=5), RuntimeError, "state.json: cannot be read"),
+        (_changed(model="lenet"), RuntimeError, "step-3: does not fit"),
+        (_changed(model="vgg_a"), RuntimeError, "does not fit"),
+        (_changed(classes=[*CLASSES, "more"]), RuntimeError, "does not fit"),
         (_no_checkpoints, FileNotFoundError, "no checkpoint"),
-        (_renamed, RuntimeError, "step-9.*it was saved as step-3. Without step-9 the run goes on from step 0"),
+        (_renamed, RuntimeError, "step-9.*it was saved as step-3. Without step-9 the run resumes from step 0"),
         (_of_another_run, RuntimeError, "step-4 and step-0 are of different runs"),
     ],
 )
@@ -413,7 +419,7 @@ def test_another_run_in_this_process_is_refused(tmp_path: Path) -> None:
 
     def second(event: Event) -> None:
         if isinstance(event, Begun):
-            with pytest.raises(RuntimeError, match="another run is going on") as caught:
+            with pytest.raises(RuntimeError, match="this process is training already") as caught:
                 train(splits(), **SMALL, out=tmp_path / "other")
             errors.append(str(caught.value))
 
@@ -688,55 +694,6 @@ def test_vgg_starts_from_the_layers_of_a(tmp_path: Path) -> None:
         train(splits(), **SMALL, out=tmp_path / "c", start_from=str(tmp_path / "a"))
 
 
-def test_groups_of_parameters_have_their_own_learning_rates() -> None:
-    recipe = replace(RECIPES["alexnet-as-run"], drops=(1,), slow_conv1=1, stop_conv1=2)
-    job = new_job("alexnet", recipe, splits(), width=0.02, input_size=67)
-    trainer = Trainer(job, splits())
-    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-
-    def rates() -> dict[str, tuple[float, float]]:
-        trainer._set_learning_rates()
-        groups = trainer.optimizer.param_groups
-        return {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-
-    assert rates()["features.conv1.weight"] == rates()["classifier.fc8.weight"] == (0.01, 5e-4)
-    assert rates()["features.conv1.bias"] == rates()["classifier.fc8.bias"] == (0.02, 0.0)
-    trainer.epoch = 1
-    assert rates()["features.conv2.weight"] == (pytest.approx(1e-3), 5e-4)
-    assert rates()["features.conv1.weight"] == (pytest.approx(1e-4), 5e-4)
-    assert rates()["features.conv2.bias"] == (0.02, 0.0)  # not dropped in the authors' files
-    trainer.epoch = 2
-    assert rates()["features.conv1.weight"][0] == rates()["features.conv1.bias"][0] == 0
-
-
-def test_accumulated_gradients_are_those_of_the_batch() -> None:
-    found = []
-    for accumulate in (1, 3):
-        recipe = replace(RECIPES["plain"], dropout_p=0.0, precision="fp64", accumulate=accumulate, batch=8)
-        trainer = Trainer(new_job("alexnet", recipe, splits(), width=0.02, input_size=67), splits())
-        loss = trainer.update(next(trainer.rest_of_epoch()))
-        found.append((loss, [parameter.grad.clone() for parameter in trainer.model.parameters()]))
-    (loss, gradients), (other, others) = found
-    torch.testing.assert_close(loss, other, rtol=1e-6, atol=0)
-    for gradient, theirs in zip(gradients, others, strict=True):
-        torch.testing.assert_close(gradient, theirs, rtol=1e-9, atol=1e-12)
-
-
-def test_dropout_is_a_function_of_seed_and_step() -> None:
-    job = new_job("alexnet", replace(RECIPES["plain"], batch=8), splits(), width=0.02, input_size=67)
-
-    def loss(seed: int, step: int, generator: int) -> float:
-        trainer = Trainer(job, splits())
-        trainer.job = replace(job, seed=seed)
-        batch = next(trainer.rest_of_epoch())
-        trainer.step = step
-        torch.manual_seed(generator)  # of no consequence
-        return float(trainer.update(batch))
-
-    assert loss(0, 0, 5) == loss(0, 0, 6)
-    assert len({loss(0, 0, 5), loss(1, 0, 5), loss(0, 1, 5)}) == 3
-
-
 def test_fused_and_plain_layers_learn_alike(tmp_path: Path) -> None:
     given: dict[str, Any] = {**SMALL, "epochs": 10, "precision": "fp64", "dropout_p": 0.0, "lr": 0.05}
     for plain in (False, True):
@@ -748,22 +705,3 @@ def test_fused_and_plain_layers_learn_alike(tmp_path: Path) -> None:
     assert len(fused) == 50
     assert fused == pytest.approx(plain_, rel=1e-9, abs=0)
     assert sum(fused[-5:]) < 0.8 * sum(fused[:5])
-
-
-def test_evaluation_counts_ranks_as_defined() -> None:
-    from fastcnn.data import Batch
-
-    logits = torch.tensor(
-        [[3.0, 2, 1, 0, -1, -2], [3, 2, 1, 0, -1, -2], [1, 1, 1, 1, 1, 1], [0, 0, torch.nan, 0, 0, 0]]
-    )
-    labels = torch.tensor([0, 4, 0, 2])
-    model = torch.nn.Identity()
-    found = evaluate(model, [Batch(logits[:3], labels[:3], labels[:3])])
-    assert found is not None
-    assert (found.pictures, found.top1, found.top5) == (3, 1 / 3, 2 / 3)
-    assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits[:3], labels[:3]).item())
-    broken = evaluate(model, [Batch(logits[3:], labels[3:], labels[3:])])
-    assert broken is not None
-    assert broken.top1 == broken.top5 == 0
-    with pytest.raises(ValueError, match="no pictures"):
-        evaluate(model, [])
