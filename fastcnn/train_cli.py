@@ -42,12 +42,14 @@ def train(
     width: Annotated[float | None, typer.Option(help="Factor of all channels and hidden units.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Height and width of the images; the model's own.")] = None,
     option: ModelOptions = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation and dropout; 0.")] = None,
-    plain: Annotated[bool | None, typer.Option("--plain", help="Layers of torch instead of fused ones.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order, augmentation and dropout; 0.")] = None,
+    plain: Annotated[bool | None, typer.Option("--plain", help="Torch's layers instead of fused ones.")] = None,
     start_from: Annotated[str | None, typer.Option(help="Run of a vgg_a, for deeper VGGs to start from.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read pictures.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU, if there is one.")] = None,
-    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Between checkpoints, besides every epoch's.")] = 10,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(min=0, help="Minutes between checkpoints, besides those after each epoch.")
+    ] = 10,
     **recipe_fields: Any,
 ) -> None:
     """Train a network; with --resume, continue where it was interrupted.

@@ -36,12 +36,12 @@ class Recipe:
 
     name: str = _field("plain", "the recipe that this is, or comes from")
     optimizer: str = _field("sgd", "SGD with momentum, or Adam", OPTIMIZERS)
-    lr: float = _field(0.01, "learning rate to begin with")
-    momentum: float = _field(0.9, "of SGD, and Adam's first moment")
+    lr: float = _field(0.01, "initial learning rate")
+    momentum: float = _field(0.9, "momentum of SGD, or beta1 of Adam")
     weight_decay: float = _field(5e-4, "added to the gradient, times the weight")
-    decay_biases: bool = _field(False, "biases and batch norm decay too")
+    decay_biases: bool = _field(False, "weight decay of biases and batch norm too")
     bias_lr: float = _field(1.0, "factor of the learning rate of biases and batch norm")
-    drop_biases: bool = _field(True, "the schedule is also that of biases and batch norm")
+    drop_biases: bool = _field(True, "the schedule applies to biases and batch norm too")
     schedule: str = _field("steps", "how lr falls: at given epochs, when validation stalls, or to 0", SCHEDULES)
     drops: tuple[int, ...] = _field((), "with steps: epochs at which it falls, such as 25,51, or none", at_least=1)
     drop_factor: float = _field(0.1, "factor by which it falls, but for linear")
@@ -50,8 +50,8 @@ class Recipe:
     warmup: int = _field(0, "steps in which the learning rate rises to its value")
     slow_conv1: int = _field(0, "epoch from which conv1 learns a tenth as fast; 0 for never")
     stop_conv1: int = _field(0, "epoch from which conv1 does not learn; 0 for never")
-    batch: int = _field(128, "pictures of a step", at_least=1)
-    accumulate: int = _field(1, "micro-batches of a step, to save memory; their gradients are added", at_least=1)
+    batch: int = _field(128, "pictures per step", at_least=1)
+    accumulate: int = _field(1, "micro-batches per step, to save memory; their gradients are added", at_least=1)
     epochs: int = _field(90, "passes over the training set; the last partial batch is dropped", at_least=1)
     init: str = _field("kaiming", "how weights and biases are drawn; see the model")
     dropout: str = _field("inverted", "how dropout is scaled: as torch does or as in the paper", ("inverted", "paper"))
@@ -62,7 +62,7 @@ class Recipe:
     noise_until: int = _field(0, "epoch from which there is no colour noise; 0 for always")
     jitter: tuple[int, ...] = _field((), "range of the short side for crops of 224, such as 256,512, or none")
     precision: str = _field("fp32", "number format; bf16 is autocast", PRECISIONS)
-    channels_last: bool = _field(True, "memory format")
+    channels_last: bool = _field(True, "memory format of images and weights")
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -133,7 +133,7 @@ class Recipe:
 
 
 def text_of(value: object) -> str:
-    """A field's value as its option takes it."""
+    """A field's value, as it is shown."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     if isinstance(value, bool):
@@ -198,7 +198,7 @@ RECIPES = {
             schedule="plateau",
             batch=256,
             epochs=74,
-            init="glorot",  # the paper's own way out; from its deviations of .1 logits begin at millions
+            init="glorot",  # which the paper found to need no pre-training
             pixels="raw",
             noise=0.1,
             jitter=(256, 512),
