@@ -47,9 +47,7 @@ def train(
     start_from: Annotated[str | None, typer.Option(help="Run of a vgg_a, for deeper VGGs to start from.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read pictures.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU, if there is one.")] = None,
-    checkpoint_minutes: Annotated[
-        float, typer.Option(min=0, help="Minutes between checkpoints, besides those after each epoch.")
-    ] = 10,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Minutes between checkpoints within an epoch.")] = 10,
     **recipe_fields: Any,
 ) -> None:
     """Train a network; with --resume, continue where it was interrupted.
