@@ -31,9 +31,9 @@ struct PoolAxis {
     return start >= 0 ? 0 : (-start + dilation - 1) / dilation;
   }
   int64_t last(int64_t o) const {
+    if (element(o, kernel - 1) < size) return kernel;
     const int64_t room = size - element(o, 0);  // positive: every window starts before the end
-    const int64_t fit = (room + dilation - 1) / dilation;
-    return fit < kernel ? fit : kernel;
+    return (room + dilation - 1) / dilation;
   }
 };
 

@@ -19,6 +19,8 @@ struct Shape {
   int64_t image_stride() const { return C * H * W; }
   int64_t pixel_stride() const { return channels_last ? C : 1; }
   int64_t channel_stride() const { return channels_last ? 1 : H * W; }
+  // The same memory, for what does not mix channels: in NCHW each is an image of its own.
+  Shape as_planes() const { return channels_last ? *this : Shape{N * C, 1, H, W, false}; }
 };
 
 }  // namespace fastcnn

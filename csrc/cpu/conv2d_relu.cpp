@@ -22,11 +22,6 @@ void for_each_word(const MaskTask& task, int64_t begin, int64_t end, F f) {
   for (int64_t i = begin * kElements; i < last; i += 32) f(i, std::min<int64_t>(32, last - i));
 }
 
-template <typename T>
-FASTCNN_INLINE Vec<Compute<T>> load_some(const T* p, int64_t n) {
-  return n >= kLanes<Compute<T>> ? load(p) : load_first(p, std::max<int64_t>(n, 0));
-}
-
 void mask(const MaskTask& task, int64_t begin, int64_t end, void*) {
   with_dtype(task.dtype, [&](auto t) {
     using T = decltype(t);
@@ -51,8 +46,7 @@ void mask_backward(const MaskTask& task, int64_t begin, int64_t end, void*) {
       std::memcpy(&word, task.mask + first / 8, (n + 7) / 8);
       for (int64_t i = 0; i < n; i += kLanes<A>) {
         const Vec<A> v = where_set<A>(word >> i, load_some(dy + first + i, n - i));
-        if (n - i >= kLanes<A>) store(dx + first + i, v);
-        else store_first(dx + first + i, v, n - i);
+        store_some(dx + first + i, v, n - i);
       }
     });
   });

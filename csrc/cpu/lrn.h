@@ -28,26 +28,33 @@ FASTCNN_INLINE Vec<A> inverse_power(Vec<A> s, A beta, Vec<A>* over_s = nullptr) 
     t = 1 / s;
     if (over_s) *over_s = t * t;
   } else {
-    const Vec<A> r = rsqrt(s);
-    t = power == Power::half ? r : r * sqrt(r);
-    if (over_s) *over_s = t * (r * r);
+    const InverseRoot<Vec<A>> r(s);
+    t = power == Power::half ? r.root() : r.three_quarters();
+    if (over_s) *over_s = t * r.reciprocal();
   }
   return t;
 }
 
 #if FASTCNN_SHUFFLE
-// The sum of the lanes l-2 ... l+2 of `at`, which `before` and `after` continue.
+// The sums of five neighboring lanes of vectors that come one after the other: of pairs, which two windows share.
 template <typename A>
-FASTCNN_INLINE Vec<A> sum_of_five(Vec<A> before, Vec<A> at, Vec<A> after) {
-  constexpr int n = kLanes<A>;
-  return [&]<int... i>(std::integer_sequence<int, i...>) {
-    const Vec<A> back2 = __builtin_shufflevector(before, at, (n - 2 + i)...);
-    const Vec<A> back1 = __builtin_shufflevector(before, at, (n - 1 + i)...);
-    const Vec<A> ahead1 = __builtin_shufflevector(at, after, (1 + i)...);
-    const Vec<A> ahead2 = __builtin_shufflevector(at, after, (2 + i)...);
-    return (back2 + back1) + (ahead1 + ahead2) + at;
-  }(std::make_integer_sequence<int, n>{});
-}
+class SumOfFive {
+ public:
+  // The sum of the lanes l-2 ... l+2 of the vector that came before, of zeros at first; `next` comes now.
+  FASTCNN_INLINE Vec<A> then(Vec<A> next) {
+    constexpr int n = kLanes<A>;
+    return [&]<int... i>(std::integer_sequence<int, i...>) FASTCNN_INLINE_LAMBDA {
+      const Vec<A> pairs = at_ + __builtin_shufflevector(at_, next, (1 + i)...);
+      const Vec<A> back2 = __builtin_shufflevector(pairs_, pairs, (n - 2 + i)...);
+      const Vec<A> sum = (back2 + pairs) + __builtin_shufflevector(at_, next, (2 + i)...);
+      at_ = next, pairs_ = pairs;
+      return sum;
+    }(std::make_integer_sequence<int, n>{});
+  }
+
+ private:
+  Vec<A> at_{}, pairs_{};
+};
 #endif
 
 template <typename A>
@@ -153,6 +160,7 @@ class TileLRN {
           const V sum = ring.template sum<fixed>(p, square);
           to(p, load(now + p) * inverse_power<power, A>(k_ + scale_ * sum, beta_));
         });
+        finish(y, first + c);
       }
     }
   }
@@ -217,12 +225,14 @@ class TileLRN {
     for (int64_t r = 0; r < tile.runs(); ++r) {
       const auto from = x(r);
       const auto to = y(r);
-      V now = from(0), before{}, at = now * now;
+      V now = from(0);
+      SumOfFive<A> squares;
+      squares.then(now * now);
       for (int64_t i = 0; i < n; i += kLanes<A>) {
-        const V next = i + kLanes<A> < n ? from(i + kLanes<A>) : V{}, after = next * next;
-        const V s = k_ + scale_ * sum_of_five<A>(before, at, after);
+        const V next = i + kLanes<A> < n ? from(i + kLanes<A>) : V{};
+        const V s = k_ + scale_ * squares.then(next * next);
         to(i, now * inverse_power<power, A>(s, beta_));
-        now = next, before = at, at = after;
+        now = next;
       }
     }
   }
@@ -234,19 +244,21 @@ class TileLRN {
       const auto from = x(r);
       const auto gradient = dy(r);
       const auto to = dx(r);
-      V now = from(0), before{}, at = now * now;  // squares
-      V last{}, direct{}, q_before{}, q_at{};     // of the vector before: x, dy * s^-beta, and the summands up to it
+      V now = from(0), last{}, direct{};  // x; of the vector before: x, and dy * s^-beta
+      SumOfFive<A> squares, summands;
+      squares.then(now * now);
       for (int64_t i = 0; i <= n; i += kLanes<A>) {
-        const V next = i + kLanes<A> < n ? from(i + kLanes<A>) : V{}, after = next * next;
-        V direct_now{}, q_after{};
+        const V next = i + kLanes<A> < n ? from(i + kLanes<A>) : V{};
+        V direct_now{}, summand{};
         if (i < n) {
           V over_s;
-          const V g = gradient(i), s = k_ + scale_ * sum_of_five<A>(before, at, after);
+          const V g = gradient(i), s = k_ + scale_ * squares.then(next * next);
           direct_now = g * inverse_power<power, A>(s, beta_, &over_s);
-          q_after = g * now * over_s;
+          summand = g * now * over_s;
         }
-        if (i > 0) to(i - kLanes<A>, direct - slope_ * last * sum_of_five<A>(q_before, q_at, q_after), last);
-        last = now, direct = direct_now, q_before = q_at, q_at = q_after, now = next, before = at, at = after;
+        const V sum = summands.then(summand);
+        if (i > 0) to(i - kLanes<A>, direct - slope_ * last * sum, last);
+        last = now, direct = direct_now, now = next;
       }
     }
   }

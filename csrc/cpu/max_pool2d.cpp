@@ -10,17 +10,12 @@ namespace {
 
 template <typename T>
 struct Forward {
-  const Rows<T> rows;
+  const TailTask& task;
   const PoolForward<T> pool;
 
-  Forward(const TailTask& task, Scratch& scratch) : rows{task}, pool(rows, scratch) {}
+  Forward(const TailTask& task, Scratch& scratch) : task(task), pool(task, scratch) {}
 
-  void unit(int64_t u) const {
-    const TailTask& task = rows.task;
-    pool.write(u / task.pool.h.out, u % task.pool.h.out, [&](int64_t n, int64_t row, auto sink) {
-      copy<Compute<T>>(rows.tile, rows.source(task.x, n, row), sink);
-    });
-  }
+  void unit(int64_t u) const { pool_in_place(task, pool, u); }
 };
 
 template <typename T>
@@ -39,11 +34,10 @@ struct Backward {
   }
 };
 
-int64_t output_rows(const TailTask& task) { return task.shape.N * task.pool.h.out; }
 int64_t blocks(const TailTask& task) { return task.shape.N * row_blocks(task); }
 
 }  // namespace
 }  // namespace fastcnn::FASTCNN_CAPABILITY
 
-FASTCNN_REGISTER_KERNEL(max_pool2d, TailTask, output_rows, scratch_bytes<Forward>, run<Forward>)
+FASTCNN_REGISTER_KERNEL(max_pool2d, TailTask, units_in_place, scratch_bytes<Forward>, run<Forward>)
 FASTCNN_REGISTER_KERNEL(max_pool2d_backward, TailTask, blocks, scratch_bytes<Backward>, run<Backward>)

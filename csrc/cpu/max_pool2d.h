@@ -1,10 +1,8 @@
 // Max pooling row by row, and its gradient, which gathers: PoolForward and PoolBackward, as max_pool2d and
 // relu_lrn_max_pool2d share them. A tile is a row of the map.
-//
-// A row is pooled along W first and the pooled rows along H, which keeps torch's rules: of equal values the first in
-// row-major order wins, and a NaN always takes over, so that of several the last stays.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "../relu_lrn_max_pool2d.h"
@@ -33,28 +31,36 @@ struct PooledLayout {
 };
 
 template <typename A>
+IntVec<A> places(int64_t p) {
+  return IntVec<A>{} + static_cast<Lane<A>>(p);
+}
+
+// How maxima are taken: values alone, or with their places, both where there are no NaNs; or whatever there is.
+enum class Way { values, places, exact };
+
+template <typename A>
 struct Maximum {
   Vec<A> value;
   IntVec<A> place;
 
-  // Of a dilated window that steps over the whole map. Its place is outside, so that no element gets its gradient.
-  static Maximum of_nothing() { return {broadcast(-std::numeric_limits<A>::infinity()), IntVec<A>{}}; }
-
-  void take(Vec<A> v, IntVec<A> p) {
-    const auto wins = (v > value) | (v != v);
-    value = wins ? v : value;
-    place = wins ? p : place;
+  // By torch's rules, whatever the order in which elements come: of equal values the first wins, of NaNs the last.
+  template <Way way>
+  FASTCNN_INLINE void take(const Maximum& other) {
+    const auto [v, p] = other;
+    if constexpr (way == Way::values) {
+      value = v > value ? v : value;
+    } else {
+      const auto is_larger = (v > value) | ((v == value) & (p < place));
+      if constexpr (way == Way::places) replace(is_larger, other);
+      else replace(is_larger | ((v != v) & ((value == value) | (p > place))), other);
+    }
   }
-  void store_to(const PooledRow<A>& row, int64_t at) const {
-    store(row.values + at, value);
-    std::memcpy(row.places + at, &place, sizeof place);
+  FASTCNN_INLINE void replace(IntVec<A> where, const Maximum& other) {
+    value = where ? other.value : value;
+    place = where ? other.place : place;
   }
+  FASTCNN_INLINE Maximum shifted(int64_t by) const { return {value, place + static_cast<Lane<A>>(by)}; }
 };
-
-template <typename A>
-IntVec<A> places(int64_t p) {
-  return IntVec<A>{} + static_cast<Lane<A>>(p);
-}
 
 // How far beyond a tile pooling may read or write.
 inline int64_t pool_slack(const PoolAxis& w) {
@@ -73,12 +79,19 @@ struct Rows {
   const Tile tile{task.shape.channels_last, task.shape.C, task.lrn.groups, task.shape.W};
   const int64_t ahead = tile.channels_last ? 2048 : 2 * tile.pixels;  // in NCHW, the row after the next
 
-  TensorSource<T> source(const void* x, int64_t n, int64_t row) const {
-    const int64_t at = row_offset(task.shape, n, row);
-    return {tile, static_cast<const T*>(x) + at, task.shape.channel_stride(), ahead};
+  Tile rows(int64_t count) const {
+    Tile several = tile;
+    several.pixels *= count;
+    return several;
   }
-  TensorSink<T> sink(void* out, int64_t n, int64_t row) const {
-    return {tile, static_cast<T*>(out) + row_offset(task.shape, n, row), task.shape.channel_stride()};
+  // In NCHW of `count` rows, which are read one channel after the other: what comes soon is then in another channel.
+  TensorSource<T> source(const void* x, int64_t n, int64_t row, int64_t count = 1) const {
+    const int64_t at = row_offset(task.shape, n, row), stride = task.shape.channel_stride();
+    const Tile several = rows(count);
+    return {several, static_cast<const T*>(x) + at, stride, count > 1 ? (1024 / several.pixels + 1) * stride : ahead};
+  }
+  TensorSink<T> sink(void* out, int64_t n, int64_t row, int64_t count = 1) const {
+    return {rows(count), static_cast<T*>(out) + row_offset(task.shape, n, row), task.shape.channel_stride()};
   }
   // A row in the compute type, with room for what pooling reads and writes beyond it.
   A* take(Scratch& scratch) const { return scratch.take<A>(tile.lanes() + pool_slack(task.pool.w)); }
@@ -93,145 +106,238 @@ Vec<A> load_strided(const A* p, int64_t any) {
   return v;
 }
 
+// Whether nothing comes before the pool but a ReLU.
+inline bool pools_in_place(const TailTask& task) { return task.pool && !task.lrn && !task.bias; }
+
+// What is pooled, rectified or not: the rows of an image, all where they lie, or the last few in the slots of a ring.
+template <typename E>
+struct PooledMap {
+  const E* data;
+  int64_t row_stride, first_row = 0, slots = 0;
+  bool relu = false;
+
+  const E* row(int64_t h) const { return data + (slots ? h % slots : h - first_row) * row_stride; }
+};
+
+// The maxima of windows are found down their columns first, then along them: windows that overlap share a column, and
+// columns are vectors of neighbors in memory, in either format. A row of channels_last is done in blocks of columns,
+// which stay in the L1 cache in between.
+//
+// NaN is what comparisons are slow with. So they are done as if there were none; where the sum of all elements says
+// that there may be one, the row is done again, exactly.
 template <typename T>
 class PoolForward {
   using A = Compute<T>;
 
  public:
-  PoolForward(const Rows<T>& rows, Scratch& scratch)
-      : rows_(rows),
-        row_(rows.take(scratch)),
-        ring_{scratch.take<A>(slots_ * layout_.lanes()), scratch.take<Lane<A>>(slots_ * layout_.lanes())},
-        owners_(scratch.take<int64_t>(slots_)),
-        padded_(scratch.take<A>(w_.size + pool_slack(w_))),
-        firsts_(scratch.take<Lane<A>>(w_.out + kVectorBytes)) {
+  PoolForward(const TailTask& task, Scratch& scratch)
+      : task_(task),
+        columns_{scratch.take<A>(kRows * pitch_) + padding_,
+                 task_.argmax ? scratch.take<A>(kRows * pitch_) + padding_ : nullptr} {
     if (scratch.only_counts()) return;
-    for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
-    for (int64_t i = 0; i < w_.size + pool_slack(w_); ++i) padded_[i] = -std::numeric_limits<A>::infinity();
-    for (int64_t o = 0; o < w_.out; ++o) firsts_[o] = w_.first(o) < w_.last(o) ? w_.first(o) : 0;
+    for (int64_t i = 0; i < kRows * pitch_; ++i) columns_.clear(i - padding_);
   }
 
-  // Row o of image n's output. produce(n, row, sink) hands a row of what is pooled to a sink.
-  template <typename Produce>
-  void write(int64_t n, int64_t o, Produce produce) const {
-    if (task_.pool.wide_argmax()) write(n, o, produce, static_cast<int32_t*>(task_.argmax));
-    else write(n, o, produce, static_cast<uint8_t*>(task_.argmax));
+  // Rows begin ... end-1 of a map of the output: of an image, or in NCHW of one of its channels.
+  template <typename E>
+  void write(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
+    for (int64_t o = begin, next; o < end; o = next) {
+      next = std::min(o + (task_.shape.channels_last ? 1 : kRows), end);
+      const int64_t at = map * h_.out * w_.out * pixel_;
+      if (!task_.pool.wide_argmax()) {
+        const Vec<A> sum = task_.argmax ? write<Way::places>(at, o, next, from) : write<Way::values>(at, o, next, from);
+        bool may_be_nan = false;
+        for (int l = 0; l < kLanes<A>; ++l) may_be_nan |= sum[l] != sum[l];
+        if (!may_be_nan) continue;
+      }
+      write<Way::exact>(at, o, next, from);
+    }
   }
 
  private:
-  template <typename Produce, typename Argmax>
-  void write(int64_t n, int64_t o, Produce produce, Argmax* argmax) const {
-    typedef typename VectorOf<Argmax, kLanes<A>>::type Narrow;
-    const int64_t first = h_.first(o), last = h_.last(o), at = row_offset(out_, n, o);
-    for (int64_t i = first; i < last; ++i) pool_along_width(n, h_.element(o, i), produce);
-    const Tile pooled{out_.channels_last, out_.C, rows_.tile.groups, out_.W};
-    const TensorSink<T> sink{pooled, static_cast<T*>(task_.out) + at, out_.channel_stride()};
-    for (int64_t r = 0; r < pooled.runs(); ++r) {
-      const auto to = sink(r);
-      Argmax* const to_argmax = argmax ? argmax + at + pooled.in_memory(r, out_.channel_stride()) : nullptr;
-      for_each_vector<A>(pooled.run(), [&](int64_t lane) FASTCNN_INLINE_LAMBDA {
-        Maximum<A> best = Maximum<A>::of_nothing();
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t from = h_.element(o, i) % slots_ * layout_.lanes() + layout_.start(r) + lane;
-          const IntVec<A> place = load_as<IntVec<A>>(ring_.places + from) + places<A>(i * w_.kernel);
-          if (i == first) best = {load(ring_.values + from), place};
-          else best.take(load(ring_.values + from), place);
+  // The place of what lies outside the map, after all others; its lower bits are 0.
+  static constexpr Lane<A> kOutside = 1 << 30;
+  // In NCHW, output rows at a time: vectors that are loaded soon after parts of them were stored wait until these are
+  // in cache.
+  static constexpr int64_t kRows = 4;
+
+  // The maxima of the columns of a row, and in NCHW what windows see beyond its ends.
+  struct Columns {
+    A *values, *places;  // places: as bits; null: not wanted
+
+    Columns after(int64_t elements) const { return {values + elements, places ? places + elements : nullptr}; }
+    void clear(int64_t i) const {
+      values[i] = -std::numeric_limits<A>::infinity();
+      if (places) std::memcpy(places + i, &kOutside, sizeof kOutside);
+    }
+    template <Way way, int stride>
+    FASTCNN_INLINE Maximum<A> at(int64_t i, int64_t any_stride = 0) const {
+      const Vec<A> value = load_strided<stride>(values + i, any_stride);
+      if (!places || way == Way::values) return {value, IntVec<A>{}};
+      return {value, (IntVec<A>)load_strided<stride>(places + i, any_stride)};
+    }
+    template <Way way>
+    FASTCNN_INLINE void store(int64_t i, const Maximum<A>& maximum, int64_t count) const {
+      store_some(values + i, maximum.value, count);
+      if (places && way != Way::values) store_some(places + i, (Vec<A>)maximum.place, count);
+    }
+  };
+
+  // Returns sums of all elements.
+  template <Way way, typename E>
+  Vec<A> write(int64_t at, int64_t begin, int64_t end, const PooledMap<E>& from) const {
+    Vec<A> sum{};
+    for (int64_t first = 0, done = 0, seen; first < w_.out; first += block_, done = seen) {
+      const int64_t last = std::min(first + block_, w_.out);
+      seen = last == w_.out ? w_.size : std::clamp(w_.element(last - 1, w_.kernel), done, w_.size);
+      for (int64_t o = begin; o < end; ++o) {
+        sum += pool_columns<way>(o, from, done * pixel_, seen * pixel_, columns_.after((o - begin) * pitch_));
+      }
+      for (int64_t o = begin; o < end; ++o) {
+        pool_along_width<way>(first, last, columns_.after((o - begin) * pitch_), at + o * w_.out * pixel_);
+      }
+    }
+    return sum;
+  }
+
+  // The maxima of columns, elements begin ... end-1 of a row, and the sum of these.
+  template <Way way, typename E>
+  FASTCNN_INLINE Vec<A> pool_columns(int64_t o, const PooledMap<E>& from, int64_t begin, int64_t end,
+                                     const Columns columns) const {
+    const PoolAxis h = h_;  // copies, here and below, which stay in registers: what is stored might change the members
+    const int64_t first = h.first(o), last = h.last(o);
+    const Vec<A> floor = broadcast(from.relu ? A(0) : -std::numeric_limits<A>::infinity());
+    const auto rectified = [floor](Vec<A> v) FASTCNN_INLINE_LAMBDA { return floor > v ? floor : v; };  // NaN stays
+    Vec<A> sum{};
+    // Rows i ... i+count-1 of the windows, to what is there from those before.
+    const auto rows = [&]<int count>(int64_t i) FASTCNN_INLINE_LAMBDA {
+      const E* row[count];
+      int64_t ahead[count];  // bytes, if the row is not in cache from the windows above
+      int64_t place[count];
+      for (int k = 0; k < count; ++k) {
+        row[k] = from.row(h.element(o, i + k)) + begin;
+        ahead[k] = !from.slots && (i + k + h.stride) * h.dilation >= h.kernel ? 2048 : 0;
+        place[k] = (i + k) * w_.kernel;
+      }
+      for_each_vector<A>(end - begin, [&, n = end - begin](int64_t e) FASTCNN_INLINE_LAMBDA {
+        Maximum<A> best;
+        Vec<A> total{};
+        for (int k = 0; k < count; ++k) {
+          __builtin_prefetch(reinterpret_cast<const char*>(row[k] + e) + ahead[k]);
+          const Vec<A> v = load_some(row[k] + e, n - e);
+          total = k ? total + v : v;
+          const Maximum<A> next{way == Way::values ? v : rectified(v), places<A>(place[k])};
+          if (!k) best = next;
+          else if (way == Way::places) best.replace(next.value > best.value, next);  // its place comes after
+          else best.template take<way>(next);
         }
-        to(lane, best.value);
-        if (!argmax) return;
-        const Narrow narrow = __builtin_convertvector(best.place, Narrow);
-        if (pooled.run() >= kLanes<A>) std::memcpy(to_argmax + lane, &narrow, sizeof narrow);
-        else std::memcpy(to_argmax, &narrow, pooled.run() * sizeof(Argmax));
+        sum += total;
+        if (way == Way::values) best.value = rectified(best.value);  // the same, sooner
+        if (i > first) best.template take<way>(columns.template at<way, 1>(begin + e));
+        columns.template store<way>(begin + e, best, n - e);
       });
+    };
+    int64_t i = first;
+    if (way != Way::exact) {
+      for (; i + 3 <= last; i += 3) rows.template operator()<3>(i);
+      for (; i + 2 <= last; i += 2) rows.template operator()<2>(i);
     }
+    for (; i < last; ++i) rows.template operator()<1>(i);
+    for (int64_t e = begin; first >= last && e < end; ++e) columns.clear(e);  // windows step over the whole map
+    return sum;
   }
 
-  template <typename Produce>
-  void pool_along_width(int64_t n, int64_t row, Produce produce) const {
-    const int64_t slot = row % slots_, owner = n * h_.size + row, at = slot * layout_.lanes();
-    if (owners_[slot] == owner) return;
-    owners_[slot] = owner;
-    const PooledRow<A> pooled{ring_.values + at, ring_.places + at};
-    if constexpr (std::is_same_v<T, A>) {
-      if (untouched(n, row)) {
-        Tile in_place = rows_.tile;
-        in_place.pad = task_.shape.channel_stride() - w_.size;
-        const A* from = static_cast<const A*>(task_.x) + row_offset(task_.shape, n, row);
-        return pool_columns(in_place, from - in_place.pad, pooled, rows_.ahead);
+  // Outputs first ... last-1 of a row, which is at `at` in the output.
+  template <Way way>
+  FASTCNN_INLINE void pool_along_width(int64_t first, int64_t last, const Columns columns, int64_t at) const {
+    const PoolAxis w = w_;
+    const Out out{static_cast<T*>(task_.out) + at, task_.argmax, at, task_.pool.wide_argmax()};
+    // The maximum of the columns begin ... end-1 of windows.
+    const auto window = [&](int64_t begin, int64_t end, auto column) FASTCNN_INLINE_LAMBDA {
+      Maximum<A> best{broadcast(-std::numeric_limits<A>::infinity()), places<A>(kOutside)};
+      if (way != Way::exact && (end - begin == 2 || end - begin == 3)) {
+        best = column(begin);
+        best.template take<way>(column(begin + 1));
+        if (end - begin == 3) best.template take<way>(column(begin + 2));
+      } else {
+        for (int64_t i = begin; i < end; ++i) best.template take<way>(column(i));
       }
+      return best;
+    };
+    if (task_.shape.channels_last) {
+      const int64_t pixel = pixel_;
+      for (int64_t o = first; o < last; ++o) {
+        const int64_t start = w.element(o, 0) * pixel, step = w.dilation * pixel, i0 = w.first(o), i1 = w.last(o);
+        for_each_vector<A>(pixel, [&](int64_t c) FASTCNN_INLINE_LAMBDA {
+          const auto column = [&](int64_t i) FASTCNN_INLINE_LAMBDA {
+            return columns.template at<way, 1>(start + c + i * step).shifted(i);
+          };
+          out.template store<way>(o * pixel + c, window(i0, i1, column), pixel - c);
+        });
+      }
+      return;
     }
-    produce(n, row, TileSink<A>{rows_.tile, row_});
-    pool_columns(rows_.tile, row_, pooled, 0);
+    const auto along = [&]<int stride>() FASTCNN_INLINE_LAMBDA {
+      for_each_vector<A>(last - first, [&](int64_t o) FASTCNN_INLINE_LAMBDA {
+        const int64_t start = w.element(first + o, 0);
+        const auto column = [&](int64_t i) FASTCNN_INLINE_LAMBDA {
+          return columns.template at<way, stride>(start + i * w.dilation, w.stride).shifted(i);
+        };
+        out.template store<way>(first + o, window(0, w.reach(), column), last - first - o);
+      });
+    };
+    if (w.stride == 1) along.template operator()<1>();
+    else if (w.stride == 2) along.template operator()<2>();
+    else along.template operator()<0>();
   }
 
-  // Whether a row of NCHW can be pooled where it lies: nothing comes before the pool, and the vectors that reach beyond
-  // the row's end stay inside the tensor.
-  bool untouched(int64_t n, int64_t row) const {
-    const Shape& s = task_.shape;
-    const int64_t end = row_offset(s, n, row) + (s.C - 1) * s.channel_stride() + s.W;
-    return !s.channels_last && !task_.lrn && !task_.relu && !task_.bias &&
-           end + pool_slack(w_) + kVectorBytes <= s.N * s.image_stride();
-  }
+  // Where a row of output goes.
+  struct Out {
+    T* values;
+    void* argmax;
+    int64_t at;
+    bool is_wide;
 
-  // The maxima along W of the tile's row.
-  void pool_columns(const Tile& tile, const A* x, const PooledRow<A>& out, int64_t ahead) const {
-    if (tile.channels_last) return pool_columns_channels_last(tile, x, out);
-    if (w_.stride == 1) return pool_columns_nchw<1>(tile, x, out, ahead);
-    if (w_.stride == 2) return pool_columns_nchw<2>(tile, x, out, ahead);
-    pool_columns_nchw<0>(tile, x, out, ahead);
-  }
-
-  void pool_columns_channels_last(const Tile& tile, const A* x, const PooledRow<A>& out) const {
-    const int64_t group = tile.group();
-    for (int64_t o = 0; o < w_.out; ++o) {
-      const int64_t first = w_.first(o), last = w_.last(o);
-      for (int64_t g = 0; g < tile.groups; ++g) {
-        const A* window = x + tile.in_scratch(w_.element(o, 0) * tile.groups + g);
-        const int64_t step = w_.dilation * tile.groups * tile.run(), to = layout_.start(o * tile.groups + g);
-        for (int64_t c = 0; c < group; c += kLanes<A>) {
-          Maximum<A> best = Maximum<A>::of_nothing();
-          if (first < last) best = {load(window + first * step + c), places<A>(first)};
-          for (int64_t i = first + 1; i < last; ++i) best.take(load(window + i * step + c), places<A>(i));
-          best.store_to(out, to + c);
-        }
-      }
+    template <Way way>
+    FASTCNN_INLINE void store(int64_t i, const Maximum<A>& maximum, int64_t count) const {
+      store_some(values + i, maximum.value, count);
+      if (!argmax || way == Way::values) return;
+      const IntVec<A> place = maximum.place & (kOutside - 1);
+      if (way == Way::exact && is_wide) store_places(static_cast<int32_t*>(argmax) + at + i, place, count);
+      else store_places(static_cast<uint8_t*>(argmax) + at + i, place, count);
     }
-  }
-
-  template <int stride>
-  void pool_columns_nchw(const Tile& tile, const A* x, const PooledRow<A>& out, int64_t ahead) const {
-    const bool clipped = w_.padding > 0 || w_.element(w_.out - 1, w_.reach() - 1) >= w_.size;
-    for (int64_t c = 0; c < tile.channels; ++c) {
-      const A* row = x + tile.in_scratch(c);
-      for (int64_t i = 0; ahead && i < w_.size; i += kVectorBytes / sizeof(A)) __builtin_prefetch(row + ahead + i);
-      if (clipped) {
-        std::memcpy(padded_ + w_.padding, row, w_.size * sizeof(A));
-        row = padded_ + w_.padding;
-      }
-      for (int64_t o = 0; o < w_.out; o += kLanes<A>) {
-        const A* window = row + w_.element(o, 0);
-        Maximum<A> best{load_strided<stride>(window, w_.stride), load_as<IntVec<A>>(firsts_ + o)};
-        for (int64_t i = 1; i < w_.reach(); ++i) {
-          best.take(load_strided<stride>(window + i * w_.dilation, w_.stride), places<A>(i));
-        }
-        best.store_to(out, layout_.start(c) + o);
-      }
+    template <typename Argmax>
+    FASTCNN_INLINE static void store_places(Argmax* to, IntVec<A> place, int64_t count) {
+      const auto narrow = __builtin_convertvector(place, typename VectorOf<Argmax, kLanes<A>>::type);
+      if (count >= kLanes<A>) std::memcpy(to, &narrow, sizeof narrow);
+      else std::memcpy(to, &narrow, count * sizeof(Argmax));
     }
-  }
+  };
 
-  const Rows<T> rows_;
-  const TailTask& task_ = rows_.task;
+  const TailTask& task_;
   const PoolAxis &h_ = task_.pool.h, &w_ = task_.pool.w;
-  const Shape out_ = task_.out_shape();
-  const PooledLayout layout_{out_.channels_last, rows_.tile.groups, rows_.tile.group(), w_.out, 0};
-  A* const row_;
-  // Rows pooled along W: row r of the map is in slot r % slots, if owners[slot] says so.
-  const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation + 1, h_.size);
-  const PooledRow<A> ring_;
-  int64_t* const owners_;
-  A* const padded_;        // a row of NCHW with -inf where windows reach over its ends
-  Lane<A>* const firsts_;  // the windows' first elements inside the map
+  // Elements of a pixel of a map, and of one of its rows.
+  const int64_t pixel_ = task_.shape.channels_last ? task_.shape.C : 1, length_ = w_.size * pixel_;
+  const int64_t block_ = pixel_ > 1 ? std::max<int64_t>(1, 1024 / (w_.stride * pixel_)) : w_.out;
+  const int64_t padding_ = task_.shape.channels_last ? 0 : w_.padding, pitch_ = padding_ + length_ + pool_slack(w_);
+  const Columns columns_;
 };
+
+// A unit of a task whose maps are pooled where they lie.
+inline constexpr int64_t kPooledRows = 4;
+
+inline int64_t units_in_place(const TailTask& task) {
+  return task.shape.N * ((task.pool.h.out + kPooledRows - 1) / kPooledRows);
+}
+
+template <typename T>
+void pool_in_place(const TailTask& task, const PoolForward<T>& pool, int64_t unit) {
+  const int64_t per_map = units_in_place(task) / task.shape.N, map = unit / per_map;
+  const int64_t begin = unit % per_map * kPooledRows, end = std::min(begin + kPooledRows, task.pool.h.out);
+  const int64_t row = task.shape.W * (task.shape.channels_last ? task.shape.C : 1);
+  const T* const from = static_cast<const T*>(task.x) + map * task.shape.H * row;
+  pool.write(map, begin, end, PooledMap<T>{.data = from, .row_stride = row, .relu = task.relu});
+}
 
 template <typename T>
 class PoolBackward {

@@ -9,6 +9,7 @@ struct max_pool2d_backward;
 
 template <typename Name>
 static void run(TailTask& task, const Tensor& out) {
+  task.shape = task.shape.as_planes();
   parallel<Name>(task, task.shape.elements(), Output(out, task.shape.N));
 }
 

@@ -1,6 +1,7 @@
 // The tail of an AlexNet stage, max_pool2d(lrn(relu(x + bias))), any part of which may be absent, and its gradient.
 // Memory: forward reads x once and writes the pooled map and its argmax; backward reads x, dy and argmax and writes dx.
 // A row is loaded, rectified, normalized and pooled along W in cache, the last few such rows along H: see max_pool2d.h.
+#include <algorithm>
 #include <limits>
 
 #include "dispatch.h"
@@ -19,40 +20,112 @@ struct RectifiedRows : Rows<T> {
   A* const bias;
   const TileLRN<A> lrn;
 
-  RectifiedRows(const TailTask& t, Scratch& scratch)
+  RectifiedRows(const TailTask& t, Scratch& scratch, int64_t most_rows = 1)
       : Rows<T>{t},
         bias(scratch.take<A>(tile.channels + kVectorBytes)),
-        lrn(t.lrn, tile, scratch, sizeof(T) == 2 && !t.dy) {
+        lrn(t.lrn, this->rows(most_rows), scratch, sizeof(T) == 2 && !t.dy) {
     if (scratch.only_counts()) return;
     for (int64_t c = 0; c < tile.channels; ++c) bias[c] = task.bias ? static_cast<const A*>(task.bias)[c] : A(-0.0);
   }
 
-  RectifiedSource<T> x(int64_t n, int64_t row) const {
+  RectifiedSource<T> x(int64_t n, int64_t row, int64_t count = 1) const {
     const A floor = task.relu ? 0 : -std::numeric_limits<A>::infinity();
-    return {this->source(task.x, n, row), bias, floor};
+    return {this->source(task.x, n, row, count), bias, floor};
   }
 };
 
+// Output rows of a unit. In NCHW with LRN they are several, because pieces of channels are too short otherwise; but not
+// so many that few units are left to share out.
+int64_t unit_rows(const TailTask& task) {
+  const Shape out = task.out_shape();
+  if (pools_in_place(task)) return kPooledRows;
+  if (out.channels_last) return 1;
+  const int64_t row = task.shape.W * (task.pool ? task.pool.h.stride : 1);
+  const int64_t most = std::min(1024 / std::max<int64_t>(row, 1), out.N * out.H / 64);
+  return std::min(std::max<int64_t>(most, 4), std::max<int64_t>(out.H, 1));
+}
+
+int64_t units_of_image(const TailTask& task) { return (task.out_shape().H + unit_rows(task) - 1) / unit_rows(task); }
+
 template <typename T>
-struct Forward {
+class Forward {
   using A = Compute<T>;
-  const TailTask& task;
-  const RectifiedRows<T> rows;
-  const PoolForward<T> pool;
 
-  Forward(const TailTask& t, Scratch& scratch) : task(t), rows(t, scratch), pool(rows, scratch) {}
-
-  template <typename Sink>
-  void normalize(int64_t n, int64_t row, Sink sink) const {
-    if (task.lrn) rows.lrn.forward(rows.tile, rows.x(n, row), sink);
-    else copy<A>(rows.tile, rows.x(n, row), sink);
+ public:
+  Forward(const TailTask& task, Scratch& scratch)
+      : task_(task),
+        rows_(task, scratch, most_rows_),
+        pool_(task, scratch),
+        ring_(scratch.take<A>(ring_lanes())),
+        owners_(scratch.take<int64_t>(slots_)) {
+    if (scratch.only_counts()) return;
+    for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
   }
 
   void unit(int64_t u) const {
-    const int64_t height = task.out_shape().H, n = u / height, o = u % height;
-    if (!task.pool) return normalize(n, o, rows.sink(task.out, n, o));
-    pool.write(n, o, [&](int64_t n, int64_t row, auto sink) { normalize(n, row, sink); });
+    if (pools_in_place(task_)) return pool_in_place(task_, pool_, u);
+    const int64_t per_image = units_of_image(task_), n = u / per_image, first = u % per_image * unit_rows_;
+    const int64_t last = std::min(first + unit_rows_, task_.out_shape().H);
+    if (!task_.pool) return normalize(n, first, last, rows_.sink(task_.out, n, first, last - first));
+    if (task_.shape.channels_last) return pool_row(n, first);
+    const int64_t begin = std::max<int64_t>(h_.element(first, 0), 0);
+    const int64_t end = std::clamp(h_.element(last - 1, h_.kernel - 1) + 1, begin, h_.size);
+    normalize(n, begin, end, PooledSink{*this, n * task_.shape.C, first, last, begin, end - begin});
   }
+
+ private:
+  // In channels_last: one output row, from the last few rows of the map.
+  void pool_row(int64_t n, int64_t o) const {
+    for (int64_t i = h_.first(o); i < h_.last(o); ++i) {
+      const int64_t row = h_.element(o, i), slot = row % slots_, owner = n * h_.size + row;
+      if (owners_[slot] == owner) continue;
+      owners_[slot] = owner;
+      normalize(n, row, row + 1, TileSink<A>{rows_.tile, ring_ + slot * slot_lanes_});
+    }
+    pool_.write(n, o, o + 1, PooledMap<A>{.data = ring_, .row_stride = slot_lanes_, .slots = slots_});
+  }
+
+  // In NCHW: takes the rows of one channel after the other, and pools them when they are complete.
+  struct PooledSink {
+    const Forward& forward;
+    int64_t first_map, first, last, begin, rows;
+
+    FASTCNN_INLINE auto operator()(int64_t) const {
+      return [to = forward.ring_, n = rows * forward.task_.shape.W](int64_t i, Vec<A> v)
+                 FASTCNN_INLINE_LAMBDA { store(to + i, v); };
+    }
+    void finish(int64_t c) const {
+      const PooledMap<A> map{.data = forward.ring_, .row_stride = forward.task_.shape.W, .first_row = begin};
+      forward.pool_.write(first_map + c, first, last, map);
+    }
+  };
+
+  template <typename Sink>
+  void normalize(int64_t n, int64_t begin, int64_t end, Sink sink) const {
+    const RectifiedSource<T> x = rows_.x(n, begin, end - begin);
+    if (task_.lrn) rows_.lrn.forward(x.x.tile, x, sink);
+    else copy<A>(x.x.tile, x, sink);
+  }
+
+  int64_t ring_lanes() const {
+    if (!task_.pool || pools_in_place(task_)) return 0;
+    return task_.shape.channels_last ? slots_ * slot_lanes_ : most_rows_ * task_.shape.W + kVectorBytes;
+  }
+
+  const TailTask& task_;
+  const PoolAxis& h_ = task_.pool.h;
+  const int64_t unit_rows_ = unit_rows(task_);
+  // Of the map, for a unit.
+  const int64_t most_rows_ = task_.pool && !task_.shape.channels_last
+                                 ? std::min((unit_rows_ - 1) * h_.stride + (h_.kernel - 1) * h_.dilation + 1, h_.size)
+                                 : unit_rows_;
+  const RectifiedRows<T> rows_;
+  const PoolForward<T> pool_;
+  // In channels_last row r is in slot r % slots, if owners[slot] says so; in NCHW this is the rows of a channel.
+  const int64_t slots_ = task_.pool ? std::min((h_.reach() - 1) * h_.dilation + 1, h_.size) : 0;
+  const int64_t slot_lanes_ = rows_.tile.lanes();
+  A* const ring_;
+  int64_t* const owners_;
 };
 
 template <typename T>
@@ -124,11 +197,11 @@ struct Backward {
   }
 };
 
-int64_t output_rows(const TailTask& task) { return task.shape.N * task.out_shape().H; }
+int64_t units(const TailTask& task) { return task.shape.N * units_of_image(task); }
 int64_t blocks(const TailTask& task) { return task.shape.N * row_blocks(task); }
 
 }  // namespace
 }  // namespace fastcnn::FASTCNN_CAPABILITY
 
-FASTCNN_REGISTER_KERNEL(relu_lrn_max_pool2d, TailTask, output_rows, scratch_bytes<Forward>, run<Forward>)
+FASTCNN_REGISTER_KERNEL(relu_lrn_max_pool2d, TailTask, units, scratch_bytes<Forward>, run<Forward>)
 FASTCNN_REGISTER_KERNEL(relu_lrn_max_pool2d_backward, TailTask, blocks, scratch_bytes<Backward>, run<Backward>)

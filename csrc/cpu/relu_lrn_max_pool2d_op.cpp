@@ -8,6 +8,7 @@ struct relu_lrn_max_pool2d;
 struct relu_lrn_max_pool2d_backward;
 
 static void forward(TailTask& task, const Tensor& out) {
+  if (!task.lrn && !task.bias) task.shape = task.shape.as_planes();
   parallel<relu_lrn_max_pool2d>(task, task.shape.elements(), Output(out, task.shape.N));
 }
 
@@ -22,6 +23,7 @@ static void sum_partials(const TailTask& task, int64_t units) {
 }
 
 static void backward(TailTask& task, const Tensor& dx) {
+  if (!task.lrn && !task.bias) task.shape = task.shape.as_planes();
   const int64_t elements = task.shape.elements();
   const int64_t units = elements ? kernel<relu_lrn_max_pool2d_backward, TailTask>().units(task) : 0;
   const bool is_double = task.dtype == DType::float64;

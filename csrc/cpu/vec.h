@@ -168,22 +168,42 @@ FASTCNN_INLINE Vec<double> sqrt(Vec<double> v) {
 #endif
 }
 
-// 1 / sqrt(v), to one or two ulp.
+// s^-1/2, s^-3/4 and s^-1, to one or two ulp.
 template <typename V>
-FASTCNN_INLINE V rsqrt(V v) {
+class InverseRoot {
+ public:
+  explicit FASTCNN_INLINE InverseRoot(V s) : r_(1 / sqrt(s)) {}
+  FASTCNN_INLINE V root() const { return r_; }
+  FASTCNN_INLINE V three_quarters() const { return r_ * sqrt(r_); }
+  FASTCNN_INLINE V reciprocal() const { return r_ * r_; }
+
+ private:
+  V r_;
+};
+
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<V, Vec<float>>) {
-    // The 14-bit estimate and one Newton step, much cheaper than a root and a division. The estimate is already
-    // right for 0 and inf, of which the step would make NaN.
-    const __m512 r = _mm512_rsqrt14_ps((__m512)v);
-    const __mmask16 step = ~_mm512_fpclass_ps_mask((__m512)v, 0x02 | 0x04 | 0x08);
-    const __m512 half_rv = _mm512_mul_ps(_mm512_mul_ps(r, (__m512)v), _mm512_set1_ps(0.5f));
-    const __m512 e = _mm512_fnmadd_ps(half_rv, r, _mm512_set1_ps(0.5f));
-    return (V)_mm512_mask_fmadd_ps(r, step, e, r);
+// From an estimate r of 14 bits, which is cheaper than a root and a division: s = (1 - d) / r^2, so that s^-p is
+// r^2p * (1 + p * d + ...). For 0 and inf the estimate is right, and d is NaN.
+template <>
+class InverseRoot<Vec<float>> {
+ public:
+  explicit FASTCNN_INLINE InverseRoot(Vec<float> s)
+      : r_(_mm512_rsqrt14_ps((__m512)s)),
+        d_(_mm512_fnmadd_ps(_mm512_mul_ps((__m512)s, r_), r_, _mm512_set1_ps(1))),
+        is_number_(_mm512_cmp_ps_mask(d_, d_, _CMP_ORD_Q)) {}
+  FASTCNN_INLINE Vec<float> root() const { return corrected(r_, 0.5f); }
+  FASTCNN_INLINE Vec<float> three_quarters() const { return corrected(_mm512_mul_ps(r_, _mm512_sqrt_ps(r_)), 0.75f); }
+  FASTCNN_INLINE Vec<float> reciprocal() const { return corrected(_mm512_mul_ps(r_, r_), 1); }
+
+ private:
+  FASTCNN_INLINE Vec<float> corrected(__m512 t, float power) const {
+    const __m512 change = power == 1 ? t : _mm512_mul_ps(t, _mm512_set1_ps(power));
+    return (Vec<float>)_mm512_mask3_fmadd_ps(change, d_, t, is_number_);
   }
+  __m512 r_, d_;
+  __mmask16 is_number_;
+};
 #endif
-  return 1 / sqrt(v);
-}
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -230,12 +250,11 @@ FASTCNN_INLINE Vec<float> coarse_inverse_power(Vec<float> s) {
   const __m512 root = _mm512_mask_mul_ps(r, regular, r, _mm512_rsqrt14_ps(r));
   return (Vec<float>)_mm512_mul_ps(r, root);
 #else
-  const Vec<float> r = rsqrt(s);
-  return r * sqrt(r);
+  return InverseRoot<Vec<float>>(s).three_quarters();
 #endif
 }
 
-// A vector of which only the first n elements are in memory.
+// A vector of which only the first n elements are in memory; the others are 0.
 template <typename T>
 FASTCNN_INLINE Vec<Compute<T>> load_first(const T* p, int64_t n) {
   T padded[kLanes<Compute<T>>] = {};
@@ -248,6 +267,18 @@ FASTCNN_INLINE void store_first(T* p, Vec<Compute<T>> v, int64_t n) {
   T all[kLanes<Compute<T>>];
   store(all, v);
   std::memcpy(p, all, n * sizeof(T));
+}
+
+// A vector of which n elements are in memory, which may be more than it has, or negative: none.
+template <typename T>
+FASTCNN_INLINE Vec<Compute<T>> load_some(const T* p, int64_t n) {
+  return n >= kLanes<Compute<T>> ? load(p) : load_first(p, n < 0 ? 0 : n);
+}
+
+template <typename T>
+FASTCNN_INLINE void store_some(T* p, Vec<Compute<T>> v, int64_t n) {
+  if (n >= kLanes<Compute<T>>) store(p, v);
+  else store_first(p, v, n);
 }
 
 }  // namespace fastcnn::FASTCNN_CAPABILITY
