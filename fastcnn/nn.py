@@ -141,6 +141,57 @@ class ReLULRNMaxPool2d(torch.nn.Module):
         return f"relu={self.relu}, lrn={self.lrn}, pool={self.pool}"
 
 
+class BatchNormReLUMaxPool2d(torch.nn.BatchNorm2d):
+    """``max_pool2d(relu(batch_norm(input)))``: a :class:`torch.nn.BatchNorm2d`, with its arguments and state_dict.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as of it.
+        relu: whether to rectify.
+        relu_first: whether before the batch norm instead of after it.
+        pool: the pooling, None for none.
+
+    Shape: (N, C, H, W) -> (N, C, OH, OW). See :func:`fastcnn.functional.batch_norm_relu_max_pool2d` for dtypes and
+    errors.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *args: Any,
+        relu: bool = True,
+        relu_first: bool = False,
+        pool: PoolParams | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        self.relu, self.relu_first, self.pool = relu, relu_first, pool
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the average of all batches
+                momentum = 1.0 / float(self.num_batches_tracked)
+        is_tracked = not self.training or self.track_running_stats
+        return FF.batch_norm_relu_max_pool2d(
+            input,
+            self.running_mean if is_tracked else None,
+            self.running_var if is_tracked else None,
+            self.weight,
+            self.bias,
+            self.training or self.running_mean is None,
+            momentum,
+            self.eps,
+            relu=self.relu,
+            relu_first=self.relu_first,
+            pool=self.pool,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, relu={self.relu}, relu_first={self.relu_first}, pool={self.pool}"
+
+
 class Augment(torch.nn.Module):
     """Crop, mirroring, mean and scale of a batch of pictures in bytes, as one pass.
 

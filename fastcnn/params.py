@@ -43,34 +43,34 @@ def check_input(op: str, input: Tensor) -> None:
         raise NotImplementedError(f"{op}(): input must have layout torch.strided, got {input.layout}")
 
 
-def check_bias(op: str, bias: Tensor | None, input: Tensor, channels: int | None = None) -> None:
+def check_bias(op: str, bias: Tensor | None, input: Tensor, channels: int | None = None, name: str = "bias") -> None:
     """``bias`` is None, or one value per channel in the dtype of ``input``, or (beside 16-bit input) in float32."""
     if bias is None:
         return
     channels = input.shape[1] if channels is None else channels
     if not isinstance(bias, Tensor):
-        raise TypeError(f"{op}(): argument 'bias' must be Tensor or None, not {type(bias).__name__}")
+        raise TypeError(f"{op}(): argument '{name}' must be Tensor or None, not {type(bias).__name__}")
     if bias.dim() != 1 or bias.shape[0] != channels:
         raise RuntimeError(
-            f"{op}(): expected bias to be 1-dimensional with {channels} elements (one a channel), "
-            f"but got bias of size {list(bias.shape)}"
+            f"{op}(): expected {name} to be 1-dimensional with {channels} elements (one a channel), "
+            f"but got {name} of size {list(bias.shape)}"
         )
     wide = bias.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
     if bias.dtype != input.dtype and not wide:
         raise RuntimeError(
-            f"{op}(): input type ({input.dtype}) and bias type ({bias.dtype}) should be the same, "
-            "or the bias float32 beside 16-bit input"
+            f"{op}(): input type ({input.dtype}) and {name} type ({bias.dtype}) should be the same, "
+            f"or the {name} float32 beside 16-bit input"
         )
     if bias.device != input.device:
         raise RuntimeError(
-            f"{op}(): expected input and bias on the same device, "
-            f"but got input on {input.device} and bias on {bias.device}"
+            f"{op}(): expected input and {name} on the same device, "
+            f"but got input on {input.device} and {name} on {bias.device}"
         )
 
 
-def wide_bias(op: str, bias: Tensor | None, input: Tensor) -> Tensor | None:
+def wide_bias(op: str, bias: Tensor | None, input: Tensor, name: str = "bias") -> Tensor | None:
     """``bias``, checked, dense and in the dtype in which ``input`` is computed."""
-    check_bias(op, bias, input)
+    check_bias(op, bias, input, name=name)
     return None if bias is None else bias.to(opmath(input.dtype)).contiguous()
 
 
@@ -383,6 +383,69 @@ class TailParams:
         return _tail_params(relu, size, alpha, beta, k, groups, *windows, ceil_mode)
 
 
+@dataclass(frozen=True)
+class BatchNormParams:
+    """Parameters of :func:`fastcnn.functional.batch_norm_relu_max_pool2d` but for the momentum.
+
+    Args:
+        training: whether the statistics are those of the batch.
+        eps: is added to the variance.
+        relu: whether to rectify.
+        relu_first: whether before the batch norm.
+        pool: None where it is absent.
+    """
+
+    SCHEMA: ClassVar[str] = f"bool training, float eps, bool relu, bool relu_first, {PoolParams.SCHEMA}"
+
+    training: bool
+    eps: float = 1e-5
+    relu: bool = True
+    relu_first: bool = False
+    pool: PoolParams | None = None
+
+    def __post_init__(self) -> None:
+        pool = ([], [], [], [], False) if self.pool is None else self.pool.op_args()
+        args = bool(self.training), float(self.eps), bool(self.relu), bool(self.relu_first), *pool
+        object.__setattr__(self, "_op_args", args)
+
+    def op_args(self) -> tuple[Any, ...]:
+        """As the registered ops take them: a pool with an empty kernel is none."""
+        return self._op_args  # type: ignore[attr-defined]
+
+    @staticmethod
+    def from_op(training: bool, eps: float, relu: bool, relu_first: bool, *pool: Any) -> BatchNormParams:
+        """The parameters of which these are the :meth:`op_args`."""
+        *windows, ceil_mode = pool
+        return _batch_norm_params(training, eps, relu, relu_first, *map(tuple, windows), ceil_mode)
+
+    def check_tensors(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        """Raise what :func:`torch.nn.functional.batch_norm` raises where they do not go together."""
+        op = "batch_norm_relu_max_pool2d"
+        check_input(op, input)
+        if input.dim() < 2:
+            raise IndexError(f"{op}(): expected an input with channels (got {input.dim()} dimensions)")
+        count = input.numel() // max(input.shape[1], 1)
+        if self.training and count == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+        if self.eps < 0 or (self.training and self.eps == 0):
+            allowed = "positive during training" if self.training else "non-negative"
+            raise ValueError(f"batch_norm eps must be {allowed}, but got {self.eps}")
+        if (running_mean is None) != (running_var is None):
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        if running_mean is None and not self.training:
+            raise RuntimeError(f"{op}(): running_mean and running_var must be defined in evaluation mode")
+        tensors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+        for name, value in tensors.items():
+            check_bias(op, value, input, name=name)
+
+
 def pooled_size(
     size: Sequence[int],
     kernel: Sequence[int],
@@ -569,3 +632,8 @@ def _conv_params(
 def _tail_params(relu: bool, size: int, alpha: float, beta: float, k: float, groups: int, *pool: Any) -> TailParams:
     lrn = LRNParams(size, alpha, beta, k, groups) if size else None
     return TailParams(relu, lrn, PoolParams(*pool) if pool[0] else None)
+
+
+@lru_cache
+def _batch_norm_params(training: bool, eps: float, relu: bool, relu_first: bool, *pool: Any) -> BatchNormParams:
+    return BatchNormParams(training, eps, relu, relu_first, PoolParams(*pool) if pool[0] else None)

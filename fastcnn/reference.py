@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .memory_format import format_of, output
-from .params import AugmentParams, IntOrPair, LRNParams, PoolParams, check_bias, check_input, opmath
+from .params import AugmentParams, BatchNormParams, IntOrPair, LRNParams, PoolParams, check_bias, check_input, opmath
 
 
 def local_response_norm(
@@ -73,6 +73,88 @@ def relu_lrn_max_pool2d(
         pool.output_size(*input.shape[-2:])
         y = F.max_pool2d(y, *pool.op_args())
     return y.to(input.dtype, copy=y is input)
+
+
+def batch_norm_relu_max_pool2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    relu: bool = True,
+    relu_first: bool = False,
+    pool: PoolParams | None = None,
+) -> Tensor:
+    """``max_pool(relu(batch_norm(x)))``; see :func:`fastcnn.functional.batch_norm_relu_max_pool2d`."""
+    norm = BatchNormParams(training, eps, relu, relu_first, pool)
+    norm.check_tensors(input, running_mean, running_var, weight, bias)
+    mean, var = statistics(input, running_mean, running_var, norm)
+    if training:
+        update_statistics(running_mean, running_var, mean.detach(), var.detach(), momentum, input)
+    y = standardized(input.to(opmath(input.dtype)), mean, var, weight, bias, norm)
+    if pool is not None:
+        pool.output_size(*input.shape[-2:])
+        y = F.max_pool2d(y, *pool.op_args())
+    return y.to(input.dtype)
+
+
+def statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, norm: BatchNormParams
+) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each channel with which a batch norm normalizes, in the dtype it computes in."""
+    x = x.to(opmath(x.dtype))
+    if not norm.training:
+        assert running_mean is not None
+        assert running_var is not None
+        return running_mean.to(x.dtype), running_var.to(x.dtype)
+    if norm.relu and norm.relu_first:
+        x = x.relu()
+    if not x.numel():
+        return x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+    over = [0, *range(2, x.dim())]
+    near = x.mean(over).detach()
+    difference = x - _per_channel(near, x)  # from a number so close to the mean that nothing is lost
+    shift = difference.mean(over)
+    return near + shift, (difference - _per_channel(shift, x)).square().mean(over)
+
+
+def update_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float, input: Tensor
+) -> None:
+    """Move the running statistics, in place, towards those of a batch, with its unbiased variance."""
+    if running_mean is None or running_var is None or not input.numel():
+        return
+    count = input.numel() // input.shape[1]
+    for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        if not torch.compiler.is_compiling():
+            running = running.data  # as for torch's own, autograd does not count it as a change in place
+        if running.dtype == new.dtype:
+            running.lerp_(new, momentum)
+        else:
+            running.copy_(running.to(new.dtype).lerp(new, momentum))
+
+
+def standardized(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, norm: BatchNormParams
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, rectified before or after if it is, in the dtype of ``x``."""
+    if norm.relu and norm.relu_first:
+        x = x.relu()
+    scale = (var + norm.eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(x.dtype)
+    y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
+    if bias is not None:
+        y = y + _per_channel(bias.to(x.dtype), x)
+    return y.relu() if norm.relu and not norm.relu_first else y
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.dim() - 2))
 
 
 def rectified(x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:

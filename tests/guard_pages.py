@@ -1,6 +1,7 @@
 """Run the C++ kernels on tensors that lie against a page no one may touch: a script, since it dies where one does.
 
-    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | augment | winograd | direct_convolution | linear
+    python tests/guard_pages.py lrn | relu_lrn_max_pool2d | batch_norm_relu_max_pool2d | augment
+        | winograd | direct_convolution | linear
 
 Every input and output has a guard page directly before its first or directly after its last element, so a read or write
 out of bounds ends the process with a segmentation fault; the last line printed names the case.
@@ -19,7 +20,7 @@ from fastcnn import LRNParams, PoolParams
 from fastcnn.ops import outputs
 from fastcnn.ops.cpu import lrn
 from fastcnn.optimize.inference import pack_panels
-from fastcnn.params import AugmentParams, opmath
+from fastcnn.params import AugmentParams, BatchNormParams, opmath
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 mprotect = ctypes.CDLL(None, use_errno=True).mprotect
@@ -63,6 +64,16 @@ def run_tail(x: torch.Tensor, bias: torch.Tensor | None, at_end: bool, **tail: o
     torch.ops.fastcnn.relu_lrn_max_pool2d_backward(guarded(y, at_end), x, bias, argmax, *args)
 
 
+def run_norm(x: torch.Tensor, affine: torch.Tensor | None, at_end: bool, **norm: object) -> None:
+    running = (affine, affine.abs()) if affine is not None and not norm["training"] else (None, None)
+    args = BatchNormParams(**{**norm, "training": running[0] is None}).op_args()
+    y, *kept = torch.ops.fastcnn.batch_norm_relu_max_pool2d(x, *running, affine, affine, *args, True)
+    torch.ops.fastcnn.batch_norm_relu_max_pool2d(x, *running, affine, affine, *args, False)
+    argmax, mean, var = kept
+    backward = torch.ops.fastcnn.batch_norm_relu_max_pool2d_backward
+    backward(guarded(y, at_end), x, mean, var, affine, affine, argmax, *args)
+
+
 def run_winograd(at_end: bool) -> None:
     for c, k, (h, w), groups in itertools.product((16, 48), (16, 80), ((1, 1), (7, 4)), (1, 2)):
         print(f"{fastcnn.backends.cpu_capability()} 2x{c}x{h}x{w} {k=} {groups=} {at_end=}", flush=True)
@@ -80,6 +91,10 @@ def run_winograd(at_end: bool) -> None:
         run(y, mask, u[1], None, None, guarded(x, at_end), 0, None, [1, 1], groups, False, False)
         more = guarded(in_format(torch.empty(2, k * groups + 5, h, w), torch.channels_last), at_end)
         run(x, None, u[0], bias, guarded(y, at_end), more, 5 if at_end else 0, None, [1, 1], groups, True, False)
+        for parts, like in itertools.product((1, 2), (weight, weight.contiguous(memory_format=torch.channels_last))):
+            dw, db = guarded(torch.stack([like] * parts), at_end), guarded(torch.empty(parts, k * groups), at_end)
+            torch.ops.fastcnn_cpu.winograd_gradient(x, y, mask, dw, db, [1, 1], groups)
+            torch.ops.fastcnn_cpu.winograd_gradient(x, y, None, dw, None, [1, 1], groups)
 
 
 def run_direct_convolution(at_end: bool) -> None:
@@ -150,6 +165,12 @@ def main(op: str) -> None:
                 for lrn in lrns:
                     print(where, ident(lrn), flush=True)
                     run_lrn(x, dy, lrn)
+                continue
+            if op == "batch_norm_relu_max_pool2d":
+                for training, pool in itertools.product((True, False), (None, *pools)):
+                    print(where, training, ident(pool), flush=True)
+                    run_norm(x, bias, at_end, training=training, pool=pool)
+                    run_norm(x, None, at_end, training=training, relu_first=True, pool=pool)
                 continue
             for lrn, pool in itertools.product((None, lrns[1]), (None, *pools)):
                 print(where, ident(lrn), ident(pool), flush=True)

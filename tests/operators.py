@@ -24,6 +24,7 @@ from promises import (
     assert_bitwise,
     assert_same_answer,
     assert_tail_answer,
+    at_offsets,
     expected_strides,
     gradients,
     ident,
@@ -41,7 +42,7 @@ from torch import Tensor
 import fastcnn
 import fastcnn.functional as FF
 from fastcnn import LRNParams, PoolParams, reference
-from fastcnn.params import AugmentParams, ConvParams
+from fastcnn.params import AugmentParams, BatchNormParams, ConvParams, opmath
 
 INF, NAN = float("inf"), float("nan")
 Tensors = Sequence[Tensor | None]
@@ -206,6 +207,10 @@ class Operator:
         """The parts of the tail that it consists of, if it does."""
         return {}
 
+    def also_returns(self, case: Case) -> int:
+        """Outputs of its op beside the first that are computed whatever is kept for backward."""
+        return 0
+
     def normalizing(self, shape: Sequence[int], lrn: LRNParams, every_part: bool = False) -> list[Case]:
         """Its cases with this LRN, if it has one; with every choice of the other parts, or only the usual."""
         return []
@@ -344,6 +349,10 @@ class MemoryBound(Operator):
         if case.pool and place.has_autograd and not (place.is_slow and case.lrn):
             assert_bitwise(case(*place.put([None if t is None else t.detach() for t in tensors])).cpu(), results.y)
 
+    def before_pool(self, case: Case, tensors: Tensors) -> Tensor:
+        """What torch pools."""
+        return torch_tail(*tensors, relu=self.tail(case.kwargs)["relu"])
+
     def check_bits_of_torch(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
         """Without LRN there is nothing to round: values and offsets equal torch's, and so do gradients of integers."""
         theirs = case.leaves(tensors)
@@ -356,7 +365,7 @@ class MemoryBound(Operator):
         assert_bitwise(results.y, expected.detach())
         assert results.y.stride() == expected_strides(tensors[0], expected.shape)
         if case.pool and not has_empty_windows(case.pool, *tensors[0].shape[-2:]):
-            before = torch_tail(*tensors, relu=self.tail(case.kwargs)["relu"])
+            before = self.before_pool(case, tensors)
             _, indices = F.max_pool2d(before, *case.pool.op_args(), return_indices=True)
             assert_bitwise(reference.flat_indices(results.argmax, before.shape[-1], case.pool), indices)
         for ours, gradient in zip(results.gradients, gradients(expected, theirs, dy), strict=True):
@@ -719,6 +728,249 @@ class ReLULRNMaxPool2d(MemoryBound):
         }
 
 
+# -- batch norm -------------------------------------------------------------------------------------------------------
+
+
+def torch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *arguments: Any,
+    relu: bool = True,
+    relu_first: bool = False,
+    pool: PoolParams | None = None,
+    **options: Any,
+) -> Tensor:
+    """The batch norm and what follows it in torch's own operators."""
+    y = F.relu(x) if relu and relu_first else x
+    y = F.batch_norm(y, running_mean, running_var, *arguments, **options)
+    y = F.relu(y) if relu and not relu_first else y
+    return y if pool is None else F.max_pool2d(y, *pool.op_args())
+
+
+def running_statistics(x: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Of the channels of ``x``, the same in every dtype; ``exact`` are small integers and 1, which round nothing."""
+    if exact:
+        return torch.arange(x.shape[1]).remainder(3).sub(1).to(x), torch.ones(x.shape[1]).to(x)
+    eighths = torch.arange(x.shape[1]).remainder(8).div(8)
+    return eighths.sub(0.5).to(x), eighths.add(0.5).to(x)
+
+
+NORMS = [
+    {"training": training, "relu": relu, "relu_first": first, "pool": pool}
+    for training in (True, False)
+    for relu, first in ((True, False), (True, True), (False, False))
+    for pool in (None, POOL)
+]
+
+
+class BatchNormReLUMaxPool2d(MemoryBound):
+    """Its tensors are input, weight and bias; the running statistics in evaluation follow from the input's channels."""
+
+    name = "batch_norm_relu_max_pool2d"
+    only_torch_has = (torch.int64, torch.uint8)
+    wrong_ranks, rank_error = ((5,), ()), (IndexError, r"\(got {} dimensions\)")
+    in_dims = ((0, None, None), (1, None, None), (-1, 0, None), (None, 0, 0), (None, None, -1), (2, 0, -1))
+
+    @staticmethod
+    def _call(function: Callable[..., Tensor], *tensors: Tensor | None, **kwargs: Any) -> Tensor:
+        x, weight, bias = (*tensors, None, None)[:3]
+        exact = kwargs.pop("exact", False)
+        running = (None, None) if kwargs["training"] else running_statistics(x, exact)
+        kwargs = {"eps": 0.0, **kwargs} if exact else kwargs
+        return function(x, *running, weight, bias, **kwargs)
+
+    def function(self, *tensors: Tensor | None, **kwargs: Any) -> Tensor:
+        return self._call(FF.batch_norm_relu_max_pool2d, *tensors, **kwargs)
+
+    def counterpart(self, *tensors: Tensor | None, **kwargs: Any) -> Tensor:
+        return self._call(torch_norm, *tensors, **kwargs)
+
+    def tail(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"pool": kwargs.get("pool")}
+
+    def layer(self, case: Case) -> torch.nn.Module:
+        options = {name: value for name, value in case.kwargs.items() if name in ("relu", "relu_first", "pool")}
+        layer = fastcnn.nn.BatchNormReLUMaxPool2d(case.shapes[0][1], affine=case.shapes[1] is not None, **options)
+        return layer.train(case.kwargs["training"])
+
+    def also_returns(self, case: Case) -> int:
+        return 2 if case.kwargs["training"] else 0  # the statistics
+
+    def assert_same(self, place: Place, ours: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+        """torch's sums depend on strides, and all follows from sums."""
+        if place.name != "reference":
+            super().assert_same(place, ours, expected)
+            return
+        for a, b in zip(ours, expected, strict=True):
+            narrow = b is not None and b.dtype in NARROW
+            torch.testing.assert_close(a, b, rtol=2e-2 if narrow else 1e-5, atol=2e-2 if narrow else 1e-5)
+
+    def params(self, case: Case) -> tuple[Any, ...]:
+        options = {"eps": 0.0 if case.kwargs.get("exact") else 1e-5, **case.kwargs}
+        options.pop("exact", None)
+        return BatchNormParams(**options).op_args()
+
+    def forward_args(self, case: Case, tensors: Tensors) -> tuple[Any, ...]:
+        x, weight, bias = tensors
+        training = case.kwargs["training"]
+        running = (None, None) if training else running_statistics(x, case.kwargs.get("exact", False))
+        return x, *running, weight, bias, *self.params(case), True
+
+    def backward_args(self, case: Case, tensors: Tensors, kept: tuple[Tensor, ...], dy: Tensor) -> tuple[Any, ...]:
+        (x, weight, bias), (_, argmax, mean, var) = tensors, kept
+        return dy, x, mean, var, weight, bias, argmax, *self.params(case)
+
+    def keeps(self, case: Case, tensors: Tensors, y: Tensor) -> tuple[list[Tensor], int]:
+        """Also mean and variance of each channel."""
+        kept, argmax = super().keeps(case, tensors, y)
+        return kept, argmax + 2 * tensors[0].shape[1] * opmath(y.dtype).itemsize
+
+    def draw(self, case: Case, dtype: torch.dtype, format: torch.memory_format, seed: int) -> list[Tensor | None]:
+        """No bias is negative, or a ReLU could leave next to nothing."""
+        x, weight, bias = super().draw(case, dtype, format, seed)
+        return [x, weight, bias if bias is None else bias.abs()]
+
+    def before_pool(self, case: Case, tensors: Tensors) -> Tensor:
+        return self.counterpart(*tensors, **{**case.kwargs, "pool": None})
+
+    def check(self, place: Place, case: Case, tensors: Tensors, dy: Tensor | None = None) -> Results:
+        """Of the maxima that were chosen, as those of the tail are checked."""
+        results = place.run(case, tensors, dy)
+        self.check_forward_alone(place, case, tensors, results)
+        wide = [leaf(t, torch.float64) for t in tensors]
+        pooled = y = self._call(reference.batch_norm_relu_max_pool2d, *wide, **{**case.kwargs, "pool": None})
+        if case.pool is not None:
+            y, pooled = at_offsets(y, results.argmax, case.pool), F.max_pool2d(y, *case.pool.op_args())
+            assert_same_answer(y.detach().to(opmath(tensors[0].dtype)), pooled.detach())
+        assert_same_answer(results.y, pooled.detach())
+        assert results.y.dtype == tensors[0].dtype
+        assert results.y.stride() == expected_strides(tensors[0], results.y.shape)
+        if results.gradients:
+            exact = gradients(y, wide, results.dy.double())
+            sizes = self.sizes_of_terms(case, wide, results)
+            for ours, gradient, size in zip(results.gradients, exact, sizes, strict=True):
+                assert (ours is None) == (gradient is None)
+                if gradient is None:
+                    continue
+                if case.kwargs["training"] and gradient.numel() and gradient.abs().max() < 1e-4 * size:
+                    torch.testing.assert_close(ours.double(), gradient, rtol=1e-2, atol=2e-6 * size)
+                else:
+                    assert_same_answer(ours, gradient, backward=True)
+        return results
+
+    def sizes_of_terms(self, case: Case, wide: Tensors, results: Results) -> list[float]:
+        """Of what the gradients are sums and differences of, which in training may be next to nothing themselves."""
+        x, weight, bias = wide
+        if not x.numel():
+            return [0.0] * 3
+        options = {k: v for k, v in case.kwargs.items() if k in ("relu", "relu_first")}
+        mean, var = reference.statistics(x.detach(), None, None, BatchNormParams(True, **options))
+        y = reference.batch_norm_relu_max_pool2d(x, mean, var, weight, bias, **options)
+        y = y if case.pool is None else at_offsets(y, results.argmax, case.pool)
+        dy = results.dy.double()
+        (terms,) = gradients(y, [x], dy)
+        return [terms.abs().max().item(), *[dy.abs().sum().item() / x.shape[1] / 4] * 2]
+
+    def norm_case(
+        self, shape: Sequence[int], norm: dict[str, Any], weight: bool = True, bias: bool = True, **options: Any
+    ) -> Case:
+        parts = ["batch" if norm["training"] else "running", *filter(norm.get, ("relu_first", "relu", "exact"))]
+        name = "-".join([ident(tuple(shape)), *parts, *filter(None, [ident(norm.get("pool"))])])
+        name += "" if weight and bias else "-not_affine"
+        channels = (shape[1],)
+        return self.case(
+            name, tuple(shape), channels if weight else None, channels if bias else None, **norm, **options
+        )
+
+    def pooling(self, shape: Sequence[int], pool: PoolParams) -> list[Case]:
+        """In evaluation, so that integers stay integers."""
+        exact = {"training": False, "exact": True, "pool": pool}
+        return [self.norm_case(shape, {**exact, "relu": relu, "relu_first": not relu}) for relu in (True, False)]
+
+    def any_case(self) -> st.SearchStrategy[tuple[Case, Input]]:
+        @st.composite
+        def cases(draw: st.DrawFn) -> tuple[Case, Input]:
+            shape = [draw(st.integers(1, 3)), *(draw(st.integers(1, top)) for top in (40, 12, 40))]
+            pool = draw(pools(*shape[2:])) if draw(st.booleans()) else None
+            assume(pool is None or not has_empty_windows(pool, *shape[2:]))
+            options = {name: draw(st.booleans()) for name in ("training", "relu", "relu_first")}
+            described = draw(inputs(shape))
+            # With few values, or the same ones again, almost nothing is left of differences.
+            assume(not options["training"] or (shape[0] * shape[2] * shape[3] > 8 and described.layout != "expanded"))
+            return self.norm_case(shape, {**options, "pool": pool}, draw(st.booleans()), draw(st.booleans())), described
+
+        return cases()
+
+    def check_any(self, place: Place, case: Case, x: Tensor) -> None:
+        self.check(place, case, [x, *case.tensors(x.dtype)[1:]])
+
+    def make_cases(self) -> dict[str, list[Case]]:
+        of, trained = self.norm_case, {"training": True, "pool": POOL}
+        first = {"training": True, "relu_first": True, "pool": POOL}
+
+        def parts(*shape: int, norms: Any = NORMS, **options: Any) -> list[Case]:
+            return [of(shape, norm, **options) for norm in norms]
+
+        usual = self.case("", (2, 17, 9, 7), (17,), (17,), **trained)
+        small = [{**norm, "pool": norm["pool"] and PoolParams(2, 1)} for norm in NORMS]
+        windows = [
+            of((2, 19, 11, 13), {"training": True, "pool": pool})
+            for pool in (PoolParams(2), PoolParams(3, 1, 1), PoolParams((2, 3), (3, 1), (1, 0)), PoolParams(2, 5), WIDE)
+        ]
+        sizes = (2, 64, 14, 14), (3, 1, 5, 5), (1, 3, 70, 67), (2, 100, 3, 2), (1, 16, 1, 40), (4, 8, 2, 1)
+        plain = [of(shape, {"training": True, "relu": relu}) for shape in sizes for relu in (False, True)]
+        pending = {f"{name}@{kind}": [] for kind in ("emulator", "gpu") for name in PENDING}
+        return {
+            "usual": [usual],
+            "parts": parts(2, 17, 9, 7),
+            "images": [],
+            "single": [],
+            "answers": [
+                *parts(3, 37, 9, 17),
+                *parts(2, 17, 9, 13, float32_bias=True),
+                *parts(2, 32, 8, 8, weight=False, bias=False),
+                of((2, 5, 8, 8), trained, weight=False),
+                of((2, 5, 8, 8), trained, bias=False),
+                *windows,
+                *plain,
+            ],
+            "answers@interpreter": [
+                *parts(2, 6, 5, 7),
+                of((2, 5, 5, 4), trained, float32_bias=True),
+                of((2, 5, 5, 4), trained, weight=False, bias=False),
+                of((2, 70, 6, 5), {"training": True, "pool": PoolParams(3, 2, 1, 2)}),
+                of((3, 2, 30, 30), {"training": True}),
+            ],
+            "kept": [of((2, 17, 12, 13), {**trained, "pool": pool}) for pool in (None, POOL, WIDE)],
+            "empty@interpreter": [of((0, 5, 7, 7), trained), of((2, 0, 3, 3), {"training": True})],
+            "bits@interpreter": [of((3, 16, 5, 7), trained)],
+            "usual@interpreter": [of((2, 6, 5, 4), trained)],
+            "empty": [
+                *parts(0, 5, 7, 7),
+                *(
+                    case
+                    for shape in ((2, 5, 0, 3), (2, 5, 3, 0), (2, 0, 3, 3), (0, 0, 0, 0))
+                    for case in parts(*shape, norms=[norm for norm in NORMS if not norm["pool"]])
+                ),
+            ],
+            "strides": [case for s in ((2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 3, 3), (0, 3, 4, 5)) for case in parts(*s)],
+            "bits": [case for s in ((1, 96, 27, 27), (7, 17, 31, 31), (3, 64, 56, 56)) for case in parts(*s)],
+            "opcheck": [*parts(2, 5, 5, 6), *parts(2, 5, 5, 6, norms=NORMS[:2], weight=False, bias=False)],
+            "gradcheck": [*parts(1, 3, 3, 4, norms=small), *parts(2, 2, 3, 2, norms=small[:6], weight=False)],
+            "compile": parts(2, 6, 8, 5, norms=[trained, first, *NORMS[6:8]], format=FORMATS[1]),
+            "export": parts(2, 6, 9, 8, norms=[trained, first, *NORMS[6:8]]),
+            "vmap": parts(2, 6, 9, 8, norms=[trained, first, *NORMS[6:8]]),
+            "transforms": parts(2, 4, 5, 5, norms=[trained, first]),
+            "one": [of((2, 3, 4, 4), {"training": True}, weight=False, bias=False)],
+            **pending,
+        }
+
+
+# Lists without cases where the operator has no kernels yet.
+PENDING = "usual", "parts", "answers", "empty", "bits", "one", "misaligned", "strides", "kept"
+
+
 # -- convolution ------------------------------------------------------------------------------------------------------
 
 # input, weight, arguments
@@ -735,6 +987,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "1x1": ((2, 6, 5, 7), (3, 6, 1, 1), {}),
     "winograd": ((2, 32, 13, 17), (48, 16, 3, 3), {"padding": 1, "groups": 2}),
     "winograd_uneven": ((1, 16, 14, 15), (80, 16, 3, 3), {"padding": (0, 2)}),
+    "winograd_padded": ((2, 16, 12, 11), (32, 16, 3, 3), {"padding": (3, 1)}),
     "one_channel": ((2, 1, 7, 8), (1, 1, 3, 3), {"padding": (1,)}),
     "wide_padding": ((2, 4, 5, 6), (6, 2, 3, 2), {"padding": (3, 1), "groups": 2}),
 }
@@ -1104,5 +1357,5 @@ class Augment(Operator):
         }
 
 
-OPERATORS = [LRN(), MaxPool2d(), ReLULRNMaxPool2d(), Conv2dReLU(), Augment()]
-lrn, max_pool2d, relu_lrn_max_pool2d, conv2d_relu, augment = OPERATORS
+OPERATORS = [LRN(), MaxPool2d(), ReLULRNMaxPool2d(), BatchNormReLUMaxPool2d(), Conv2dReLU(), Augment()]
+lrn, max_pool2d, relu_lrn_max_pool2d, batch_norm_relu_max_pool2d, conv2d_relu, augment = OPERATORS

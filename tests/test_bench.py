@@ -85,6 +85,8 @@ def test_usual_cases_are_those_of_the_first_stage() -> None:
         ("lrn", "backward", "mapped", "fp32"),
         ("relu_lrn_max_pool2d", "forward", "fresh", "fp32"),
         ("relu_lrn_max_pool2d", "forward", "fresh", "bf16"),
+        ("batch_norm_relu_max_pool2d", "forward", "fresh", "fp32"),
+        ("batch_norm_relu_max_pool2d", "forward+backward", "fresh", "fp32"),
         ("relu_lrn_max_pool2d", "forward+backward", "fresh", "fp32"),
         *((op, m, "fresh", "fp32") for op in ("max_pool2d", "conv2d_relu") for m in ("forward", "forward+backward")),
         *((op, "forward", "fresh", dtype) for op in ("augment", "augment_resized") for dtype in ("fp32", "bf16")),
@@ -94,6 +96,11 @@ def test_usual_cases_are_those_of_the_first_stage() -> None:
 def test_batch_replaces_every_n() -> None:
     assert {case.shape[0] for case in select(batch=7, full=True)} == {7}
     assert select(ops=["lrn"], shapes=[SMALL], batch=7)[0].shape == (7, *SMALL[1:])
+    of_layers = select(layers=["VGG-16 conv5", "AlexNet conv3"], modes=["backward"], dtypes=["fp32"], batch=2)
+    assert {(case.op, case.layer, case.shape) for case in of_layers} == {
+        ("conv2d_relu", "VGG-16 conv5", (2, 512, 14, 14)),
+        ("conv2d_relu", "AlexNet conv3", (2, 256, 13, 13)),
+    }
 
 
 def test_full_holds_every_usual_case_once() -> None:
@@ -115,6 +122,8 @@ def test_what_is_asked_for_replaces_the_usual() -> None:
         ("lrn", "forward+backward", 4 * 500),
         ("relu_lrn_max_pool2d", "forward", 4 * (100 + 16)),
         ("relu_lrn_max_pool2d", "forward+backward", 4 * (100 + 16) + 16 + 16 + 4 * (16 + 100 + 100)),
+        ("batch_norm_relu_max_pool2d", "forward", 4 * (200 + 16)),
+        ("batch_norm_relu_max_pool2d", "backward", 4 * (300 + 32) + 32),
         ("max_pool2d", "forward+backward", 4 * (100 + 16) + 16 + 16 + 4 * (16 + 100)),
         ("augment", "forward", 3 * 4 * 4 * (1 + 4)),
         ("conv2d_relu", "forward", 4 * (100 + 6400 + 256 * 2 * 25)),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastcnn import backends
+from fastcnn import PoolParams, backends
 
 pytest.importorskip("triton")
 if backends.INTERPRETING:
@@ -18,6 +18,8 @@ if backends.INTERPRETING:
 import triton
 import triton.language as tl
 
+from fastcnn.ops.triton import batch_norm_relu_max_pool2d
+from fastcnn.params import BatchNormParams
 from tools.machine_code.compiled import ARCHITECTURES, compiling
 from tools.machine_code.kernels_table import Case, Row, cases, table
 
@@ -136,3 +138,22 @@ def test_table_has_a_section_for_each_kernel():
     assert text.count("\n## ") == 2
     assert text.count("| AlexNet conv1 | bf16 | NCHW | sm_90 | 40 | 0 | 128 | 16 B x 2 | 2 B x 1 |  |") == 2
     assert "## lrn: lrn_forward_kernel (CUDA)" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("pool", [None, PoolParams(3, 2)], ids=["norm", "norm+pool"])
+def test_batch_norm_without_spills_and_with_wide_loads(dtype, format, pool):
+    x = torch.empty(32, 96, 55, 55, dtype=dtype, device="meta").to(memory_format=format)
+    channels, norm = torch.empty(96, device="meta"), BatchNormParams(True, pool=pool)
+    with compiling(90) as kernels:
+        y, argmax, mean, var = batch_norm_relu_max_pool2d.forward(x, None, None, channels, channels, norm, True)
+        dy = torch.empty_like(y)
+        batch_norm_relu_max_pool2d.backward(dy, x, mean, var, channels, channels, argmax, norm)
+    assert len(kernels) == 6
+    for kernel in kernels:
+        assert kernel.spills == 0, f"{kernel.name} moves registers to memory {kernel.spills} times"
+        reads_x = kernel.name not in ("batch_norm_mean_kernel", "batch_norm_gradients_kernel")
+        if format == torch.channels_last and reads_x:
+            assert kernel.loads[16]

@@ -10,12 +10,13 @@ namespace {
 
 template <typename T>
 struct Forward {
-  const TailTask& task;
-  const PoolForward<T> pool;
+  const PooledRows<T> pool;
 
-  Forward(const TailTask& task, Scratch& scratch) : task(task), pool(task, scratch) {}
+  Forward(const TailTask& task, Scratch& scratch) : pool(Rows<T>{task}, scratch) {}
 
-  void unit(int64_t u) const { pool_in_place(task, pool, u); }
+  void unit(int64_t u) const {
+    pool.unit(u, [](auto...) {});
+  }
 };
 
 template <typename T>
@@ -39,5 +40,5 @@ int64_t blocks(const TailTask& task) { return task.shape.N * row_blocks(task); }
 }  // namespace
 }  // namespace fastcnn::FASTCNN_CAPABILITY
 
-FASTCNN_REGISTER_KERNEL(max_pool2d, TailTask, units_in_place, scratch_bytes<Forward>, run<Forward>)
+FASTCNN_REGISTER_KERNEL(max_pool2d, TailTask, UnitRows::units, scratch_bytes<Forward>, run<Forward>)
 FASTCNN_REGISTER_KERNEL(max_pool2d_backward, TailTask, blocks, scratch_bytes<Backward>, run<Backward>)

@@ -106,7 +106,7 @@ Vec<A> load_strided(const A* p, int64_t any) {
   return v;
 }
 
-// Whether nothing comes before the pool but a ReLU.
+// Whether nothing comes before the pool but a ReLU. (Batch norm always has a bias.)
 inline bool pools_in_place(const TailTask& task) { return task.pool && !task.lrn && !task.bias; }
 
 // What is pooled, rectified or not: the rows of an image, all where they lie, or the last few in the slots of a ring.
@@ -323,21 +323,109 @@ class PoolForward {
   const Columns columns_;
 };
 
-// A unit of a task whose maps are pooled where they lie.
-inline constexpr int64_t kPooledRows = 4;
+// The rows of the output that are a unit. In NCHW they are several, because pieces of channels are too short otherwise;
+// but where channels are not pooled one by one, not so many that few units are left to share out.
+struct UnitRows {
+  int64_t n, begin, end;
 
-inline int64_t units_in_place(const TailTask& task) {
-  return task.shape.N * ((task.pool.h.out + kPooledRows - 1) / kPooledRows);
+  UnitRows(const TailTask& task, int64_t unit) {
+    const int64_t rows = most(task), per_image = units(task) / task.shape.N;
+    n = unit / per_image, begin = unit % per_image * rows, end = std::min(begin + rows, task.out_shape().H);
+  }
+  int64_t count() const { return end - begin; }
+
+  static int64_t units(const TailTask& task) {
+    const int64_t rows = most(task);
+    return task.shape.N * ((task.out_shape().H + rows - 1) / rows);
+  }
+  static int64_t most(const TailTask& task) {
+    constexpr int64_t kFew = 4;
+    const Shape out = task.out_shape();
+    if (pools_in_place(task)) return kFew;
+    if (out.channels_last) return 1;
+    const int64_t row = std::max<int64_t>(1, task.shape.W * (task.pool ? task.pool.h.stride : 1));
+    return std::clamp(std::min(1024 / row, out.N * out.H / 64), kFew, std::max(kFew, out.H));
+  }
+};
+
+// Rows of the map that a unit needs at a time.
+inline int64_t rows_at_a_time(const TailTask& task) {
+  const int64_t rows = UnitRows::most(task);
+  if (!task.pool || task.shape.channels_last) return rows;
+  const PoolAxis& h = task.pool.h;
+  return std::min((rows - 1) * h.stride + (h.kernel - 1) * h.dilation + 1, h.size);
 }
 
+// Pools rows that are produced, or of the map where they lie.
 template <typename T>
-void pool_in_place(const TailTask& task, const PoolForward<T>& pool, int64_t unit) {
-  const int64_t per_map = units_in_place(task) / task.shape.N, map = unit / per_map;
-  const int64_t begin = unit % per_map * kPooledRows, end = std::min(begin + kPooledRows, task.pool.h.out);
-  const int64_t row = task.shape.W * (task.shape.channels_last ? task.shape.C : 1);
-  const T* const from = static_cast<const T*>(task.x) + map * task.shape.H * row;
-  pool.write(map, begin, end, PooledMap<T>{.data = from, .row_stride = row, .relu = task.relu});
-}
+class PooledRows {
+  using A = Compute<T>;
+
+ public:
+  PooledRows(const Rows<T>& rows, Scratch& scratch)
+      : rows_(rows),
+        pool_(task_, scratch),
+        rows_made_(scratch.take<A>(lanes())),
+        owners_(scratch.take<int64_t>(slots_)) {
+    if (scratch.only_counts()) return;
+    for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
+  }
+
+  // produce(n, row, count, sink) hands rows of what is pooled to a sink: in channels_last one row.
+  template <typename Produce>
+  void unit(int64_t u, Produce produce) const {
+    const UnitRows rows(task_, u);
+    const int64_t pitch = task_.shape.W * (task_.shape.channels_last ? task_.shape.C : 1);
+    if (pools_in_place(task_)) {
+      const T* const from = static_cast<const T*>(task_.x) + rows.n * h_.size * pitch;
+      pool_.write(rows.n, rows.begin, rows.end, PooledMap<T>{.data = from, .row_stride = pitch, .relu = task_.relu});
+    } else if (task_.shape.channels_last) {
+      for (int64_t i = h_.first(rows.begin); i < h_.last(rows.begin); ++i) {
+        const int64_t row = h_.element(rows.begin, i), slot = row % slots_, owner = rows.n * h_.size + row;
+        if (owners_[slot] == owner) continue;
+        owners_[slot] = owner;
+        produce(rows.n, row, 1, TileSink<A>{rows_.tile, rows_made_ + slot * slot_lanes_});
+      }
+      pool_.write(rows.n, rows.begin, rows.end,
+                  PooledMap<A>{.data = rows_made_, .row_stride = slot_lanes_, .slots = slots_});
+    } else {
+      const int64_t begin = std::max<int64_t>(h_.element(rows.begin, 0), 0);
+      const int64_t end = std::clamp(h_.element(rows.end - 1, h_.kernel - 1) + 1, begin, h_.size);
+      produce(rows.n, begin, end - begin, ChannelSink{*this, rows, begin});
+    }
+  }
+
+ private:
+  // Takes the rows of one channel after the other, and pools them when they are complete.
+  struct ChannelSink {
+    const PooledRows& pooled;
+    const UnitRows rows;
+    const int64_t first_row;
+
+    FASTCNN_INLINE auto operator()(int64_t) const {
+      return [to = pooled.rows_made_](int64_t i, Vec<A> v) FASTCNN_INLINE_LAMBDA { store(to + i, v); };
+    }
+    void finish(int64_t c) const {
+      const Shape& s = pooled.task_.shape;
+      const PooledMap<A> map{.data = pooled.rows_made_, .row_stride = s.W, .first_row = first_row};
+      pooled.pool_.write(rows.n * s.C + c, rows.begin, rows.end, map);
+    }
+  };
+
+  int64_t lanes() const {
+    if (!task_.pool || pools_in_place(task_)) return 0;
+    return task_.shape.channels_last ? slots_ * slot_lanes_ : rows_at_a_time(task_) * task_.shape.W + kVectorBytes;
+  }
+
+  const Rows<T> rows_;
+  const TailTask& task_ = rows_.task;
+  const PoolAxis& h_ = task_.pool.h;
+  const PoolForward<T> pool_;
+  // In channels_last row r is in slot r % slots, if owners[slot] says so; in NCHW they are those of one channel.
+  const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation + 1, h_.size), slot_lanes_ = rows_.tile.lanes();
+  A* const rows_made_;
+  int64_t* const owners_;
+};
 
 template <typename T>
 class PoolBackward {

@@ -34,98 +34,29 @@ struct RectifiedRows : Rows<T> {
   }
 };
 
-// Output rows of a unit. In NCHW with LRN they are several, because pieces of channels are too short otherwise; but not
-// so many that few units are left to share out.
-int64_t unit_rows(const TailTask& task) {
-  const Shape out = task.out_shape();
-  if (pools_in_place(task)) return kPooledRows;
-  if (out.channels_last) return 1;
-  const int64_t row = task.shape.W * (task.pool ? task.pool.h.stride : 1);
-  const int64_t most = std::min(1024 / std::max<int64_t>(row, 1), out.N * out.H / 64);
-  return std::min(std::max<int64_t>(most, 4), std::max<int64_t>(out.H, 1));
-}
-
-int64_t units_of_image(const TailTask& task) { return (task.out_shape().H + unit_rows(task) - 1) / unit_rows(task); }
-
 template <typename T>
 class Forward {
   using A = Compute<T>;
 
  public:
   Forward(const TailTask& task, Scratch& scratch)
-      : task_(task),
-        rows_(task, scratch, most_rows_),
-        pool_(task, scratch),
-        ring_(scratch.take<A>(ring_lanes())),
-        owners_(scratch.take<int64_t>(slots_)) {
-    if (scratch.only_counts()) return;
-    for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
-  }
+      : task_(task), rows_(task, scratch, rows_at_a_time(task)), pool_(rows_, scratch) {}
 
   void unit(int64_t u) const {
-    if (pools_in_place(task_)) return pool_in_place(task_, pool_, u);
-    const int64_t per_image = units_of_image(task_), n = u / per_image, first = u % per_image * unit_rows_;
-    const int64_t last = std::min(first + unit_rows_, task_.out_shape().H);
-    if (!task_.pool) return normalize(n, first, last, rows_.sink(task_.out, n, first, last - first));
-    if (task_.shape.channels_last) return pool_row(n, first);
-    const int64_t begin = std::max<int64_t>(h_.element(first, 0), 0);
-    const int64_t end = std::clamp(h_.element(last - 1, h_.kernel - 1) + 1, begin, h_.size);
-    normalize(n, begin, end, PooledSink{*this, n * task_.shape.C, first, last, begin, end - begin});
+    const auto normalize = [&](int64_t n, int64_t row, int64_t count, auto sink) {
+      const RectifiedSource<T> x = rows_.x(n, row, count);
+      if (task_.lrn) rows_.lrn.forward(x.x.tile, x, sink);
+      else copy<A>(x.x.tile, x, sink);
+    };
+    if (task_.pool) return pool_.unit(u, normalize);
+    const UnitRows rows(task_, u);
+    normalize(rows.n, rows.begin, rows.count(), rows_.sink(task_.out, rows.n, rows.begin, rows.count()));
   }
 
  private:
-  // In channels_last: one output row, from the last few rows of the map.
-  void pool_row(int64_t n, int64_t o) const {
-    for (int64_t i = h_.first(o); i < h_.last(o); ++i) {
-      const int64_t row = h_.element(o, i), slot = row % slots_, owner = n * h_.size + row;
-      if (owners_[slot] == owner) continue;
-      owners_[slot] = owner;
-      normalize(n, row, row + 1, TileSink<A>{rows_.tile, ring_ + slot * slot_lanes_});
-    }
-    pool_.write(n, o, o + 1, PooledMap<A>{.data = ring_, .row_stride = slot_lanes_, .slots = slots_});
-  }
-
-  // In NCHW: takes the rows of one channel after the other, and pools them when they are complete.
-  struct PooledSink {
-    const Forward& forward;
-    int64_t first_map, first, last, begin, rows;
-
-    FASTCNN_INLINE auto operator()(int64_t) const {
-      return [to = forward.ring_, n = rows * forward.task_.shape.W](int64_t i, Vec<A> v)
-                 FASTCNN_INLINE_LAMBDA { store(to + i, v); };
-    }
-    void finish(int64_t c) const {
-      const PooledMap<A> map{.data = forward.ring_, .row_stride = forward.task_.shape.W, .first_row = begin};
-      forward.pool_.write(first_map + c, first, last, map);
-    }
-  };
-
-  template <typename Sink>
-  void normalize(int64_t n, int64_t begin, int64_t end, Sink sink) const {
-    const RectifiedSource<T> x = rows_.x(n, begin, end - begin);
-    if (task_.lrn) rows_.lrn.forward(x.x.tile, x, sink);
-    else copy<A>(x.x.tile, x, sink);
-  }
-
-  int64_t ring_lanes() const {
-    if (!task_.pool || pools_in_place(task_)) return 0;
-    return task_.shape.channels_last ? slots_ * slot_lanes_ : most_rows_ * task_.shape.W + kVectorBytes;
-  }
-
   const TailTask& task_;
-  const PoolAxis& h_ = task_.pool.h;
-  const int64_t unit_rows_ = unit_rows(task_);
-  // Of the map, for a unit.
-  const int64_t most_rows_ = task_.pool && !task_.shape.channels_last
-                                 ? std::min((unit_rows_ - 1) * h_.stride + (h_.kernel - 1) * h_.dilation + 1, h_.size)
-                                 : unit_rows_;
   const RectifiedRows<T> rows_;
-  const PoolForward<T> pool_;
-  // In channels_last row r is in slot r % slots, if owners[slot] says so; in NCHW this is the rows of a channel.
-  const int64_t slots_ = task_.pool ? std::min((h_.reach() - 1) * h_.dilation + 1, h_.size) : 0;
-  const int64_t slot_lanes_ = rows_.tile.lanes();
-  A* const ring_;
-  int64_t* const owners_;
+  const PooledRows<T> pool_;
 };
 
 template <typename T>
@@ -197,11 +128,10 @@ struct Backward {
   }
 };
 
-int64_t units(const TailTask& task) { return task.shape.N * units_of_image(task); }
 int64_t blocks(const TailTask& task) { return task.shape.N * row_blocks(task); }
 
 }  // namespace
 }  // namespace fastcnn::FASTCNN_CAPABILITY
 
-FASTCNN_REGISTER_KERNEL(relu_lrn_max_pool2d, TailTask, units, scratch_bytes<Forward>, run<Forward>)
+FASTCNN_REGISTER_KERNEL(relu_lrn_max_pool2d, TailTask, UnitRows::units, scratch_bytes<Forward>, run<Forward>)
 FASTCNN_REGISTER_KERNEL(relu_lrn_max_pool2d_backward, TailTask, blocks, scratch_bytes<Backward>, run<Backward>)

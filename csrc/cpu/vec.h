@@ -257,6 +257,9 @@ FASTCNN_INLINE Vec<float> coarse_inverse_power(Vec<float> s) {
 // A vector of which only the first n elements are in memory; the others are 0.
 template <typename T>
 FASTCNN_INLINE Vec<Compute<T>> load_first(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return (Vec<float>)_mm512_maskz_loadu_ps((1 << n) - 1, p);
+#endif
   T padded[kLanes<Compute<T>>] = {};
   std::memcpy(padded, p, n * sizeof(T));
   return load(padded);
@@ -264,6 +267,9 @@ FASTCNN_INLINE Vec<Compute<T>> load_first(const T* p, int64_t n) {
 
 template <typename T>
 FASTCNN_INLINE void store_first(T* p, Vec<Compute<T>> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, (1 << n) - 1, (__m512)v);
+#endif
   T all[kLanes<Compute<T>>];
   store(all, v);
   std::memcpy(p, all, n * sizeof(T));

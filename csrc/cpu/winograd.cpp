@@ -6,45 +6,15 @@
 // the output written once; the weights, 16/9 of their size, are read once a block.
 //
 // Source: Lavin and Gray (2016), Fast Algorithms for Convolutional Neural Networks.
-#include "winograd.h"
-
-#include <algorithm>
-
-#include "bits.h"
 #include "kernel.h"
 #include "scratch.h"
-#include "vec.h"
+#include "winograd_blocks.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {
 
-using Floats = Vec<float>;
-constexpr int64_t kLane = kLanes<float>;
-constexpr int64_t kRows = 6;  // of a product at a time, which are the tiles of a unit
-// As many vectors of a row as leave registers for kRows rows of sums.
-constexpr int kColumns = kVectorBytes == 64 ? 4 : 2;
-
-// sums[kRows x columns] = a[kRows x depth] * b[depth x columns], added to what is there or not.
-template <int columns>
-FASTCNN_INLINE void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                                  float* sums, bool add) {
-  Floats sum[kRows][columns];
-  for (int r = 0; r < kRows; ++r)
-    for (int j = 0; j < columns; ++j) sum[r][j] = Floats{};
-  for (int64_t c = 0; c < depth; ++c, b += b_stride) {
-    Floats row[columns];
-    for (int j = 0; j < columns; ++j) row[j] = load(b + j * kLane);
-    for (int r = 0; r < kRows; ++r) {
-      const Floats value = broadcast(a[r * a_stride + c]);
-      for (int j = 0; j < columns; ++j) sum[r][j] += value * row[j];
-    }
-  }
-  for (int r = 0; r < kRows; ++r)
-    for (int j = 0; j < columns; ++j) {
-      float* const to = sums + r * b_stride + j * kLane;
-      store(to, add ? load(to) + sum[r][j] : sum[r][j]);
-    }
-}
+constexpr int64_t kRows = 6;    // of a product at a time, which are the tiles of a unit
+constexpr int64_t kPanel = 64;  // as many outputs at most
 
 // sums[rows x columns] = a[rows x depth] * b[depth x columns]; b and sums are dense. columns is 16, 32, 48 or 64.
 void multiply(const float* a, int64_t a_stride, const float* b, int64_t rows, int64_t depth, int64_t columns,
@@ -52,78 +22,14 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t rows, in
   constexpr int64_t kDepth = 128;  // this many rows of b stay in the L1 cache
   for (int64_t c = 0; c < depth; c += kDepth, a += kDepth, b += kDepth * columns) {
     for (int64_t r = 0; r < rows; r += kRows)
-      for (int64_t j = 0; j < columns; j += kColumns * kLane) {
-        const auto run = [&](auto n) FASTCNN_INLINE_LAMBDA {
-          multiply_rows<n.value>(a + r * a_stride, a_stride, b + j, columns, std::min(kDepth, depth - c),
-                                 sums + r * columns + j, c > 0);
-        };
-        switch (std::min<int64_t>(kColumns, (columns - j) / kLane)) {
-          case 1: run(std::integral_constant<int, 1>{}); break;
-          case 3: run(std::integral_constant<int, std::min(kColumns, 3)>{}); break;
-          case 4: run(std::integral_constant<int, kColumns>{}); break;
-          default: run(std::integral_constant<int, 2>{});
-        }
-      }
+      in_columns(columns, [&](auto number, int64_t j) FASTCNN_INLINE_LAMBDA {
+        multiply_rows<kRows, number.value>(a + r * a_stride, a_stride, 1, b + j, columns, std::min(kDepth, depth - c),
+                                           sums + r * columns + j, c > 0);
+      });
   }
 }
 
-int64_t tiles_across(const WinogradTask& task) { return (task.out_w + 1) / 2; }
-int64_t tiles_per_image(const WinogradTask& task) { return (task.out_h + 1) / 2 * tiles_across(task); }
-int64_t tiles(const WinogradTask& task) { return task.shape.N * tiles_per_image(task); }
-
-// A group's outputs are cut into panels of at most 64, all multiples of 16: how many, and where each begins.
-int64_t panels(int64_t outputs) { return (outputs + 63) / 64; }
-int64_t panel_begin(int64_t outputs, int64_t panel) { return outputs / 16 * panel / panels(outputs) * 16; }
-
-// Of a tile's first output.
-struct Position {
-  int64_t n, y, x;
-};
-
-Position position_of(const WinogradTask& task, int64_t tile) {
-  const int64_t across = tiles_across(task), in_image = tile % tiles_per_image(task);
-  return {tile / tiles_per_image(task), in_image / across * 2, in_image % across * 2};
-}
-
-// To v: 16 matrices of tiles x channels, `plane` elements apart.
-template <bool masked>
-void transform_input(const WinogradTask& task, int64_t begin, int64_t end, float* v, int64_t plane) {
-  static constexpr float zeros[kLane] = {};
-  const Shape& s = task.shape;
-  for (int64_t i = begin; i < end; ++i, v += s.C) {
-    const Position tile = position_of(task, i);
-    int64_t pixel[4][4];  // outside the map: -1
-    for (int y = 0; y < 4; ++y)
-      for (int x = 0; x < 4; ++x) {
-        const int64_t h = tile.y + y - task.padding[0], w = tile.x + x - task.padding[1];
-        pixel[y][x] = h >= 0 && h < s.H && w >= 0 && w < s.W ? ((tile.n * s.H + h) * s.W + w) * s.C : -1;
-      }
-    for (int64_t c = 0; c < s.C; c += kLane) {
-      Floats d[4][4];
-      for (int y = 0; y < 4; ++y) {
-        Floats in[4];
-        for (int x = 0; x < 4; ++x) {
-          const int64_t at = pixel[y][x] + c;
-          in[x] = load(pixel[y][x] < 0 ? zeros : task.x + at);
-          if (masked && pixel[y][x] >= 0) in[x] = where_set<float>(load_bits(task.x_mask, at), in[x]);
-        }
-        d[y][0] = in[0] - in[2];
-        d[y][1] = in[1] + in[2];
-        d[y][2] = in[2] - in[1];
-        d[y][3] = in[1] - in[3];
-      }
-      for (int x = 0; x < 4; ++x) {
-        store(v + (0 + x) * plane + c, d[0][x] - d[2][x]);
-        store(v + (4 + x) * plane + c, d[1][x] + d[2][x]);
-        store(v + (8 + x) * plane + c, d[2][x] - d[1][x]);
-        store(v + (12 + x) * plane + c, d[1][x] - d[3][x]);
-      }
-    }
-  }
-}
-
-// From m: 16 matrices of tiles x columns, which are the outputs from `first` on. `largest` are bits of magnitudes,
-// which are in the order of the values, with NaN last.
+// From m: 16 matrices of tiles x columns, which are the outputs from `first` on.
 template <bool masked>
 void transform_output(const WinogradTask& task, int64_t begin, int64_t end, int64_t first, int64_t columns,
                       const float* m, int64_t plane, IntVec<float>& largest) {
@@ -147,8 +53,7 @@ void transform_output(const WinogradTask& task, int64_t begin, int64_t end, int6
       for (int y = 0; y < 2; ++y)
         for (int x = 0; x < 2; ++x) {
           if ((y && !below) || (x && !right)) continue;
-          const IntVec<float> magnitude = (IntVec<float>)out[y][x] & 0x7fffffff;
-          largest = magnitude > largest ? magnitude : largest;
+          keep_larger(largest, out[y][x]);
           const int64_t pixel = (tile.n * task.out_h + tile.y + y) * task.out_w + tile.x + x;
           if (task.addend) out[y][x] += load(task.addend + pixel * K + first + k);
           if (task.relu) out[y][x] = out[y][x] < 0 ? Floats{} : out[y][x];  // NaN of the addend stays
@@ -169,18 +74,15 @@ void transform_output(const WinogradTask& task, int64_t begin, int64_t end, int6
 // Tiles of a block: few enough that their matrices stay in cache, but a few dozen, or the weights are read too often.
 int64_t block_tiles(const WinogradTask& task) {
   constexpr int64_t kBytes = 768 << 10;
-  const int64_t most = kBytes / (16 * sizeof(float)) / (task.shape.C + 64);
+  const int64_t most = kBytes / (16 * sizeof(float)) / (task.shape.C + kPanel);
   return std::clamp<int64_t>(most, 48, 192) / kRows * kRows;
 }
-
-// Elements from matrix to matrix: a little more than theirs, or the same place of all 16 falls on one cache line.
-int64_t plane_of(int64_t tiles, int64_t columns) { return tiles * columns + 16; }
 
 int64_t units(const WinogradTask& task) { return (tiles(task) + kRows - 1) / kRows; }
 
 int64_t scratch_bytes(const WinogradTask& task) {
   const int64_t rows = block_tiles(task);
-  return 16 * (plane_of(rows, task.shape.C) + plane_of(rows, 64)) * static_cast<int64_t>(sizeof(float));
+  return 16 * (plane_of(rows, task.shape.C) + plane_of(rows, kPanel)) * static_cast<int64_t>(sizeof(float));
 }
 
 void run(const WinogradTask& task, int64_t begin, int64_t end, void* scratch) {
@@ -194,14 +96,15 @@ void run(const WinogradTask& task, int64_t begin, int64_t end, void* scratch) {
     const int64_t v_plane = plane_of(rows, task.shape.C);
     Scratch pieces(scratch);
     float* const v = pieces.take<float>(16 * v_plane);
-    float* const m = pieces.take<float>(16 * plane_of(rows, 64));
-    (task.x_mask ? transform_input<true> : transform_input<false>)(task, first, first + count, v, v_plane);
+    float* const m = pieces.take<float>(16 * plane_of(rows, kPanel));
+    const auto transform = task.x_mask ? transform_input<true> : transform_input<false>;
+    transform(task, task.x_mask, first, first + count, 0, task.shape.C, v, v_plane);
     for (int i = 0; i < 16; ++i)  // padding rows are ignored; zero them so that denormals do not slow the product
       std::fill_n(v + i * v_plane + count * task.shape.C, (rows - count) * task.shape.C, 0.0f);
     const float* weight = task.weight;
     for (int64_t g = 0; g < task.groups; ++g)
-      for (int64_t p = 0; p < panels(K); ++p) {
-        const int64_t from = panel_begin(K, p), columns = panel_begin(K, p + 1) - from;
+      for (int64_t p = 0; p < panels(K, kPanel); ++p) {
+        const int64_t from = panel_begin(K, kPanel, p), columns = panel_begin(K, kPanel, p + 1) - from;
         const int64_t m_plane = plane_of(rows, columns);
         for (int i = 0; i < 16; ++i, weight += C * columns)
           multiply(v + i * v_plane + g * C, task.shape.C, weight, rows, C, columns, m + i * m_plane);
@@ -209,21 +112,20 @@ void run(const WinogradTask& task, int64_t begin, int64_t end, void* scratch) {
                                                                            columns, m, m_plane, largest);
       }
   }
-  uint32_t most = 0;
-  for (int l = 0; l < kLane; ++l) most = std::max(most, static_cast<uint32_t>(largest[l]));
-  for (uint32_t seen = task.largest->load(); seen < most && !task.largest->compare_exchange_weak(seen, most);) {
-  }
+  report(largest, *task.largest);
 }
 
-int64_t weight_units(const WinogradWeightTask& task) { return task.groups * panels(task.outputs) * task.channels; }
+int64_t weight_units(const WinogradWeightTask& task) {
+  return task.groups * panels(task.outputs, kPanel) * task.channels;
+}
 
 // G g G', in double, for one channel of one panel.
 void transform_weight(const WinogradWeightTask& task, int64_t begin, int64_t end, void*) {
   constexpr int kSome = 16;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t C = task.channels, K = task.outputs;
-    const int64_t c = unit % C, p = unit / C % panels(K), g = unit / C / panels(K);
-    const int64_t from = panel_begin(K, p), columns = panel_begin(K, p + 1) - from, plane = C * columns;
+    const int64_t c = unit % C, p = unit / C % panels(K, kPanel), g = unit / C / panels(K, kPanel);
+    const int64_t from = panel_begin(K, kPanel, p), columns = panel_begin(K, kPanel, p + 1) - from, plane = C * columns;
     float* const out = task.out + 16 * C * (g * K + from) + c * columns;
     const float* in = task.weight + g * task.stride[0] + from * task.stride[1] + c * task.stride[2];
     for (int64_t k = 0; k < columns; k += kSome, in += kSome * task.stride[1]) {

@@ -6,18 +6,23 @@
 
 namespace fastcnn {
 
-// A convolution with 3x3 windows in steps of 1, float32, channels_last; channels and outputs of a group are multiples
-// of 16. A unit is a few tiles of 2x2 outputs.
-struct WinogradTask {
+// Of a convolution with 3x3 windows in steps of 1, float32, channels_last; channels and outputs of a group are
+// multiples of 16.
+struct WinogradMaps {
   Shape shape;  // of x
   int64_t out_h, out_w, outputs, groups, padding[2];
-  bool relu, pool;                          // pool: the maximum of each whole tile
-  const float *x, *weight, *bias, *addend;  // weight: transformed; addend: as out, dense; bias, addend: may be null
-  const uint8_t* x_mask;                    // null, or a bit for each element of x: whether it counts
+  const float* x;
+  std::atomic<uint32_t>* largest;  // gets the bits of the largest magnitude of the results; NaN is larger than inf
+};
+
+// The convolution. A unit is a few tiles of 2x2 outputs. Its largest magnitude is that before ReLU.
+struct WinogradTask : WinogradMaps {
+  bool relu, pool;                      // pool: the maximum of each whole tile
+  const float *weight, *bias, *addend;  // weight: transformed; addend: as out, dense; bias, addend: may be null
+  const uint8_t* x_mask;                // null, or a bit for each element of x: whether it counts
   float* out;
-  int64_t out_stride;              // elements from pixel to pixel
-  uint8_t* out_mask;               // null, or a bit for each element before pooling: whether ReLU passes the gradient
-  std::atomic<uint32_t>* largest;  // the bits of the largest magnitude before ReLU; NaN is larger than inf
+  int64_t out_stride;  // elements from pixel to pixel
+  uint8_t* out_mask;   // null, or a bit for each element before pooling: whether ReLU passes the gradient
 };
 
 // Its weights, transformed: for each group and each panel of its outputs, 16 matrices of channels x outputs. A unit is
@@ -27,6 +32,17 @@ struct WinogradWeightTask {
   const float* weight;
   float* out;
   int64_t stride[5];  // of the weight's groups, outputs, channels, rows and columns
+};
+
+// The gradients of its weight and bias, each as a number of terms to be summed up: those of so many equal parts of the
+// tiles. A unit is a panel of outputs and one of channels, in one part.
+struct WinogradGradientTask : WinogradMaps {
+  int64_t parts;
+  const float* dy;
+  const uint8_t* dy_mask;  // null, or a bit for each element of dy: whether it counts
+  float* dw;
+  int64_t stride[5];  // of dw's parts, outputs, channels, rows and columns
+  float* db;          // parts x outputs, or null
 };
 
 }  // namespace fastcnn

@@ -8,6 +8,7 @@ namespace fastcnn {
 
 struct winograd;
 struct winograd_weight;
+struct winograd_gradient;
 
 static void winograd_weight_op(Tensor weight, Tensor out, int64_t groups, bool turned) {
   const int64_t of_out = weight.size(0) / groups, of_in = weight.size(1);
@@ -30,20 +31,26 @@ static void winograd_weight_op(Tensor weight, Tensor out, int64_t groups, bool t
   parallel<winograd_weight>(task, out.numel());
 }
 
+static void set_maps(WinogradMaps& maps, const Tensor& x, int64_t outputs, const Ints& padding, int64_t groups) {
+  STD_TORCH_CHECK(padding.size() == 2, "padding must have 2 elements, but has ", padding.size());
+  STD_TORCH_CHECK(x.size(1) > 0 && groups > 0, "there must be channels and groups");
+  STD_TORCH_CHECK(x.size(1) % (16 * groups) == 0 && outputs % (16 * groups) == 0,
+                  "channels of a group must be multiples of 16");
+  expect("input", x, DType::float32, x.numel());
+  maps.shape = {x.size(0), x.size(1), x.size(2), x.size(3), true};
+  maps.outputs = outputs, maps.groups = groups, maps.padding[0] = padding[0], maps.padding[1] = padding[1];
+  maps.out_h = maps.shape.H + 2 * padding[0] - 2, maps.out_w = maps.shape.W + 2 * padding[1] - 2;
+  maps.x = static_cast<const float*>(x.const_data_ptr());
+}
+
 // Returns the largest magnitude before ReLU. Non-finite: the caller must fall back to another algorithm.
 static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight, std::optional<Tensor> bias,
                           std::optional<Tensor> addend, Tensor out, int64_t first, std::optional<Tensor> out_mask,
                           Ints padding, int64_t groups, bool relu, bool pool) {
   WinogradTask task{};
-  STD_TORCH_CHECK(padding.size() == 2, "padding must have 2 elements, but has ", padding.size());
-  STD_TORCH_CHECK(x.size(1) > 0 && groups > 0, "there must be channels and groups");
-  const int64_t N = x.size(0), C = x.size(1), K = weight.numel() / 16 * groups / C, channels = out.size(1);
-  task.shape = {N, C, x.size(2), x.size(3), true};
-  task.outputs = K, task.groups = groups, task.padding[0] = padding[0], task.padding[1] = padding[1];
-  task.out_h = task.shape.H + 2 * padding[0] - 2, task.out_w = task.shape.W + 2 * padding[1] - 2;
-  const int64_t elements = N * K * task.out_h * task.out_w;
-  STD_TORCH_CHECK(C % (16 * groups) == 0 && K % (16 * groups) == 0, "channels of a group must be multiples of 16");
-  expect("input", x, DType::float32, x.numel());
+  const int64_t K = x.size(1) ? weight.numel() / 16 * groups / x.size(1) : 0, channels = out.size(1);
+  set_maps(task, x, K, padding, groups);
+  const int64_t N = x.size(0), C = x.size(1), elements = N * K * task.out_h * task.out_w;
   expect("weight", weight, DType::float32, C / groups * K * 16);
   STD_TORCH_CHECK(first >= 0 && first + K <= channels, "out has ", channels, " channels, too few");
   STD_TORCH_CHECK(!addend || !pool, "no pool takes an addend");
@@ -55,7 +62,6 @@ static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight,
   if (x_mask) expect_bytes("mask", *x_mask, x.numel() / 8, 1);
   if (out_mask) expect_bytes("mask", *out_mask, elements / 8, 1);
   task.relu = relu, task.pool = pool;
-  task.x = static_cast<const float*>(x.const_data_ptr());
   task.x_mask = data_or_null<const uint8_t>(x_mask);
   task.weight = static_cast<const float*>(weight.const_data_ptr());
   task.bias = data_or_null<const float>(bias);
@@ -68,11 +74,40 @@ static double winograd_op(Tensor x, std::optional<Tensor> x_mask, Tensor weight,
   return std::bit_cast<float>(largest.load());
 }
 
+// Returns the largest magnitude. Non-finite: the caller must fall back to another algorithm.
+static double winograd_gradient_op(Tensor x, Tensor dy, std::optional<Tensor> dy_mask, Tensor dw,
+                                   std::optional<Tensor> db, Ints padding, int64_t groups) {
+  WinogradGradientTask task{};
+  STD_TORCH_CHECK(dw.dim() == 5, "the weight's gradient must have 5 dimensions: parts and those of the weight");
+  const int64_t C = x.size(1), K = dw.size(1);
+  set_maps(task, x, K, padding, groups);
+  task.parts = dw.size(0);
+  expect("grad", dy, DType::float32, x.size(0) * K * task.out_h * task.out_w);
+  STD_TORCH_CHECK(task.parts > 0 && dw.size(2) == C / groups && dw.size(3) == 3 && dw.size(4) == 3,
+                  "the weight's gradient must have parts of the shape of the weight");
+  expect("the weight's gradient", dw, DType::float32, task.parts * K * C / groups * 9);
+  if (dy_mask) expect_bytes("mask", *dy_mask, dy.numel() / 8, 1);
+  if (db) expect("the bias's gradient", *db, DType::float32, task.parts * K);
+  task.dy = static_cast<const float*>(dy.const_data_ptr());
+  task.dy_mask = data_or_null<const uint8_t>(dy_mask);
+  task.dw = static_cast<float*>(dw.mutable_data_ptr());
+  for (int i = 0; i < 5; ++i) task.stride[i] = dw.stride(i);
+  task.db = data_or_null<float>(db);
+  std::atomic<uint32_t> largest = 0;
+  task.largest = &largest;
+  parallel<winograd_gradient>(task, dy.numel() * 4 * (C / groups));  // as many products
+  return std::bit_cast<float>(largest.load());
+}
+
 FASTCNN_OP(fastcnn_cpu, CPU, winograd,
            "(Tensor input, Tensor? input_mask, Tensor weight, Tensor? bias, Tensor? addend, Tensor(a!) out, int first, "
            "Tensor(b!)? out_mask, int[] padding, int groups, bool relu, bool pool) -> float",
            winograd_op)
 FASTCNN_OP(fastcnn_cpu, CPU, winograd_weight, "(Tensor weight, Tensor(a!) out, int groups, bool turned) -> ()",
            winograd_weight_op)
+FASTCNN_OP(fastcnn_cpu, CPU, winograd_gradient,
+           "(Tensor input, Tensor grad, Tensor? grad_mask, Tensor(a!) weight_grad, Tensor(b!)? bias_grad, "
+           "int[] padding, int groups) -> float",
+           winograd_gradient_op)
 
 }  // namespace fastcnn

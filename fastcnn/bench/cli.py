@@ -21,7 +21,7 @@ from .measure import Budget, measure
 from .network_workload import NetworkWorkload
 from .networks import NETWORK_DTYPES, NETWORK_MODES, NETWORKS, check_size, select_networks
 from .operator_workload import OperatorWorkload
-from .operators import MODES, OPERATORS, SHAPES, select
+from .operators import CONVOLUTIONS, MODES, OPERATORS, SHAPES, select
 from .providers import NetworkProvider, OperatorProvider, network_providers, operator_providers
 from .rows import Row
 from .serve_cli import serve
@@ -52,6 +52,9 @@ def main() -> None:
 def kernels(
     op: Annotated[list[str] | None, typer.Option(help=f"Operator: {', '.join(OPERATORS)}. Repeat for more.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help=f"N,C,H,W or {', '.join(SHAPES)} (of AlexNet).")] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(help=f"Convolution: {', '.join(CONVOLUTIONS)}; all. Repeat for more.")
+    ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=", ".join(DTYPES))] = None,
     format: Annotated[list[str] | None, typer.Option(help=", ".join(FORMATS))] = None,
     mode: Annotated[list[str] | None, typer.Option(help=", ".join(MODES))] = None,
@@ -83,6 +86,7 @@ def kernels(
         formats=among("--format", format, FORMATS),
         modes=among("--mode", mode, MODES),
         batch=batch,
+        layers=list(CONVOLUTIONS) if layer == ["all"] else among("--layer", layer, CONVOLUTIONS),
         full=full,
     )
     if not cases:

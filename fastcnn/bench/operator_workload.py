@@ -38,7 +38,8 @@ class OperatorWorkload:
         self.case, self.device = case, device
         self.operator = OPERATORS[case.op]
         self.flop = self.operator.flop(case)
-        self.checked = case.shape[0] if self.operator.weight_shape else CHECKED_IMAGES
+        is_whole = self.operator.weight_shape or self.operator.of_the_batch
+        self.checked = case.shape[0] if is_whole else CHECKED_IMAGES
         dtype, format = DTYPES[case.dtype], FORMATS[case.format]
         if self.operator.takes_pictures:
             self.x = pictures(case.shape, source, device)

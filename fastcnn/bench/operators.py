@@ -107,6 +107,7 @@ class Operator:
         usual: dtypes and modes that are run unless others are asked for.
         mapped: modes that are usual in mapped memory too.
         modes: that it has.
+        of_the_batch: whether an image's output depends on the others.
         takes_pictures: whether its input is pictures in bytes, of shape (N, H, W, C).
         moved: (case, element size) -> the bytes that it must read and write, where these are not the elements of input
             and output.
@@ -129,6 +130,7 @@ class Operator:
     usual: Collection[tuple[str, str]] = (("fp32", "forward"), ("fp32", "forward+backward"))
     mapped: Collection[str] = ()
     modes: Collection[str] = MODES
+    of_the_batch: bool = False
     takes_pictures: bool = False
     moved: Callable[[Case, int], int] | None = None
     compilable: Callable[..., Tensor] | None = None
@@ -190,6 +192,25 @@ def _one_maximum(case: Case, x: Tensor) -> Tensor:
     (kh, kw), (sh, sw), *_ = POOL.op_args()
     largest = z.unfold(2, kh, sh).unfold(3, kw, sw).flatten(-2).topk(2).values
     return largest[..., 0] - largest[..., 1] > 8 * torch.finfo(x.dtype).eps * largest[..., 0]
+
+
+def _torch_norm(x: Tensor) -> Tensor:
+    return F.max_pool2d(F.relu(F.batch_norm(x, None, None, training=True)), *POOL.op_args())
+
+
+def _one_maximum_of_norm(case: Case, x: Tensor) -> Tensor:
+    """Whether the maximum of each window is above zero, and above the others, by more than the rounding."""
+    z = reference.batch_norm_relu_max_pool2d(x.double(), None, None, training=True)
+    (kh, kw), (sh, sw), *_ = POOL.op_args()
+    largest = z.unfold(2, kh, sh).unfold(3, kw, sw).flatten(-2).topk(2).values
+    return largest[..., 0] - largest[..., 1] > 8 * torch.finfo(x.dtype).eps * (1 + largest[..., 0])
+
+
+def _norm_bytes(case: Case, element_size: int) -> int:
+    """In two passes each: x twice, and in backward the gradient and the argmax twice."""
+    x, y = prod(case.shape), prod(_pooled(case))
+    forward, backward = (2 * x + y) * element_size, (3 * x + 2 * y) * element_size + 2 * y
+    return {"forward": forward, "backward": backward, "forward+backward": forward + y + backward}[case.mode]
 
 
 def _convolved(case: Case) -> Shape:
@@ -289,6 +310,18 @@ OPERATORS = {
             },
             usual=(("fp32", "forward"), ("fp32", "forward+backward"), ("bf16", "forward")),
         ),
+        Operator(
+            "batch_norm_relu_max_pool2d",
+            lambda x: FF.batch_norm_relu_max_pool2d(x, None, None, training=True, pool=POOL),
+            _torch_norm,
+            lambda x: reference.batch_norm_relu_max_pool2d(x, None, None, training=True, pool=POOL),
+            lambda x, y, weight: 3 * x + 2 * y,
+            output_shape=_pooled,
+            argmax=True,
+            decided=_one_maximum_of_norm,
+            of_the_batch=True,
+            moved=_norm_bytes,
+        ),
         _augment("augment", None),
         _augment("augment_resized", 0.01),
     )
@@ -305,12 +338,14 @@ def select(
     formats: Collection[str] = (),
     modes: Collection[str] = (),
     batch: int | None = None,
+    layers: Collection[str] = (),
     full: bool = False,
 ) -> list[Case]:
     """The cases to run: those asked for where something is, otherwise the usual ones, with ``full`` all there are.
 
     Usual are the shape of stage 1 (conv2's for the convolution) and both formats, which follow one another; what else
-    is in the operator's record. ``batch`` takes the place of every N.
+    is in the operator's record. ``batch`` takes the place of every N. With ``layers``, keys of CONVOLUTIONS, the
+    cases are the convolutions of these layers instead, of 32 images.
     """
     cases = []
     for op, mode, dtype in product(ops or OPERATORS, modes or MODES, dtypes or ("fp32", "bf16")):
@@ -321,12 +356,18 @@ def select(
         usual_dtype = dtype == "fp32" or (dtype, mode) in operator.usual
         if not (full or ((modes or usual_mode) and (dtypes or usual_dtype))):
             continue
-        for n, c, h, w in shapes or list(operator.shapes)[: None if full else 1]:
+        inputs: list[tuple[str | None, Shape]] = [
+            (None, s) for s in shapes or list(operator.shapes)[: None if full else 1]
+        ]
+        if layers:
+            found = [(name, CONVOLUTIONS[name]) for name in layers if op == "conv2d_relu"]
+            inputs = [(name, (32, layer.channels, layer.size, layer.size)) for name, layer in found]
+        for name, (n, c, h, w) in inputs:
             if operator.takes_pictures and c != 3:
                 continue
             memories = ["fresh"]
             if mode in (operator.into if full else operator.mapped):
                 memories.append("mapped")
             for memory, format in product(memories, formats or FORMATS):
-                cases.append(Case(op, (batch or n, c, h, w), dtype, format, mode, memory))
+                cases.append(Case(op, (batch or n, c, h, w), dtype, format, mode, memory, name))
     return cases

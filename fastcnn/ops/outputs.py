@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..memory_format import format_of, output_format
-from ..params import AugmentParams, ConvBackwardParams, ConvParams, PoolParams, pooled_size
+from ..params import AugmentParams, BatchNormParams, ConvBackwardParams, ConvParams, PoolParams, opmath, pooled_size
 
 
 def empty_output(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -44,6 +44,22 @@ def argmax_dtype(pool: PoolParams) -> torch.dtype:
 def tail_gradients(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of a tail's input and of its bias, empty without one."""
     return empty_output(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def normalized(x: Tensor, norm: BatchNormParams, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and argmax of a batch norm with its pool, and mean and variance of each channel.
+
+    What only backward needs is empty where it is not kept: argmax, and statistics that are not the batch's.
+    """
+    channels = x.shape[1] if norm.training or keep else 0
+    mean, var = (x.new_empty(channels, dtype=opmath(x.dtype)) for _ in range(2))
+    return *pooled(x, norm.pool, keep and norm.pool is not None), mean, var
+
+
+def norm_gradients(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a batch norm's input, weight and bias, empty without these."""
+    dweight, dbias = (x.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias))
+    return empty_output(x), dweight, dbias
 
 
 def convolved(x: Tensor, weight: Tensor, conv: ConvParams, with_mask: bool) -> tuple[Tensor, Tensor]:

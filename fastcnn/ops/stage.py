@@ -1,4 +1,4 @@
-"""A whole stage, convolution -> ReLU? -> LRN? -> max-pool?, from the operators that take the fewest passes."""
+"""A whole stage, convolution -> batch norm? -> ReLU? -> LRN? -> max-pool?, from the operators of the fewest passes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,8 +12,10 @@ from torch import Tensor
 from .. import backends
 from ..memory_format import is_channels_last
 from ..params import ConvParams, LRNParams, PoolParams, pooled_size
+from .batch_norm_relu_max_pool2d import batch_norm_relu_max_pool2d
 from .conv2d_relu import conv2d_relu
 from .cpu import winograd as _winograd
+from .cpu.convolution import Convolution
 from .lrn import local_response_norm
 from .max_pool2d import max_pool2d
 from .overridable import overridable
@@ -21,10 +23,13 @@ from .packed import contents_of
 from .register import needs_grad
 from .relu_lrn_max_pool2d import relu_lrn_max_pool2d
 
-# Below these a call of ours costs more than it saves, and torch's runs: products of a convolution that is trained, and
-# of one that is not; outputs of a pool in NCHW, and in channels_last; pixels for which the weight is transformed anew
-# in each call.
-_TRAINED, _FROZEN, _POOLED, _POOLED_LAST, _TRANSFORMED = 1 << 27, 1 << 24, 1 << 14, 1 << 19, 1 << 10
+# Below these a call of ours costs more than it saves, and torch's runs: products of a convolution with ReLU that is
+# trained, and of any other; outputs of a pool in NCHW, and in channels_last; elements of a batch norm's input in
+# training, and in evaluation; pixels for which the weight is transformed anew in each call. Forward and gradients of
+# convolutions that are trained, in channels_last, took torch 1.0 to 1.6 times as long above the limits, with 16 to 512
+# channels and maps of 4x4 to 112x112 on 2 threads with AVX-512.
+_TRAINED, _PLAIN, _POOLED, _POOLED_LAST, _TRANSFORMED = 1 << 27, 1 << 24, 1 << 14, 1 << 19, 768
+_NORMALIZED, _NORMALIZED_LATER = 1 << 19, 1 << 21
 
 
 @overridable("x", "weight", "bias")
@@ -51,7 +56,7 @@ def fastest_stage(
     pool: PoolParams | None,
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """What runs a stage on tensors like these, in the memory format that they have."""
-    convolve = _convolution(x, weight, *arguments)
+    convolve = _convolution(x, weight, bias, *arguments)
     pool_args = None if pool is None else pool.op_args()
 
     def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> Tensor:
@@ -72,14 +77,53 @@ def fastest_stage(
         return by_conv2d_relu if relu and lrn is None and (pool is None or is_frozen) else fused
     conv, asymmetric = ConvParams.of(x, weight, bias, *arguments)
     shape = conv.output_shape(x.shape, weight.shape)
-    is_trained = needs_grad(weight, bias)
-    if relu and math.prod(shape) * weight[0].numel() >= (_TRAINED if is_trained else _FROZEN):
-        by_winograd = not asymmetric and _winograd.runs(x, weight, *conv.op_args())
-        if by_winograd and (not weight.requires_grad or shape[0] * shape[2] * shape[3] >= _TRANSFORMED):
-            return by_conv2d_relu
-        if is_frozen and lrn is None:
-            return by_conv2d_relu
+    is_large = _products(x, weight, conv) >= (_TRAINED if needs_grad(weight, bias) else _PLAIN)
+    by_winograd = not asymmetric and _is_faster_by_winograd(x, weight, conv)
+    if relu and is_large and (by_winograd or (is_frozen and lrn is None)):
+        return by_conv2d_relu
     return by_torch if lrn is None and (pool is None or _is_small(shape, is_channels_last(x), pool)) else fused
+
+
+def _products(x: Tensor, weight: Tensor, conv: ConvParams) -> int:
+    return math.prod(conv.output_shape(x.shape, weight.shape)) * weight[0].numel()
+
+
+def _is_faster_by_winograd(x: Tensor, weight: Tensor, conv: ConvParams) -> bool:
+    batch, _, height, width = conv.output_shape(x.shape, weight.shape)
+    is_large = not weight.requires_grad or batch * height * width >= _TRANSFORMED
+    return is_large and _products(x, weight, conv) >= _PLAIN and _winograd.runs(x, weight, *conv.op_args())
+
+
+def rectifies_by_itself(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> bool:
+    """Whether the fastest convolution with a ReLU is one operator, and not the two one after the other."""
+    run = fastest_stage(x, weight, bias, *arguments, relu=True, lrn=None, pool=None)
+    return isinstance(run, partial) and run.func is _by_conv2d_relu
+
+
+def run_norm(
+    x: Tensor,
+    statistics: tuple[Tensor | None, Tensor | None],
+    affine: tuple[Tensor | None, Tensor | None],
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    relu: bool,
+    relu_first: bool,
+    lrn: LRNParams | None,
+    pool: PoolParams | None,
+) -> Tensor:
+    """Batch norm with a ReLU after or before it, if any, then LRN? -> max-pool?, by whatever is fastest."""
+    arguments = *statistics, *affine, training, momentum, eps
+    least = 0 if torch.compiler.is_compiling() else _NORMALIZED if training else _NORMALIZED_LATER
+    if x.dim() != 4 or not x.is_cpu or x.numel() < least:  # on GPUs, where ours was not measured yet, cuDNN's
+        y, relu_last = F.batch_norm(torch.relu(x) if relu and relu_first else x, *arguments), relu and not relu_first
+        if lrn or pool:
+            return run_tail(y, relu=relu_last, lrn=lrn, pool=pool)
+        return torch.relu_(y) if relu_last else y
+    own_pool = None if lrn else pool
+    y = batch_norm_relu_max_pool2d(x, *arguments, relu=relu, relu_first=relu_first, pool=own_pool)
+    return _tail(y, False, lrn, pool) if lrn else y
 
 
 def _is_small(shape: Sequence[int], channels_last: bool, pool: PoolParams) -> bool:
@@ -94,8 +138,16 @@ def _by_conv2d_relu(
     return _tail(conv2d_relu(x, weight, bias, *arguments), relu=False, **norm_and_pool)
 
 
-def _convolution(x: Tensor, weight: Tensor, *arguments: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """torch's, which would bring the weight into the format of the input itself, but again for backward."""
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """By Winograd's algorithm, or torch's.
+
+    The latter would bring the weight into the format of the input itself, but again for backward.
+    """
+
+    def by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return Convolution.apply(x, weight, bias, conv)
 
     def as_it_is(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.conv2d(x, weight, bias, *arguments)
@@ -109,7 +161,12 @@ def _convolution(x: Tensor, weight: Tensor, *arguments: Any) -> Callable[[Tensor
             weight = known.get("channels_last", lambda: weight.detach().contiguous(memory_format=torch.channels_last))
         return torch.conv2d(x, weight, bias, *arguments)
 
-    if weight.shape[2:] == (1, 1) or not is_channels_last(x) or is_channels_last(weight) or not _runs_on_cpu(x, weight):
+    if weight.shape[2:] == (1, 1) or not is_channels_last(x) or not _runs_on_cpu(x, weight):
+        return as_it_is
+    conv, asymmetric = ConvParams.of(x, weight, bias, *arguments)
+    if not asymmetric and _is_faster_by_winograd(x, weight, conv):
+        return by_winograd
+    if is_channels_last(weight):
         return as_it_is
     return trained if weight.requires_grad else frozen
 

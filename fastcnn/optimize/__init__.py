@@ -30,13 +30,14 @@ def optimize(
 ) -> nn.Module:
     """The same model with fused calls: same outputs, gradients, side effects, ``state_dict`` and train/eval behaviour.
 
-    Convolution -> ReLU [-> LRN] [-> max-pool], [ReLU ->] LRN [-> max-pool], ReLU -> max-pool, and single LRN and
-    max-pool, be they layers or calls of functions, run as the operators of :mod:`fastcnn.functional`. The modules stay
-    as they are. TorchDynamo makes a graph of what a call runs when the first of its kind comes, which takes 0.1 to 3
-    seconds, and another where what it took for granted has changed: shapes, modes, hooks, layers, attributes. Where it
-    can make none, the plain forward runs, and the report says why; the modules in it then have graphs of their own. So
-    it does under ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.fx`` and the transforms of
-    ``torch.func``, all of which see the plain forward. While a graph is made ``torch.compiler.is_compiling()`` is True.
+    Convolution -> ReLU [-> LRN] [-> max-pool], [ReLU ->] LRN [-> max-pool], ReLU -> max-pool, single LRN and max-pool,
+    and on CPU batch norm, in training too, with a ReLU after or before it and what follows, be they layers or calls of
+    functions, run as the operators of :mod:`fastcnn.functional`. The modules stay as they are. TorchDynamo makes a
+    graph of what a call runs when the first of its kind comes, which takes 0.1 to 3 seconds, and another where what it
+    took for granted has changed: shapes, modes, hooks, layers, attributes. Where it can make none, the plain forward
+    runs, and the report says why; the modules in it then have graphs of their own. So it does under ``torch.compile``,
+    ``torch.export``, ``torch.jit.trace``, ``torch.fx`` and the transforms of ``torch.func``, all of which see the plain
+    forward. While a graph is made ``torch.compiler.is_compiling()`` is True.
 
     Inside a graph maps have the memory format in which they are fastest: channels_last on CPU, and on GPUs in 16 bits.
     Parameters keep theirs; gradients and whatever the caller sees have the strides that torch would give them. What

@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..memory_format import as_new, strides_of
 from ..params import FLOATING_DTYPES, LRNParams, PoolParams, TailParams
 from .report import Entry
-from .stage import LinearStage, Stage
+from .stage import LinearStage, NormStage, Stage
 
 # What may follow each other in a stage; any part may be missing.
 _MAPS = ("conv", "norm", "sum", "relu", "lrn", "pool")
 _VECTORS = ("linear", "relu", "dropout", "factor")
-_FOR_INFERENCE = {"norm", "sum", "linear", "dropout", "factor"}
+_FOR_INFERENCE = {"sum", "linear", "dropout", "factor"}
 
 
 @dataclass(eq=False)
@@ -57,8 +57,7 @@ def _conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1): 
 
 
 def _norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):  # type: ignore[no-untyped-def]
-    by_batch = training or running_mean is None or running_var is None
-    return input, {} if by_batch else {"norm": (weight, bias, running_mean, running_var, eps)}
+    return input, {"norm": (weight, bias, running_mean, running_var, training, momentum, eps)}
 
 
 def _relu(input, inplace=False):  # type: ignore[no-untyped-def]
@@ -164,7 +163,8 @@ def _read(nodes: Sequence[fx.Node]) -> Call | str:
         input, parts = _FUNCTIONS[node.target](*node.args, **node.kwargs)
     except (TypeError, ValueError, RuntimeError):  # as for a size that is a node of the graph
         return "its arguments are computed"
-    if "conv" in parts and any(isinstance(n, fx.Node) for n in pytree.tree_leaves(parts["conv"][2])):
+    numbers = parts.get("conv", ())[2:], parts.get("norm", ())[4:]
+    if any(isinstance(n, fx.Node) for n in pytree.tree_leaves(numbers)):
         return "its arguments are computed"
     if not isinstance(input, fx.Node) or not parts:
         return "it returns indices" if "return_indices" in node.kwargs else ""
@@ -247,6 +247,9 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
         if node.target is getattr and not node.users:  # of F.pad in deterministic mode
             graph.erase_node(node)
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    for node in [node for node in nodes if _only_counts(node)]:  # the calls of a batch norm, between its input and it
+        nodes[0].prepend(node)
+        nodes.remove(node)
     entries = []
     while nodes:
         first = _read(nodes)
@@ -264,6 +267,18 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
     return entries
 
 
+def _only_counts(node: fx.Node) -> bool:
+    """Whether a call adds to a number that nothing else in the graph reads."""
+    if node.target not in ("add_", operator.iadd) or node.users or not isinstance(node.args[1], int):
+        return False
+    counter = node.args[0]
+    assert isinstance(counter, fx.Node)
+    value = value_of(counter)
+    is_number = isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.int64
+    others = (user for user in counter.users if user.target not in ("add_", operator.iadd) or user.users)
+    return is_number and counter.op in ("placeholder", "get_attr") and not any(others)
+
+
 def _stage(first: Call, nodes: Sequence[fx.Node], inference: bool) -> tuple[list[Call], str]:
     """The calls that can run as one, starting with this; none if that gains nothing, or may not be, and why."""
     reason = ""
@@ -278,7 +293,7 @@ def _stage(first: Call, nodes: Sequence[fx.Node], inference: bool) -> tuple[list
             call = Call(call.nodes, call.parts["sum"], {"sum": call.input})
     if not stage:
         return [], ""
-    if parts[0] == "conv" and "relu" not in parts:
+    if parts[0] == "conv" and "relu" not in parts and (inference or "norm" not in parts):
         stage = [call for call in stage if not {"lrn", "pool"}.intersection(call.parts)]
         reason = "" if inference else "no ReLU is called on its output alone"  # but it may choose the memory format
     # The input is not written in place, and it is saved for backward, where torch's ReLU saves its own output.
@@ -298,22 +313,31 @@ def _follows(call: Call, stage: Sequence[Call], parts: Sequence[str], inference:
     new = [part for part in call.parts if part != "bias"]
     if not inference and _FOR_INFERENCE.intersection(new):
         return False
+    if inference and "norm" in new and _is_of_the_batch(call.parts["norm"]):
+        return False
     if "bias" in call.parts and (list(parts) != ["conv"] or stage[0].parts["conv"][1] is not None):
         return False
     if "conv" not in new and "linear" not in new and value_of(call.output).dtype != value_of(call.input).dtype:
         return False  # as under autocast
     if not stage:
-        return new[0] in ("conv", "relu", "lrn", "pool", "linear") and (
-            new[0] == "linear" or value_of(call.output).dim() == 4
-        )
+        first = ("conv", "relu", "lrn", "pool", "linear", *(() if inference else ("norm",)))
+        return new[0] in first and (new[0] == "linear" or value_of(call.output).dim() == 4)
     if "sum" in new and not _may_add(call):
         return False
     if "sum" in parts and new[0] != "relu":
         return False
     order = _VECTORS if parts[0] == "linear" else _MAPS
-    if not set(new) <= set(order) or order.index(new[0]) <= order.index(parts[-1]):
+    is_next = order.index(new[0]) > order.index(parts[-1]) if set(new) <= set(order) else False
+    is_norm_of_relu = not inference and new[0] == "norm" and parts[-1] == "relu"
+    if set(new).intersection(parts) or not (is_next or is_norm_of_relu):
         return False
     return call.input is stage[-1].output and set(call.input.users) <= set(call.nodes)
+
+
+def _is_of_the_batch(norm: tuple[Any, ...]) -> bool:
+    """Whether a batch norm has no statistics but those of the batch, or moves them."""
+    _, _, mean, variance, training, *_ = norm
+    return training or mean is None or variance is None
 
 
 def _may_add(call: Call) -> bool:
@@ -341,16 +365,21 @@ def _replace(graph: fx.Graph, stage: Sequence[Call], inference: bool) -> None:
         parameters = parts["linear"]
         run = LinearStage("relu" in parts, parts.get("factor", 1.0))
     else:
-        conv, eps = None, None
+        conv = eps = None
         if "conv" in parts:
             weight, bias, conv = parts["conv"]
             parameters = weight, parts.get("bias", bias)
         if "norm" in parts:
-            *norm, eps = parts["norm"]
-            others["norm"] = tuple(norm)
+            others["norm"], eps = parts["norm"][:4], parts["norm"][6]
         if "sum" in parts:
             others["addend"] = parts["sum"]
-        run = Stage(conv, eps, "relu" in parts, parts.get("lrn"), parts.get("pool"), inference=inference)
+        tail = parts.get("lrn"), parts.get("pool")
+        if "norm" in parts and not inference:
+            names = [*parts]
+            relu_first = "relu" in parts and names.index("relu") < names.index("norm")
+            run = NormStage(conv, parts["norm"][4:], "relu" in parts, relu_first, *tail)
+        else:
+            run = Stage(conv, eps, "relu" in parts, *tail, inference=inference)
     last = stage[-1].output
     with graph.inserting_before(last):
         node = graph.call_function(run, (stage[0].input, *parameters), others)
@@ -397,7 +426,11 @@ def _takes_any_format(user: fx.Node, node: fx.Node) -> bool:
 
 
 def _now(stage: Sequence[Call], inference: bool) -> str:
-    parts = [part for call in stage for part in call.parts if part not in ("norm", "dropout", "bias")]
+    parts = [part for call in stage for part in call.parts if part not in ("dropout", "bias")]
+    if "norm" in parts and not inference:
+        tail = [] if "lrn" not in parts else ["relu_lrn_max_pool2d" if "pool" in parts else "local_response_norm"]
+        return " + ".join(["conv2d"] * ("conv" in parts) + ["batch_norm_relu_max_pool2d", *tail])
+    parts = [part for part in parts if part != "norm"]
     if parts[0] == "linear":
         return "linear, packed"
     if parts[0] == "conv":  # by conv2d_relu or torch's operators, whichever is faster for the sizes of a call

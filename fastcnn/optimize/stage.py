@@ -12,7 +12,7 @@ from ..memory_format import as_new, output_format
 from ..ops.cpu import onednn
 from ..ops.packed import unchanged
 from ..ops.register import needs_grad
-from ..ops.stage import fastest_stage, fastest_tail, run_tail
+from ..ops.stage import fastest_stage, fastest_tail, rectifies_by_itself, run_norm, run_tail
 from ..params import ConvParams, LRNParams, PoolParams, TailParams
 from .inference import Convolution, Linear, Tail, normalized
 
@@ -129,6 +129,70 @@ class Stage:
         ):
             return None
         return Convolution(self, x, weight, bias, conv, tail)
+
+
+class NormStage(Stage):
+    """Convolution? -> ReLU? -> batch norm -> ReLU? -> LRN? -> max-pool?, with gradients, and one ReLU at most.
+
+    Args:
+        conv: as of :class:`Stage`.
+        norm: of the batch norm, whether it trains, momentum and eps.
+        relu_first: whether the ReLU is the first.
+        relu, lrn, pool: as of :class:`Stage`.
+    """
+
+    __name__ = "norm_stage"
+
+    def __init__(
+        self,
+        conv: tuple[Any, ...] | None,
+        norm: tuple[bool, float, float],
+        relu: bool,
+        relu_first: bool,
+        lrn: LRNParams | None,
+        pool: PoolParams | None,
+    ) -> None:
+        super().__init__(conv, None, relu, lrn, pool)
+        self.norm, self.relu_first = norm, relu_first
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm: tuple[Tensor | None, ...] = (),
+        addend: Tensor | None = None,
+    ) -> Tensor:
+        return self.planned(x, weight, bias)(x, weight, bias, norm)
+
+    def planned(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm: tuple[Any, ...] = (),
+        addend: Tensor | None = None,
+    ) -> Run:
+        if weight is None or self.conv is None:
+            return partial(self._normalized, None, self.relu)
+        convolution = Stage(self.conv, relu=self.relu_first and rectifies_by_itself(x, weight, bias, *self.conv))
+        return partial(
+            self._normalized, convolution._way(x, weight, bias, (), None), self.relu and not convolution.relu
+        )
+
+    def _normalized(
+        self,
+        convolve: Run | None,
+        relu: bool,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm: tuple[Tensor | None, ...] = (),
+    ) -> Tensor:
+        scale, shift, mean, variance = norm
+        y = x if convolve is None else convolve(x, weight, bias)
+        parts: dict[str, Any] = {"relu_first": self.relu_first, "lrn": self.lrn, "pool": self.pool}
+        return run_norm(y, (mean, variance), (scale, shift), *self.norm, relu=relu, **parts)
 
 
 def _are_alike(x: Tensor, *others: Tensor | None) -> bool:

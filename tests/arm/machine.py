@@ -45,6 +45,9 @@ _DTYPES = {
 _LEFT_OUT = "memory_op.o", "module.o"
 OPS = (
     "augment",
+    "batch_norm_relu_max_pool2d",
+    "batch_norm_relu_max_pool2d_backward",
+    "batch_norm_statistics",
     "direct_convolution",
     "fingerprint",
     "linear",
@@ -57,6 +60,7 @@ OPS = (
     "relu_mask",
     "relu_mask_backward",
     "winograd",
+    "winograd_gradient",
     "winograd_weight",
 )
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from promises import assert_bitwise, gradients, leaf, randn
+from promises import assert_bitwise, gradients, ident, leaf, randn
 from torch import Tensor
 
 import fastcnn
 import fastcnn.functional as FF
+from fastcnn.ops import stage
 from fastcnn.ops.cpu import winograd as _winograd
+from fastcnn.ops.cpu.convolution import Convolution
+from fastcnn.params import ConvParams
 
 pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="needs the C++ library")
 NAN, INF = float("nan"), float("inf")
@@ -122,6 +125,123 @@ def test_the_same_bits_whatever_the_threads_and_the_batch(threads: Callable[[int
         threads(number)
         assert_bitwise(convolve(x, weight, bias, (1, 1), 1)[0], y)
     assert_bitwise(convolve(x[2:4], weight, bias, (1, 1), 1)[0], y[2:4])
+
+
+# -- the weight's gradient --------------------------------------------------------------------------------------------
+
+
+def weight_gradients(x: Tensor, dy: Tensor, weight: Tensor, padding: tuple[int, int], groups: int) -> list[Tensor]:
+    """Those of weight and bias, by torch."""
+    args = [len(weight)], [1, 1], padding, [1, 1], False, [0, 0], groups, [False, True, True]
+    return list(torch.ops.aten.convolution_backward(dy, x, weight, *args)[1:])
+
+
+def of_output(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+    size = [x.shape[2 + i] + 2 * padding[i] - 2 for i in (0, 1)]
+    return randn(len(x), len(weight), *size, seed=4, format=torch.channels_last)
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small maps are cut into parts as large ones are."""
+    monkeypatch.setattr(_winograd, "_TILES_OF_A_PART", 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "padding"),
+    [(s, p) for s in SHAPES for p in PADDINGS if min(s[3] + 2 * p[0], s[4] + 2 * p[1]) >= 3],
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_weight_gradient_of_every_size(kernel, in_parts, groups, shape, padding):
+    n, c, k, h, w = shape
+    x, weight, _ = arguments(n, c * groups, k * groups, h, w, groups)
+    dy = of_output(x, weight, padding)
+    exact = weight_gradients(x.double(), dy.double(), weight.double(), padding, groups)
+    for strided in (weight, weight.to(memory_format=torch.channels_last), weight.transpose(2, 3).clone().mT):
+        dw, db = _winograd.weight_gradient(x, dy, strided, list(padding), groups, with_bias=True)
+        assert dw.stride() == torch.empty_like(strided).stride()
+        assert error(dw, exact[0]) <= 1e-6
+        assert error(db, exact[1]) <= 1e-6
+        alone, no_bias = _winograd.weight_gradient(x, dy, strided, list(padding), groups)
+        assert no_bias is None
+        assert_bitwise(alone, dw)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 32, 28, 28), (1, 64, 64, 30, 31), (3, 144, 48, 13, 13), (2, 64, 64, 97, 98), (16, 64, 16, 3, 4)]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("positive", ["nothing", "input", "both"])
+def test_error_of_the_weight_gradient_is_at_most_twice_that_of_torch(kernel, positive, groups, shape):
+    n, c, k, h, w = shape
+    x, weight, _ = arguments(n, c * groups, k * groups, h, w, groups)
+    dy = of_output(x, weight, (1, 1))
+    if positive != "nothing":
+        x.relu_()
+    if positive == "both":
+        dy.relu_()
+    exact = weight_gradients(x.double(), dy.double(), weight.double(), (1, 1), groups)
+    theirs = weight_gradients(x, dy, weight, (1, 1), groups)
+    ours = _winograd.weight_gradient(x, dy, weight, [1, 1], groups, with_bias=True)
+    for a, b, e in zip(ours, theirs, exact, strict=True):
+        assert error(a, e) <= 2 * error(b, e)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_weight_gradient_of_a_masked_gradient(kernel, groups, shape):
+    n, c, k, h, w = shape
+    x, weight, _ = arguments(n, c * groups, k * groups, h, w, groups)
+    y, dy = of_output(x, weight, (1, 1)).roll(1, 1), of_output(x, weight, (1, 1))
+    mask = torch.empty(y.numel() // 8, dtype=torch.uint8)
+    torch.ops.fastcnn_cpu.relu_mask(y, mask)
+    expected = _winograd.weight_gradient(x, dy * (y > 0), weight, [1, 1], groups, with_bias=True)
+    off = torch.where(y > 0, dy, NAN)
+    masked = _winograd.weight_gradient(x, off, weight, [1, 1], groups, dy_mask=mask, with_bias=True)
+    for ours, theirs in zip(masked, expected, strict=True):
+        assert_bitwise(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(5, 48, 96, 23, 21), (8, 256, 144, 14, 14)])
+def test_the_same_bits_of_the_weight_gradient_whatever_the_threads(threads: Callable[[int], None], shape):
+    x, weight, _ = arguments(*shape)
+    dy = of_output(x, weight, (1, 1))
+    threads(1)
+    expected = _winograd.weight_gradient(x, dy, weight, [1, 1], 1, with_bias=True)
+    for number in (1, 2, 3, 7):
+        threads(number)
+        for ours, theirs in zip(
+            _winograd.weight_gradient(x, dy, weight, [1, 1], 1, with_bias=True), expected, strict=True
+        ):
+            assert_bitwise(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 3e38])
+@pytest.mark.parametrize("where", ["input", "gradient"])
+@pytest.mark.parametrize("pixel", [(0, 0, 0, 0), (1, 5, 6, 6), (2, 15, 12, 11)])
+def test_no_weight_gradient_of_what_is_not_finite(kernel, in_parts, pixel, where, value):
+    """Not even if the sums of the other parts are."""
+    x, weight, _ = arguments(3, 16, 32, 13, 12)
+    dy = of_output(x, weight, (1, 1))
+    (x if where == "input" else dy)[pixel] = value
+    assert _winograd.weight_gradient(x, dy * 100, weight, [1, 1], 1, with_bias=True) == (None, None)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 32, 48, 12, 14), (1, 32, 48, 12, 14)], ids=["weight too", "input alone"])
+def test_every_choice_of_gradients(wanted, shape, monkeypatch):
+    seen: list[Tensor] = []
+    find = _winograd.weight_gradient
+    monkeypatch.setattr(_winograd, "weight_gradient", lambda *args, **kw: seen.append(args[0]) or find(*args, **kw))
+    tensors = [leaf(t) if i in wanted else t for i, t in enumerate(arguments(*shape))]
+    y, expected = FF.conv2d_relu(*tensors, padding=1), F.relu(F.conv2d(*tensors, padding=1))
+    dy = randn(*y.shape, seed=4, format=torch.channels_last)
+    ours, theirs = (gradients(out, [tensors[i] for i in wanted], dy) for out in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert len(seen) == (1 in wanted and shape[0] == 2 and fastcnn.backends.cpu_capability() != "baseline")
+
+
+# -- what is not finite -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -340,3 +460,97 @@ def test_sizes_are_checked(changed):
     call(addend=(1, 16, 8, 8), out=(1, 20, 8, 8), first=4, mask=None)
     with pytest.raises(RuntimeError, match=r"must|has|takes|whole"):
         call(**changed)
+
+
+GOOD_GRADIENT = {
+    "x": (1, 32, 8, 8),
+    "dy": (1, 16, 8, 8),
+    "mask": 16 * 64 // 8,
+    "dw": (3, 16, 32, 3, 3),
+    "db": (3, 16),
+    "padding": [1, 1],
+    "groups": 1,
+}
+
+
+def gradient_call(**changed) -> None:
+    case = {**GOOD_GRADIENT, **changed}
+    x, dy, dw, db = (None if case[name] is None else torch.zeros(case[name]) for name in ("x", "dy", "dw", "db"))
+    mask = None if case["mask"] is None else torch.zeros(case["mask"], dtype=torch.uint8)
+    torch.ops.fastcnn_cpu.winograd_gradient(x, dy, mask, dw, db, case["padding"], case["groups"])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x": (1, 24, 8, 8), "dw": (3, 16, 24, 3, 3)},
+        {"x": (1, 0, 8, 8), "dw": (3, 16, 0, 3, 3)},
+        {"dy": (1, 16, 8, 7)},
+        {"dy": (1, 24, 8, 8), "dw": (3, 24, 32, 3, 3), "mask": None, "db": None},
+        {"mask": 16 * 64 // 8 - 1},
+        {"dw": (16, 32, 3, 3)},
+        {"dw": (0, 16, 32, 3, 3), "db": None},
+        {"dw": (3, 16, 32, 2, 3)},
+        {"dw": (3, 16, 31, 3, 3)},
+        {"db": (2, 16)},
+        {"padding": [1]},
+        {"groups": 0},
+        {"groups": 2},
+    ],
+    ids=str,
+)
+def test_sizes_of_a_weight_gradient_are_checked(changed):
+    gradient_call()
+    gradient_call(mask=None, db=None)
+    with pytest.raises(RuntimeError, match=r"must|has"):
+        gradient_call(**changed)
+
+
+# -- a convolution without ReLU that is trained -----------------------------------------------------------------------
+
+
+def trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return Convolution.apply(x, weight, bias, ConvParams([1, 1], [1, 1], [1, 1], 1))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 32, 48, 12, 14), (1, 32, 48, 7, 9)], ids=ident)
+def test_gradients_without_relu(wanted, shape):
+    tensors = [leaf(t) if i in wanted else t for i, t in enumerate(arguments(*shape))]
+    y, expected = trained(*tensors), F.conv2d(*tensors, padding=1)
+    torch.testing.assert_close(y, expected)
+    dy = randn(*y.shape, seed=4)
+    ours, theirs = (gradients(out, [tensors[i] for i in wanted], dy) for out in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_gradients_without_relu():
+    def twice(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        tensors = [leaf(t) for t in arguments(2, 16, 32, 12, 12)]
+        y = run(*tensors)
+        first = torch.autograd.grad(y, tensors, randn(*y.shape, seed=4), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors[:2])
+
+    torch.testing.assert_close(twice(trained), twice(lambda *t: F.conv2d(*t, padding=1)), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("where", [0, 1, 3], ids=["input", "weight", "gradient"])
+def test_what_is_not_finite_without_relu(where, value):
+    tensors = [*arguments(2, 16, 32, 12, 12), randn(2, 32, 12, 12, seed=4, format=torch.channels_last)]
+    tensors[where][1, 5, 2, 1] = value
+    *tensors, dy = (*map(leaf, tensors[:3]), tensors[3])
+    y, expected = trained(*tensors), F.conv2d(*tensors, padding=1)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    ours, theirs = (gradients(out, tensors, dy) for out in (y, expected))
+    torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(fastcnn.backends.cpu_capability() == "baseline", reason="oneDNN's is faster")
+@pytest.mark.parametrize("shape", [(4, 64, 64, 20, 20), (4, 64, 64, 8, 8), (4, 16, 16, 20, 20)], ids=ident)
+def test_a_stage_without_relu_is_trained_by_it_where_there_is_enough_to_do(calls, shape):
+    x, weight, bias = map(leaf, arguments(*shape))
+    y = stage.run_stage(x, weight, bias, 1, 1, 1, 1, relu=False)
+    torch.testing.assert_close(y, F.conv2d(x, weight, bias, padding=1))
+    y.sum().backward()
+    assert len(calls) == (2 if shape == (4, 64, 64, 20, 20) else 0)

@@ -11,7 +11,15 @@ from .networks import NETWORKS, network
 @pytest.fixture(autouse=True)
 def usual(best_backend, monkeypatch):
     """On the best backend, in float64, so that a difference is a mistake and no rounding; small maps by ours too."""
-    for threshold in ("_TRAINED", "_FROZEN", "_POOLED", "_POOLED_LAST", "_TRANSFORMED"):
+    for threshold in (
+        "_TRAINED",
+        "_PLAIN",
+        "_POOLED",
+        "_POOLED_LAST",
+        "_TRANSFORMED",
+        "_NORMALIZED",
+        "_NORMALIZED_LATER",
+    ):
         monkeypatch.setattr(stage, threshold, 0)
     torch.set_default_dtype(torch.float64)
     yield

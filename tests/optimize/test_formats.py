@@ -15,9 +15,7 @@ from fastcnn.ops import stage as stage_ops
 from fastcnn.optimize import stage
 from fastcnn.optimize.stage import Stage
 
-SHIPPED = {
-    name: getattr(stage_ops, name) for name in ("_TRAINED", "_FROZEN", "_POOLED", "_POOLED_LAST", "_TRANSFORMED")
-}
+SHIPPED = {name: getattr(stage_ops, name) for name in ("_TRAINED", "_PLAIN", "_POOLED", "_POOLED_LAST", "_TRANSFORMED")}
 DOUBLE, FLOAT = torch.float64, torch.float32
 
 

@@ -41,7 +41,7 @@ def test_every_stage_is_fused(name):
         if type(layer) in (nn.MaxPool2d, nn.LocalResponseNorm):
             assert len(called(layer, X)) == 1
     if name == "sequential":
-        assert called(fast) == ["relu_lrn_max_pool2d", "relu_lrn_max_pool2d", "lrn", "relu_lrn_max_pool2d"]
+        assert called(fast) == ["relu_lrn_max_pool2d", "relu_lrn_max_pool2d", "lrn", "batch_norm_relu_max_pool2d"]
     if name == "functional":
         assert called(fast) == ["relu_lrn_max_pool2d", "relu_lrn_max_pool2d", "lrn"]
 
@@ -65,7 +65,7 @@ def test_networks_of_the_zoo(name, plain, inference):
     assert not fast.fastcnn_report.plain
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     stages = [entry for entry in fast.fastcnn_report.replaced if "conv2d" in entry.now]
-    if inference or (plain and name != "alexnet_bn"):
+    if inference or plain:
         assert len(stages) == len(convolutions)
     if plain and name == "alexnet":
         assert ["LocalResponseNorm" in entry.what for entry in stages] == [True, True, False, False, False]

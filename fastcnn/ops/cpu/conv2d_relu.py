@@ -55,19 +55,36 @@ def _cannot_be_nan(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Frozen
 def backward(
     dy: Tensor, y_or_mask: Tensor, x: Tensor | None, weight: Tensor, params: ConvBackwardParams
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs, dy = params.needs, dense(dy, format_of(params.channels_last))
-    mask, dz = y_or_mask if x is None else None, dy
-    if mask is None:
-        dz = kept(torch.empty_like(dy))
-        torch.ops.aten.threshold_backward.grad_input(dy, y_or_mask, 0, grad_input=dz)
-    dx = _input_gradient(dz, mask, weight, params) if needs[0] else None
-    if dx is not None and not any(needs[1:]):
-        return dx, dx.new_empty(0), dx.new_empty(0)
-    if mask is not None:
-        dz = _unmasked(dy, mask)
-    params = replace(params, needs=[needs[0] and dx is None, *needs[1:]])
-    grads = convolution_backward(dz, x, weight, params)
-    return grads if dx is None else (dx, *grads[1:])
+    format = format_of(params.channels_last)
+    dy = dense(dy, format)
+    if x is None:
+        return gradients(dy, y_or_mask, x, weight, params)
+    if params.needs[1] and winograd.finds_weight_gradient(x, weight, *params.conv.op_args()):
+        mask = outputs.empty_mask(dy, True)  # which is read for each gradient, and no dz is written
+        torch.ops.fastcnn_cpu.relu_mask(dense(y_or_mask, format), mask)
+        return gradients(dy, mask, x, weight, params)
+    dz = kept(torch.empty_like(dy))
+    torch.ops.aten.threshold_backward.grad_input(dy, y_or_mask, 0, grad_input=dz)
+    return gradients(dz, None, x, weight, params)
+
+
+def gradients(
+    dy: Tensor, mask: Tensor | None, x: Tensor | None, weight: Tensor, params: ConvBackwardParams
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a convolution's input, weight and bias, from that of its output where the mask, if there is one, passes it."""
+    needs, (_, padding, _, groups) = params.needs, params.conv.op_args()
+    dx, dw, db = (_input_gradient(dy, mask, weight, params) if needs[0] else None), None, None
+    if x is not None and needs[1] and winograd.finds_weight_gradient(x, weight, *params.conv.op_args()):
+        dw, db = winograd.weight_gradient(x, dy, weight, padding, groups, dy_mask=mask, with_bias=needs[2])
+    found = dx, dw, db
+    missing = [need and gradient is None for need, gradient in zip(needs, found, strict=True)]
+    if not any(missing):
+        dx, dw, db = (dy.new_empty(0) if gradient is None else gradient for gradient in found)
+        return dx, dw, db
+    dz = dy if mask is None else _unmasked(dy, mask)
+    others = convolution_backward(dz, x, weight, replace(params, needs=missing))
+    dx, dw, db = (other if gradient is None else gradient for gradient, other in zip(found, others, strict=True))
+    return dx, dw, db
 
 
 def _unmasked(dy: Tensor, mask: Tensor) -> Tensor:

@@ -69,6 +69,20 @@ class Layout(NamedTuple):
     ACC: Any
 
 
+class Tiles(NamedTuple):
+    """How programs share out a tensor of C channels: in tiles of BP pixels with BC channels, 1 in NCHW.
+
+    INDEX counts elements, ACC is the dtype of sums; both are Triton's.
+    """
+
+    C: int
+    BP: int
+    BC: int
+    CHANNELS_LAST: bool
+    INDEX: Any
+    ACC: Any
+
+
 class Augmentation(NamedTuple):
     """The factors of the channels, and how programs share out a crop: ROWS rows of BLOCK elements.
 
