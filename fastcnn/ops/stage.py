@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 from ..memory_format import is_channels_last
@@ -164,11 +165,16 @@ def _convolution(
     if weight.shape[2:] == (1, 1) or not is_channels_last(x) or not _runs_on_cpu(x, weight):
         return as_it_is
     conv, asymmetric = ConvParams.of(x, weight, bias, *arguments)
-    if not asymmetric and _is_faster_by_winograd(x, weight, conv):
+    if not asymmetric and not _is_transformed() and _is_faster_by_winograd(x, weight, conv):
         return by_winograd
     if is_channels_last(weight):
         return as_it_is
     return trained if weight.requires_grad else frozen
+
+
+def _is_transformed() -> bool:
+    """Whether someone looks into the convolution who knows what to do with torch's."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def run_tail(x: Tensor, *, relu: bool, lrn: LRNParams | None, pool: PoolParams | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from promises import assert_bitwise, gradients, ident, leaf, randn
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fastcnn
 import fastcnn.functional as FF
@@ -554,3 +555,24 @@ def test_a_stage_without_relu_is_trained_by_it_where_there_is_enough_to_do(calls
     torch.testing.assert_close(y, F.conv2d(x, weight, bias, padding=1))
     y.sum().backward()
     assert len(calls) == (2 if shape == (4, 64, 64, 20, 20) else 0)
+
+
+@pytest.mark.parametrize("way", ["grad", "jvp", "forward-mode"])
+def test_a_stage_without_relu_is_transformed_as_torchs(way):
+    x, weight, bias = arguments(4, 64, 64, 20, 20)
+
+    def ours(x: Tensor) -> Tensor:
+        return stage.run_stage(x, weight, bias, 1, 1, 1, 1, relu=False)
+
+    def in_torch(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    def transformed(run: Callable[[Tensor], Tensor]) -> Tensor | tuple[Tensor, ...]:
+        if way == "grad":
+            return torch.func.grad(lambda x: run(x).square().sum())(x)
+        if way == "jvp":
+            return torch.func.jvp(run, (x,), (x,))
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(run(forward_ad.make_dual(x, x))).tangent
+
+    torch.testing.assert_close(transformed(ours), transformed(in_torch))
