@@ -281,6 +281,8 @@ OPERATORS = {
             arguments=lambda case, dtype: POOL.op_args(),
             output_shape=_pooled,
             argmax=True,
+            into={"forward": lambda x, dy, y, last: _KERNELS.max_pool2d(x, y, None, last, *POOL.op_args())},
+            mapped=("forward",),
         ),
         Operator(
             "conv2d_relu",
@@ -309,6 +311,7 @@ OPERATORS = {
                 )
             },
             usual=(("fp32", "forward"), ("fp32", "forward+backward"), ("bf16", "forward")),
+            mapped=("forward",),
         ),
         Operator(
             "batch_norm_relu_max_pool2d",
