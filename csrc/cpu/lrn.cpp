@@ -29,8 +29,8 @@ class Tiles {
     const Shape& shape = task_.shape;
     const int64_t start = u % per_image_ * pixels_, stride = shape.channel_stride();
     const int64_t at = u / per_image_ * shape.image_stride() + start * shape.pixel_stride();
-    const int64_t ahead = shape.channels_last ? 2048 : (1024 / pixels_ + 1) * stride;
     const Tile tile = this->tile(std::min(pixels_, shape.W - start));
+    const int64_t ahead = lrn_.ahead(tile, stride);
     const TensorSource<T> x{tile, static_cast<const T*>(task_.x) + at, stride, ahead};
     const TensorSink<T> out{tile, static_cast<T*>(task_.out) + at, stride};
     if constexpr (backward) {

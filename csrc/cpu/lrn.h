@@ -1,8 +1,10 @@
 // LRN of one tile, forward and backward, for lrn and the tail: s = k + alpha/size * sum(x^2), y = x * s^-beta.
 //
 // Each window sum is added from the window's elements. How they are found depends on the memory format:
-//   NCHW            the window is vectors of neighbouring channels, the last few of which are in a ring of rows;
-//   channels_last   a window of five within whole vectors (AlexNet's) is a vector shifted in registers;
+//   NCHW            the window is vectors of neighboring channels, in registers where they are five (AlexNet's), else
+//   in
+//                   a ring of the last few rows;
+//   channels_last   a window of five within whole vectors is a vector shifted in registers;
 //                   any other is read at shifted places of a tile in scratch, with zeros between the runs.
 #pragma once
 
@@ -75,11 +77,23 @@ class TileLRN {
     for (A*& buffer : buffers_) buffer = scratch.take<A>(lanes);
   }
 
+  // Whether a window is found in registers, not in scratch: what comes next is then of the next pixels.
+  bool in_registers(const Tile& tile) const {
+    const bool shuffles = FASTCNN_SHUFFLE && tile.run() % kLanes<A> == 0;
+    return before_ == 2 && after_ == 2 && (shuffles || !tile.channels_last);
+  }
+
+  // How many elements ahead of what is read a source should ask for.
+  int64_t ahead(const Tile& tile, int64_t channel_stride) const {
+    if (tile.channels_last) return 2048;
+    return in_registers(tile) ? 128 : (1024 / tile.pixels + 1) * channel_stride;
+  }
+
   // y = x * s^-beta
   template <typename Source, typename Sink>
   void forward(const Tile& tile, Source x, Sink y) const {
     with_power([&]<Power power>() {
-      if (!tile.channels_last) forward_planes<power>(tile, x, y);
+      if (!tile.channels_last) forward_nchw<power>(tile, x, y);
       else if (in_registers(tile)) forward_registers<power>(tile, x, y);
       else forward_tile<power>(tile, x, y);
     });
@@ -90,7 +104,7 @@ class TileLRN {
   template <typename Source, typename Gradient, typename Sink>
   void backward(const Tile& tile, Source x, Gradient dy, Sink dx) const {
     with_power([&]<Power power>() {
-      if (!tile.channels_last) backward_planes<power>(tile, x, dy, dx);
+      if (!tile.channels_last) backward_nchw<power>(tile, x, dy, dx);
       else if (in_registers(tile)) backward_registers<power>(tile, x, dy, dx);
       else backward_tile<power>(tile, x, dy, dx);
     });
@@ -140,9 +154,40 @@ class TileLRN {
   static int64_t row_stride(int64_t pixels) { return (pixels + kVectorBytes - 1) / kVectorBytes * kVectorBytes; }
 
   template <Power power, typename Source, typename Sink>
-  void forward_planes(const Tile& tile, Source x, Sink y) const {
-    if (before_ + after_ == 4) forward_planes<power, 5>(tile, x, y);
+  void forward_nchw(const Tile& tile, Source x, Sink y) const {
+    if (in_registers(tile)) forward_columns<power>(tile, x, y);
+    else if (before_ + after_ == 4) forward_planes<power, 5>(tile, x, y);
     else forward_planes<power, 0>(tile, x, y);
+  }
+
+  // The sums of five vectors that come one after the other, of pairs, which two sums share; at first there were zeros.
+  class PairSums {
+   public:
+    FASTCNN_INLINE V then(V next) {
+      const V pair = last_ + next, sum = (pairs_[0] + pairs_[2]) + next;
+      pairs_[0] = pairs_[1], pairs_[1] = pairs_[2], pairs_[2] = pair, last_ = next;
+      return sum;
+    }
+
+   private:
+    V last_{}, pairs_[3] = {};
+  };
+
+  // A vector of pixels at a time, through all channels: what is of the window stays in registers.
+  template <Power power, typename Source, typename Sink>
+  void forward_columns(const Tile& tile, Source x, Sink y) const {
+    const int64_t channels = tile.group();
+    for (int64_t first = 0; first < tile.channels; first += channels) {
+      for_each_vector<A>(tile.pixels, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
+        V now{}, next{};
+        PairSums squares;
+        for (int64_t c = -2; c < channels; ++c) {
+          const V after = c + 2 < channels ? x(first + c + 2)(p) : V{}, sum = squares.then(after * after);
+          if (c >= 0) y(first + c)(p, now * inverse_power<power, A>(k_ + scale_ * sum, beta_));
+          now = next, next = after;
+        }
+      });
+    }
   }
 
   template <Power power, int fixed, typename Source, typename Sink>
@@ -160,15 +205,45 @@ class TileLRN {
           const V sum = ring.template sum<fixed>(p, square);
           to(p, load(now + p) * inverse_power<power, A>(k_ + scale_ * sum, beta_));
         });
-        finish(y, first + c);
       }
     }
   }
 
   template <Power power, typename Source, typename Gradient, typename Sink>
-  void backward_planes(const Tile& tile, Source x, Gradient dy, Sink dx) const {
-    if (before_ + after_ == 4) backward_planes<power, 5>(tile, x, dy, dx);
+  void backward_nchw(const Tile& tile, Source x, Gradient dy, Sink dx) const {
+    if (in_registers(tile)) backward_columns<power>(tile, x, dy, dx);
+    else if (before_ + after_ == 4) backward_planes<power, 5>(tile, x, dy, dx);
     else backward_planes<power, 0>(tile, x, dy, dx);
+  }
+
+  // Channel c completes the sum of channel c - 2.
+  template <Power power, typename Source, typename Gradient, typename Sink>
+  void backward_columns(const Tile& tile, Source x, Gradient dy, Sink dx) const {
+    const int64_t channels = tile.group();
+    for (int64_t first = 0; first < tile.channels; first += channels) {
+      for_each_vector<A>(tile.pixels, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
+        V value[5] = {};   // x of the channels c-2 ... c+2
+        V direct[3] = {};  // dy * s^-beta of c-2 ... c
+        PairSums squares, summands;
+        for (int64_t c = -2; c < channels + 2; ++c) {
+          const V after = c + 2 < channels ? x(first + c + 2)(p) : V{};
+          for (int i = 0; i < 4; ++i) value[i] = value[i + 1];
+          value[4] = after;
+          const V sum = squares.then(after * after);
+          if (c < 0) continue;
+          V product{}, summand{};
+          if (c < channels) {
+            V over_s;
+            const V g = dy(first + c)(p);
+            product = g * inverse_power<power, A>(k_ + scale_ * sum, beta_, &over_s);
+            summand = g * value[2] * over_s;
+          }
+          direct[0] = direct[1], direct[1] = direct[2], direct[2] = product;
+          const V of_window = summands.then(summand);
+          if (c >= 2) dx(first + c - 2)(p, direct[0] - slope_ * value[0] * of_window, value[0]);
+        }
+      });
+    }
   }
 
   // Channel c completes the sum of channel c - before, whose x is then the oldest of its ring.
@@ -217,7 +292,6 @@ class TileLRN {
 
   // channels_last, in registers.
 #if FASTCNN_SHUFFLE
-  bool in_registers(const Tile& tile) const { return before_ == 2 && after_ == 2 && tile.run() % kLanes<A> == 0; }
 
   template <Power power, typename Source, typename Sink>
   void forward_registers(const Tile& tile, Source x, Sink y) const {
@@ -263,7 +337,6 @@ class TileLRN {
     }
   }
 #else
-  bool in_registers(const Tile&) const { return false; }
   template <Power, typename... Arguments>
   void forward_registers(Arguments...) const {}
   template <Power, typename... Arguments>

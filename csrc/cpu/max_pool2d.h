@@ -77,18 +77,16 @@ struct Rows {
   using A = Compute<T>;
   const TailTask& task;
   const Tile tile{task.shape.channels_last, task.shape.C, task.lrn.groups, task.shape.W};
-  const int64_t ahead = tile.channels_last ? 2048 : 2 * tile.pixels;  // in NCHW, the row after the next
+  const int64_t ahead = tile.channels_last ? 2048 : 128;
 
   Tile rows(int64_t count) const {
     Tile several = tile;
     several.pixels *= count;
     return several;
   }
-  // In NCHW of `count` rows, which are read one channel after the other: what comes soon is then in another channel.
   TensorSource<T> source(const void* x, int64_t n, int64_t row, int64_t count = 1) const {
-    const int64_t at = row_offset(task.shape, n, row), stride = task.shape.channel_stride();
-    const Tile several = rows(count);
-    return {several, static_cast<const T*>(x) + at, stride, count > 1 ? (1024 / several.pixels + 1) * stride : ahead};
+    const int64_t at = row_offset(task.shape, n, row);
+    return {rows(count), static_cast<const T*>(x) + at, task.shape.channel_stride(), ahead};
   }
   TensorSink<T> sink(void* out, int64_t n, int64_t row, int64_t count = 1) const {
     return {rows(count), static_cast<T*>(out) + row_offset(task.shape, n, row), task.shape.channel_stride()};
@@ -343,8 +341,9 @@ struct UnitRows {
     const Shape out = task.out_shape();
     if (pools_in_place(task)) return kFew;
     if (out.channels_last) return 1;
-    const int64_t row = std::max<int64_t>(1, task.shape.W * (task.pool ? task.pool.h.stride : 1));
-    return std::clamp(std::min(1024 / row, out.N * out.H / 64), kFew, std::max(kFew, out.H));
+    // In the compute type they should stay in the L2 cache.
+    const int64_t row = std::max<int64_t>(1, task.shape.C * task.shape.W * (task.pool ? task.pool.h.stride : 1));
+    return std::clamp(std::min((1 << 16) / row, out.N * out.H / 64), kFew, std::max(kFew, out.H));
   }
 };
 
@@ -391,37 +390,26 @@ class PooledRows {
     } else {
       const int64_t begin = std::max<int64_t>(h_.element(rows.begin, 0), 0);
       const int64_t end = std::clamp(h_.element(rows.end - 1, h_.kernel - 1) + 1, begin, h_.size);
-      produce(rows.n, begin, end - begin, ChannelSink{*this, rows, begin});
+      const Tile tile = rows_.rows(end - begin);
+      produce(rows.n, begin, end - begin, TileSink<A>{tile, rows_made_});
+      for (int64_t c = 0; c < tile.channels; ++c) {
+        const PooledMap<A> map{.data = rows_made_ + tile.in_scratch(c), .row_stride = pitch, .first_row = begin};
+        pool_.write(rows.n * tile.channels + c, rows.begin, rows.end, map);
+      }
     }
   }
 
  private:
-  // Takes the rows of one channel after the other, and pools them when they are complete.
-  struct ChannelSink {
-    const PooledRows& pooled;
-    const UnitRows rows;
-    const int64_t first_row;
-
-    FASTCNN_INLINE auto operator()(int64_t) const {
-      return [to = pooled.rows_made_](int64_t i, Vec<A> v) FASTCNN_INLINE_LAMBDA { store(to + i, v); };
-    }
-    void finish(int64_t c) const {
-      const Shape& s = pooled.task_.shape;
-      const PooledMap<A> map{.data = pooled.rows_made_, .row_stride = s.W, .first_row = first_row};
-      pooled.pool_.write(rows.n * s.C + c, rows.begin, rows.end, map);
-    }
-  };
-
   int64_t lanes() const {
     if (!task_.pool || pools_in_place(task_)) return 0;
-    return task_.shape.channels_last ? slots_ * slot_lanes_ : rows_at_a_time(task_) * task_.shape.W + kVectorBytes;
+    return task_.shape.channels_last ? slots_ * slot_lanes_ : rows_.rows(rows_at_a_time(task_)).lanes();
   }
 
   const Rows<T> rows_;
   const TailTask& task_ = rows_.task;
   const PoolAxis& h_ = task_.pool.h;
   const PoolForward<T> pool_;
-  // In channels_last row r is in slot r % slots, if owners[slot] says so; in NCHW they are those of one channel.
+  // In channels_last row r is in slot r % slots, if owners[slot] says so.
   const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation + 1, h_.size), slot_lanes_ = rows_.tile.lanes();
   A* const rows_made_;
   int64_t* const owners_;

@@ -108,12 +108,6 @@ struct TileSink {
   }
 };
 
-// A sink that has finish(r) is told when run r is complete.
-template <typename Sink>
-FASTCNN_INLINE void finish(const Sink& sink, int64_t r) {
-  if constexpr (requires { sink.finish(r); }) sink.finish(r);
-}
-
 template <typename A, typename Source, typename Sink>
 FASTCNN_INLINE void copy(const Tile& tile, Source source, Sink sink) {
   const int64_t runs = tile.runs(), n = tile.run();
@@ -121,7 +115,6 @@ FASTCNN_INLINE void copy(const Tile& tile, Source source, Sink sink) {
     const auto from = source(r);
     const auto to = sink(r);
     for_each_vector<A>(n, [&](int64_t i) FASTCNN_INLINE_LAMBDA { to(i, from(i)); });
-    finish(sink, r);
   }
 }
 

@@ -210,6 +210,9 @@ class InverseRoot<Vec<float>> {
 #define FASTCNN_SHUFFLE 1
 #endif
 #endif
+#if !defined(FASTCNN_SHUFFLE)
+#define FASTCNN_SHUFFLE 0
+#endif
 
 // Every other lane of the 2 * kLanes from p on.
 template <typename A>
