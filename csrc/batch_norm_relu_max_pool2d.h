@@ -13,12 +13,12 @@ struct BatchNormTask : TailTask {
   void *mean, *var;  // in the compute type, as the weight, which may be null, and its gradient
   const void* weight;
   void* dweight;
-  // Of the kernels' own. On CPU, per channel, in the compute type and readable for a vector beyond its end, as mean and
-  // bias are then: dx = scale * dz, in training + offset + slope * (x - mean).
+  // Of the CPU's kernels, per channel, in the compute type and readable for a vector beyond its end, as mean and bias
+  // are then: dx = scale * dz, in training + offset + slope * (x - mean). On CUDA 2 * C numbers are `terms`.
   const void *scale, *offset, *slope;
   int64_t planes = 1;  // on CPU: channels of an image where each of them is an image of its own
   // Rows of a number for each channel, to be added up: in the statistics the means of parts of x, and then the sums of
-  // squared differences from them; in backward the sums of dz, and then of dz * (x - mean).
+  // squared differences from them; in backward the sums of dz, and then of dz * (x - mean). On CUDA memory for such.
   double* sums;
   int64_t sum_rows;
 

@@ -920,7 +920,6 @@ class BatchNormReLUMaxPool2d(MemoryBound):
         ]
         sizes = (2, 64, 14, 14), (3, 1, 5, 5), (1, 3, 70, 67), (2, 100, 3, 2), (1, 16, 1, 40), (4, 8, 2, 1)
         plain = [of(shape, {"training": True, "relu": relu}) for shape in sizes for relu in (False, True)]
-        pending = {f"{name}@{kind}": [] for kind in ("emulator", "gpu") for name in PENDING}
         return {
             "usual": [usual],
             "parts": parts(2, 17, 9, 7),
@@ -942,6 +941,21 @@ class BatchNormReLUMaxPool2d(MemoryBound):
                 of((2, 70, 6, 5), {"training": True, "pool": PoolParams(3, 2, 1, 2)}),
                 of((3, 2, 30, 30), {"training": True}),
             ],
+            "answers@emulator": [
+                *parts(2, 37, 9, 17, float32_bias=True),
+                *parts(2, 16, 8, 8, norms=NORMS[:4], weight=False, bias=False),
+                of((2, 5, 8, 8), trained, weight=False),
+                of((2, 5, 8, 8), trained, bias=False),
+                *windows[1:],
+                *(of(shape, {"training": True}) for shape in sizes),
+            ],
+            "answers@gpu": [
+                *parts(3, 96, 13, 17, float32_bias=True),
+                *parts(2, 17, 9, 31, norms=(trained, first, NORMS[7]), weight=False, bias=False),
+                *(of((2, 36, 13, 17), {"training": True, "pool": pool}) for pool in (PoolParams(2), WIDE)),
+                *(of(shape, {"training": True}) for shape in (*sizes, (4, 8, 112, 112))),
+                of((8, 96, 55, 55), trained),
+            ],
             "kept": [of((2, 17, 12, 13), {**trained, "pool": pool}) for pool in (None, POOL, WIDE)],
             "empty@interpreter": [of((0, 5, 7, 7), trained), of((2, 0, 3, 3), {"training": True})],
             "bits@interpreter": [of((3, 16, 5, 7), trained)],
@@ -956,6 +970,7 @@ class BatchNormReLUMaxPool2d(MemoryBound):
             ],
             "strides": [case for s in ((2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 3, 3), (0, 3, 4, 5)) for case in parts(*s)],
             "bits": [case for s in ((1, 96, 27, 27), (7, 17, 31, 31), (3, 64, 56, 56)) for case in parts(*s)],
+            "bits@gpu": [*parts(8, 96, 27, 27, norms=NORMS[:8]), of((16, 64, 112, 112), trained)],
             "opcheck": [*parts(2, 5, 5, 6), *parts(2, 5, 5, 6, norms=NORMS[:2], weight=False, bias=False)],
             "gradcheck": [*parts(1, 3, 3, 4, norms=small), *parts(2, 2, 3, 2, norms=small[:6], weight=False)],
             "compile": parts(2, 6, 8, 5, norms=[trained, first, *NORMS[6:8]], format=FORMATS[1]),
@@ -963,12 +978,7 @@ class BatchNormReLUMaxPool2d(MemoryBound):
             "vmap": parts(2, 6, 9, 8, norms=[trained, first, *NORMS[6:8]]),
             "transforms": parts(2, 4, 5, 5, norms=[trained, first]),
             "one": [of((2, 3, 4, 4), {"training": True}, weight=False, bias=False)],
-            **pending,
         }
-
-
-# Lists without cases where the operator has no kernels yet.
-PENDING = "usual", "parts", "answers", "empty", "bits", "one", "misaligned", "strides", "kept"
 
 
 # -- convolution ------------------------------------------------------------------------------------------------------

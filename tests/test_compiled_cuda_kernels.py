@@ -14,6 +14,9 @@ if not shutil.which("nvcc"):
 
 from tools.machine_code.compiled_cuda import SOURCES, kernels
 
+# Which write nothing but a row of sums a block.
+WRITE_SUMS = "general::batch_norm_statistics", "general::batch_norm_sums"
+
 
 @pytest.fixture(scope="module")
 def built():
@@ -43,7 +46,8 @@ def test_channels_last_is_read_and_written_16_bytes_at_a_time(built):
         function, _, format, _ = kernel.parts
         if format == "channels_last" and function != "augment_rows":  # crops begin at any byte
             assert 16 in kernel.loads, kernel.name  # cp.async included
-            assert 16 in kernel.stores, kernel.name
+            if function not in WRITE_SUMS:
+                assert 16 in kernel.stores, kernel.name
 
 
 def test_convolutions_run_on_tensor_cores(built):

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../augment.h"
+#include "../batch_norm_relu_max_pool2d.h"
 #include "../conv2d_relu.h"
 #include "../relu_lrn_max_pool2d.h"
 #include "device.h"
@@ -19,9 +20,13 @@ FASTCNN_TAIL_OPERATORS(FASTCNN_DECLARE)
 #undef FASTCNN_DECLARE
 
 void augment(const AugmentTask&, Stream);
+void batch_norm_statistics(const BatchNormTask&, Stream);
+void batch_norm_relu_max_pool2d(const BatchNormTask&, Stream);
+void batch_norm_relu_max_pool2d_backward(const BatchNormTask&, Stream);
 void conv2d_relu(const ConvTask&, Stream);
 
-int64_t lrn_terms(const TailTask&);      // elements of TailTask::terms
-int64_t bias_partials(const TailTask&);  // rows of TailTask::partials
+int64_t lrn_terms(const TailTask&);             // elements of TailTask::terms
+int64_t bias_partials(const TailTask&);         // rows of TailTask::partials
+int64_t batch_norm_sums(const BatchNormTask&);  // elements of BatchNormTask::sums, for statistics and backward
 
 }  // namespace fastcnn::cuda

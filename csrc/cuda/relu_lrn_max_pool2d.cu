@@ -58,7 +58,7 @@ void launch_tail_backward(const char* name, const TailTask& task, Stream stream)
 
 namespace {
 
-// The bias gradient's second stage: the rows of partial sums, each of a few threads adding every so many of them.
+// The bias gradient's second stage.
 struct Partials {
   const void* partials;
   void* dbias;
@@ -66,28 +66,16 @@ struct Partials {
   int C;
 };
 
-constexpr int kRows = kThreads / 8;
-
 template <typename A>
-__global__ void __launch_bounds__(32 * kRows) sum_partials(const Partials p) {
-  A* shared = dynamic_shared<A>();
-  const int c = blockIdx.x * 32 + threadIdx.x;
-  A sum = 0;
-  for (int64_t row = threadIdx.y; c < p.C && row < p.rows; row += kRows) {
-    sum += static_cast<const A*>(p.partials)[row * p.C + c];
-  }
-  shared[threadIdx.y * 32 + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || c >= p.C) return;
-  for (int row = 1; row < kRows; ++row) sum += shared[row * 32 + threadIdx.x];
-  static_cast<A*>(p.dbias)[c] = sum;
+__global__ void __launch_bounds__(32 * general::kRowLanes) sum_partials(const Partials p) {
+  general::add_rows(static_cast<const A*>(p.partials), p.rows, p.C,
+                    [&](int c, A sum) { static_cast<A*>(p.dbias)[c] = sum; });
 }
 
 template <typename A>
 void launch_sum_partials(const TailTask& task, Stream stream) {
   const Partials p{task.partials, task.dbias, bias_partials(task), general::channels_of(task)};
-  launch<&sum_partials<A>>("relu_lrn_max_pool2d_backward", dim3((p.C + 31) / 32), dim3(32, kRows),
-                           32 * kRows * sizeof(A), stream, p);
+  general::launch_add_rows<&sum_partials<A>, A>("relu_lrn_max_pool2d_backward", p.C, stream, p);
 }
 
 }  // namespace
@@ -137,7 +125,7 @@ int64_t bias_partials(const TailTask& task) {
   int64_t rows = 0;
   with_dtype_and_format(task, [&](auto t, auto channels_last) {
     general::Arguments a = general::arguments(task, general::kRun<decltype(t)>);
-    rows = general::share_out(a, channels_last, a.pixels, 0, general::kBiasWaves).grid.x;
+    rows = general::share_out(a, channels_last, a.pixels, 0, general::kSumWaves).grid.x;
   });
   return rows;
 }

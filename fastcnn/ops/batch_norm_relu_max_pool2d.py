@@ -11,6 +11,7 @@ from ..params import BatchNormParams, PoolParams
 from . import outputs
 from .aten import batch_norm_relu_max_pool2d as aten
 from .cpu import batch_norm_relu_max_pool2d as cpu
+from .cuda import batch_norm_relu_max_pool2d as cuda
 from .max_pool2d import max_pool2d
 from .overridable import overridable
 from .register import define, double_backward, needs_grad, one_by_one
@@ -171,7 +172,7 @@ def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tup
     return one_by_one(lambda *element: op(*element, *norm.op_args()), info, in_dims, tensors)
 
 
-BACKENDS = {"reference": aten, "cpu": cpu, "triton": triton}
+BACKENDS = {"reference": aten, "cpu": cpu, "triton": triton, "cuda": cuda}
 
 norm_backward_op = define(
     "batch_norm_relu_max_pool2d_backward(Tensor grad, Tensor input, Tensor mean, Tensor var, Tensor? weight, "

@@ -81,6 +81,8 @@ def test_kernel_attributes():
         "general::relu_lrn<float, true,",
         "general::tail_backward<double, false,",
         "general::tail<__half, true>",
+        "general::batch_norm_statistics<__half, false>",
+        "general::batch_norm_backward<float, true, true>",
         "fast::lrn<__nv_bfloat16, true,",
         "fast::tail_vectors<__half, 3,",
         "fast::tail_backward_planes<float, 2,",

@@ -5,8 +5,9 @@ On a GPU these are its kernels, elsewhere the C++ ones. The "smallest" shape is 
 
 import pytest
 import torch
-from operators import POOL, conv2d_relu, errors
+from operators import POOL, batch_norm_relu_max_pool2d, conv2d_relu, errors
 from operators import STRONG as LRN
+from places import Place
 from promises import DTYPES, FORMATS, NARROW, assert_tail_answer, ident, randn, rounding, tail_args
 
 import fastcnn
@@ -68,6 +69,17 @@ def test_memory_bound(backend, backward, format, dtype, op, shape):
         bias = randn(x.shape[1], dtype=torch.float32 if dtype in NARROW else dtype, seed=1)
     results = run(op, x.to(DEVICE), None if bias is None else bias.to(DEVICE), tail, backward)
     assert_tail_answer(x, bias, *(None if t is None else t.cpu() for t in results), **tail)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+def test_batch_norm(backend, format, dtype, shape):
+    for pool in (None, POOL):
+        norm = {"training": True, "pool": pool}
+        case = batch_norm_relu_max_pool2d.norm_case(SHAPES[shape], norm, float32_bias=True)
+        place = Place(fastcnn.backends.forced(), DEVICE)
+        batch_norm_relu_max_pool2d.check(place, case, case.tensors(dtype, format))
 
 
 # weight, arguments

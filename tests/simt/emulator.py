@@ -27,7 +27,8 @@ from torch import Tensor
 
 from fastcnn import LRNParams, PoolParams
 from fastcnn.memory_format import as_new, format_of
-from fastcnn.params import AugmentParams, opmath
+from fastcnn.ops.cpu import batch_norm_relu_max_pool2d as batch_norm
+from fastcnn.params import AugmentParams, BatchNormParams, opmath
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -245,6 +246,48 @@ class Emulator:
 
 
 @dataclass(frozen=True)
+class BatchNorm:
+    """The private ops of batch norm, as ``torch.ops.fastcnn_cuda`` has them, for what calls these.
+
+    Args:
+        offset: bytes that misalign maps.
+    """
+
+    emulator: Emulator
+    offset: int = 0
+
+    def batch_norm_statistics(
+        self, x: Tensor, mean: Tensor, var: Tensor, channels_last: bool, relu_first: bool
+    ) -> None:
+        task = self._task(x, channels_last, True, 0.0, True, relu_first, [], [], [], [], False)
+        self._call("batch_norm_statistics", task, [x], [mean, var])
+
+    def batch_norm_relu_max_pool2d(self, *arguments: Any) -> None:
+        *inputs, y, argmax, channels_last = arguments[:8]
+        task = self._task(inputs[0], channels_last, *arguments[8:])
+        self._call("batch_norm_relu_max_pool2d", task, inputs, [y, argmax])
+
+    def batch_norm_relu_max_pool2d_backward(self, *arguments: Any) -> None:
+        *inputs, dx, dweight, dbias, channels_last = arguments[:11]
+        task = self._task(inputs[1], channels_last, *arguments[11:])
+        self._call("batch_norm_relu_max_pool2d_backward", task, inputs, [dx, dweight, dbias])
+
+    def _task(self, x: Tensor, channels_last: bool, *params: Any) -> tuple[Any, ...]:
+        return _DTYPES.index(x.dtype), list(x.shape), channels_last, *params
+
+    def _call(
+        self, function: str, task: tuple[Any, ...], inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]
+    ) -> None:
+        def offset(t: Tensor | None) -> int:
+            return self.offset if t is not None and t.dim() == 4 else 0
+
+        buffers = [_in(t, offset(t)) for t in inputs] + [_out(t, offset(t)) for t in outputs]
+        written = [t for t in outputs if t is not None]
+        for t, result in zip(written, self.emulator.call(function, task, *buffers), strict=True):
+            t.copy_(_tensor(result, t, t.dim() == 4 and _channels_last(t)))
+
+
+@dataclass(frozen=True)
 class Emulated(Place):
     """The CUDA kernels of the memory-bound operators, under the sanitizer of this name.
 
@@ -260,6 +303,8 @@ class Emulated(Place):
         assert self.emulator is not None
         if not case.op.differentiable:
             return Results(self.emulator.augment(*tensors, offset=self.offset, **case.kwargs), None, None, [])
+        if case.op.name == "batch_norm_relu_max_pool2d":
+            return self._batch_norm(case, tensors, dy)
         (x, given), name, tail = (*tensors, None)[:2], case.op.name, case.op.tail(case.kwargs)
         assert x is not None
         bias = None if given is None else given.to(opmath(x.dtype))  # as the glue does, and back
@@ -271,6 +316,18 @@ class Emulated(Place):
         dx, dbias = self.emulator.backward(f"{name}_backward", dy, x, bias, argmax, **tail, offset=self.offset)
         dbias = None if dbias is None or given is None else dbias.to(given.dtype)
         return Results(y, argmax, dy, [dx, dbias][: len(tensors)])
+
+    def _batch_norm(self, case: Case, tensors: Sequence[Tensor | None], dy: Tensor | None) -> Results:
+        assert self.emulator is not None
+        library, norm = BatchNorm(self.emulator, self.offset), BatchNormParams.from_op(*case.op.params(case))
+        x, *running_and_affine = case.op.forward_args(case, tensors)[:5]
+        y, argmax, mean, var = batch_norm.forward(x, *running_and_affine, norm, True, library)
+        assert_bitwise(batch_norm.forward(x, *running_and_affine, norm, False, library)[0], y)
+        dy = case.op.draw_gradient(y) if dy is None else dy
+        weight, bias = running_and_affine[2:]
+        dx, *gradients = batch_norm.backward(dy, x, mean, var, weight, bias, argmax, norm, library)
+        of_affine = [None if t is None else g for t, g in zip((weight, bias), gradients, strict=True)]
+        return Results(y, argmax if case.pool else None, dy, [dx, *of_affine])
 
 
 def _channels_last(x: Tensor) -> bool:

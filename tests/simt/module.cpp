@@ -15,6 +15,7 @@ namespace {
 
 namespace py = pybind11;
 using fastcnn::AugmentTask;
+using fastcnn::BatchNormTask;
 using fastcnn::ConvTask;
 using fastcnn::DType;
 using fastcnn::TailTask;
@@ -55,6 +56,51 @@ void backward(TailTask t, const Buffer& dy, const Buffer* x, const Buffer* bias,
   const Buffer terms(fastcnn::cuda::lrn_terms(t) * (t.dtype == DType::float64 ? 8 : 4));
   t.terms = terms.data();
   op(t, nullptr);
+}
+
+// `training` ... `ceil_mode`: as the registered ops take them.
+BatchNormTask norm_task(int dtype, const Ints& shape, bool channels_last, bool training, double eps, bool relu,
+                        bool relu_first, const Ints& kernel, const Ints& stride, const Ints& padding,
+                        const Ints& dilation, bool ceil_mode) {
+  BatchNormTask t{};
+  static_cast<TailTask&>(t) = fastcnn::cuda::make_task(dtype, shape, channels_last, relu && !relu_first,
+                                                       {0, 0, 0, 0, 1}, kernel, stride, padding, dilation, ceil_mode);
+  t.training = training, t.eps = eps, t.relu_first = relu && relu_first;
+  return t;
+}
+
+// Memory for the sums of a task, and for the terms that follow from them.
+struct NormSums {
+  const Buffer sums, terms;
+
+  explicit NormSums(BatchNormTask& t)
+      : sums(8 * fastcnn::cuda::batch_norm_sums(t)), terms(2 * t.shape.C * (t.dtype == DType::float64 ? 8 : 4)) {
+    t.sums = reinterpret_cast<double*>(sums.data()), t.terms = terms.data();
+  }
+};
+
+void batch_norm_statistics(BatchNormTask t, const Buffer& x, const Buffer& mean, const Buffer& var) {
+  const NormSums memory(t);
+  t.x = x.data(), t.mean = mean.data(), t.var = var.data();
+  fastcnn::cuda::batch_norm_statistics(t, nullptr);
+}
+
+void batch_norm_relu_max_pool2d(BatchNormTask t, const Buffer& x, const Buffer& mean, const Buffer& var,
+                                const Buffer* weight, const Buffer* bias, const Buffer& y, const Buffer* argmax) {
+  t.x = x.data(), t.mean = mean.data(), t.var = var.data(), t.weight = data(weight), t.bias = data(bias);
+  t.out = y.data(), t.argmax = data(argmax);
+  fastcnn::cuda::batch_norm_relu_max_pool2d(t, nullptr);
+}
+
+void batch_norm_relu_max_pool2d_backward(BatchNormTask t, const Buffer& dy, const Buffer& x, const Buffer& mean,
+                                         const Buffer& var, const Buffer* weight, const Buffer* bias,
+                                         const Buffer* argmax, const Buffer& dx, const Buffer* dweight,
+                                         const Buffer* dbias) {
+  const NormSums memory(t);
+  t.dy = dy.data(), t.x = x.data(), t.mean = mean.data(), t.var = var.data();
+  t.weight = data(weight), t.bias = data(bias), t.argmax = data(argmax);
+  t.out = dx.data(), t.dweight = data(dweight), t.dbias = data(dbias);
+  fastcnn::cuda::batch_norm_relu_max_pool2d_backward(t, nullptr);
 }
 
 using Pair = std::pair<int64_t, int64_t>;
@@ -104,8 +150,12 @@ PYBIND11_MODULE(FASTCNN_MODULE, m) {
       .def(py::init<int64_t, int64_t>(), py::arg("size"), py::arg("offset") = 0)
       .def("bytes", [](const Buffer& b) { return py::bytes(reinterpret_cast<char*>(b.data()), b.size); });
   py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
+  py::class_<BatchNormTask>(m, "BatchNormTask").def(py::init(&norm_task));
   py::class_<ConvTask>(m, "ConvTask").def(py::init(&conv_task));
   py::class_<AugmentTask>(m, "AugmentTask").def(py::init(&augment_task));
+  m.def("batch_norm_statistics", &batch_norm_statistics);
+  m.def("batch_norm_relu_max_pool2d", &batch_norm_relu_max_pool2d);
+  m.def("batch_norm_relu_max_pool2d_backward", &batch_norm_relu_max_pool2d_backward);
   m.def("conv2d_relu", &conv2d_relu);
   m.def("augment", &augment);
 #define FASTCNN_DEFINE(op)                 \

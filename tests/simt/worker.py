@@ -15,7 +15,7 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    tasks = {"conv2d_relu": module.ConvTask, "augment": module.AugmentTask}
+    tasks = {"conv2d_relu": module.ConvTask, "augment": module.AugmentTask, "batch_norm": module.BatchNormTask}
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:
@@ -24,7 +24,8 @@ def main() -> None:
         except EOFError:
             return
         buffers = [None if d is None else module.Buffer(*d) for d in descriptions]
-        first = [function] if task is None else [tasks.get(function, module.Task)(*task)]
+        kind = "batch_norm" if function.startswith("batch_norm") else function
+        first = [function] if task is None else [tasks.get(kind, module.Task)(*task)]
         try:
             getattr(module, "planted" if task is None else function)(*first, *buffers)
             reply = [

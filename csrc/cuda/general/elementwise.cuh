@@ -4,6 +4,7 @@
 
 #include "lrn.cuh"
 #include "max_pool2d.cuh"
+#include "sums.cuh"
 
 namespace fastcnn::cuda::general {
 
@@ -22,12 +23,9 @@ FASTCNN_DEVICE int run_of_thread(const Arguments& a) {
   return block_y() * a.runs_per_block + (channels_last ? threadIdx.x : threadIdx.y);
 }
 
-template <typename T, bool channels_last, bool normalized>
-__global__ void __launch_bounds__(kThreads, 1) relu_lrn(const Arguments a) {
-  const int index = run_of_thread<channels_last>(a);
-  if (index >= a.runs) return;
-  const Run run(a, index, kRun<T>);
-  const Normalized<T, channels_last, normalized> input(a, run);
+// The map that `input` makes of x.
+template <typename T, bool channels_last, typename Input>
+FASTCNN_DEVICE void map_runs(const Arguments& a, const Run& run, const Input& input) {
   for_each_pixel<channels_last>(a, a.pixels, [&](int64_t n, int64_t pixel) {
     const int64_t at = n * a.C * a.pixels + pixel * (channels_last ? a.C : 1);
     Compute<T> y[kRun<T>];
@@ -37,25 +35,12 @@ __global__ void __launch_bounds__(kThreads, 1) relu_lrn(const Arguments a) {
   });
 }
 
-// The bias gradient's first stage: of each block, the sum of dx over its pixels, in the order of its threads.
-template <bool channels_last, typename A, int length>
-FASTCNN_DEVICE void add_up(const Arguments& a, const A (&sums)[length]) {
-  A* shared = dynamic_shared<A>();  // [pixel][run][channel of the run]
-  const int run = channels_last ? threadIdx.x : threadIdx.y, pixel = channels_last ? threadIdx.y : threadIdx.x;
-  const int row = a.runs_per_block * length;
-#pragma unroll
-  for (int i = 0; i < length; ++i) shared[pixel * row + run * length + i] = sums[i];
-  __syncthreads();
-  const int threads = a.runs_per_block * a.pixels_per_block;
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < row; i += threads) {
-    const int index = block_y() * a.runs_per_block + i / length;
-    if (index >= a.runs) break;
-    const Run mine(a, index, length);
-    if (i % length >= mine.count) continue;
-    A sum = 0;
-    for (int p = 0; p < a.pixels_per_block; ++p) sum += shared[p * row + i];
-    static_cast<A*>(a.partials)[static_cast<int64_t>(blockIdx.x) * a.C + mine.c + i % length] = sum;
-  }
+template <typename T, bool channels_last, bool normalized>
+__global__ void __launch_bounds__(kThreads, 1) relu_lrn(const Arguments a) {
+  const int index = run_of_thread<channels_last>(a);
+  if (index >= a.runs) return;
+  const Run run(a, index, kRun<T>);
+  map_runs<T, channels_last>(a, run, Normalized<T, channels_last, normalized>(a, run));
 }
 
 template <typename T, bool channels_last, bool pooled>
@@ -97,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, 1) tail_backward(const Arguments a) 
                                         [&](int i) { return narrow<T>(dx[i]); });
     });
   }
-  if (a.partials) add_up<channels_last>(a, sums);
+  if (!a.partials) return;
+  add_up<channels_last, kRun<T>>(a, static_cast<A*>(a.partials), [&](int i) { return sums[i]; });
 }
 
 template <typename T, bool channels_last, bool normalized>
@@ -107,16 +93,14 @@ void launch_forward(const char* name, const TailTask& task, Stream stream) {
   launch<&relu_lrn<T, channels_last, normalized>>(name, shape.grid, shape.block, 0, stream, a);
 }
 
-constexpr int kBiasWaves = 1;  // few sums for the second stage
-
 template <typename T, bool channels_last, bool normalized, bool pooled>
 void launch_backward(const char* name, const TailTask& task, Stream stream) {
   Arguments a = arguments(task, kRun<T>);
-  const Launch shape = share_out(a, channels_last, a.pixels, task.shape.W, task.dbias ? kBiasWaves : 4);
+  const Launch shape = share_out(a, channels_last, a.pixels, task.shape.W, task.dbias ? kSumWaves : 4);
   if constexpr (normalized) {
     launch<&lrn_terms<T, channels_last, pooled>>(name, shape.grid, shape.block, 0, stream, a);
   }
-  const size_t shared = task.partials ? kThreads * kRun<T> * sizeof(Compute<T>) : 0;
+  const size_t shared = task.partials ? bytes_to_add_up<T, Compute<T>>() : 0;
   launch<&tail_backward<T, channels_last, normalized, pooled>>(name, shape.grid, shape.block, shared, stream, a);
 }
 

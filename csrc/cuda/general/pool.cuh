@@ -1,4 +1,4 @@
-// The kernel that pools straight from memory, each thread a run of channels of one output: windows overlap in the L1
+// The kernels that pool straight from memory, each thread a run of channels of one output: windows overlap in the L1
 // cache.
 #pragma once
 
@@ -6,12 +6,9 @@
 
 namespace fastcnn::cuda::general {
 
-template <typename T, bool channels_last, bool normalized>
-__global__ void __launch_bounds__(kThreads, 1) pool(const Arguments a) {
-  const int index = run_of_thread<channels_last>(a);
-  if (index >= a.runs) return;
-  const Run run(a, index, kRun<T>);
-  const Normalized<T, channels_last, normalized> input(a, run);
+// The pooled map of what `input` makes of x.
+template <typename T, bool channels_last, typename Input>
+FASTCNN_DEVICE void pool_runs(const Arguments& a, const Run& run, const Input& input) {
   for_each_pixel<channels_last>(a, a.out_pixels, [&](int64_t n, int64_t pixel) {
     const int oh = a.by_width.divide(static_cast<int>(pixel)), ow = static_cast<int>(pixel) - oh * a.w.out;
     const T* image = static_cast<const T*>(a.x) + n * a.C * a.pixels;
@@ -26,6 +23,14 @@ __global__ void __launch_bounds__(kThreads, 1) pool(const Arguments a) {
     }
     maximum.template store<channels_last, T>(a, run, n, pixel);
   });
+}
+
+template <typename T, bool channels_last, bool normalized>
+__global__ void __launch_bounds__(kThreads, 1) pool(const Arguments a) {
+  const int index = run_of_thread<channels_last>(a);
+  if (index >= a.runs) return;
+  const Run run(a, index, kRun<T>);
+  pool_runs<T, channels_last>(a, run, Normalized<T, channels_last, normalized>(a, run));
 }
 
 template <typename T, bool channels_last, bool normalized>
