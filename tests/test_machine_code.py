@@ -13,7 +13,7 @@ from promises import FORMATS, assert_bitwise, ident, randn
 
 from fastcnn import LRNParams, PoolParams, backends
 from fastcnn.ops.register import IMPLEMENTATIONS
-from fastcnn.params import AugmentParams, TailParams
+from fastcnn.params import AugmentParams, BatchNormParams, TailParams
 
 pytest.importorskip("triton")
 if backends.INTERPRETING:
@@ -262,9 +262,40 @@ def test_cuda_augment(cuda, resizes, dtype, format):
     assert_augmented(y, expected, sizes)
 
 
+@formats
+@dtypes
+@pytest.mark.parametrize(
+    ("channels", "norm"),
+    [
+        (24, BatchNormParams(True, pool=ALEXNET[1])),
+        (21, BatchNormParams(True, relu_first=True)),  # not of whole vectors
+    ],
+    ids=["pool", "relu_first"],
+)
+def test_cuda_batch_norm(cuda, channels, norm, dtype, format):
+    name, channels_last = "batch_norm_relu_max_pool2d", format == torch.channels_last
+    x, weight, bias = randn(2, channels, 9, 11, dtype=dtype, format=format), randn(channels), randn(channels, seed=1)
+    expected, places, *statistics = by_reference(name, x, None, None, weight, bias, norm, True)
+    mean, var = (torch.empty(channels) for _ in range(2))
+    cuda.batch_norm("batch_norm_statistics", channels_last, norm, x=x, mean=mean, var=var)
+    torch.testing.assert_close([mean, var], statistics, rtol=2e-6, atol=1e-6)
+    given = {"x": x, "mean": mean, "var": var, "weight": weight, "bias": bias}
+    y, pooled = torch.empty_like(expected), {"argmax": torch.empty_like(places)} if norm.pool else {}
+    cuda.batch_norm(name, channels_last, norm, **given, out=y, **pooled)
+    assert_right(y, expected, dtype)
+    assert not norm.pool or torch.equal(pooled["argmax"], places)
+    dy, results = randn(*y.shape, dtype=dtype, seed=2).contiguous(memory_format=format), [torch.empty_like(x)]
+    results += [torch.empty(channels) for _ in range(2)]
+    out = dict(zip(("out", "dweight", "dbias"), results, strict=True))
+    cuda.batch_norm(f"{name}_backward", channels_last, norm, **given, dy=dy, **pooled, **out)
+    exact = by_reference(f"{name}_backward", dy, x, mean, var, weight, bias, places, norm)
+    assert_right(results[0], exact[0], dtype)
+    torch.testing.assert_close(results[1:], list(exact[1:]), rtol=1e-5, atol=1e-5)
+
+
 def test_every_operator_has_a_launch_cost(cuda):
     found = {(cost.work.name, cost.work.format): cost for cost in launch_cost.costs(cuda, calls=10, repeats=1)}
-    operators = [name for name in IMPLEMENTATIONS if not name.startswith("conv2d")]
+    operators = [name for name in IMPLEMENTATIONS if not name.startswith(("conv2d", "batch_norm"))]  # no workloads
     assert found.keys() == set(product(operators, ("NCHW", "channels_last")))
     assert all(cost.microseconds > 0 and cost.kernels > 0 for cost in found.values())
 

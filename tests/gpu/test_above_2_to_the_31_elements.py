@@ -55,6 +55,18 @@ def test_cuda_tail(cuda, format):
 
 
 @formats
+def test_cuda_batch_norm(cuda, format):
+    x = torch.empty(2**15 + 3, 64, 32, 32, dtype=torch.bfloat16, device="cuda", memory_format=format)
+    x[:] = randn(1, 64, 32, 32, dtype=torch.bfloat16).cuda()
+    alone, running = x[:1].contiguous(memory_format=format), (torch.zeros(64).cuda(), torch.ones(64).cuda())
+    y = FF.batch_norm_relu_max_pool2d(x, *running, pool=POOL)
+    assert_bitwise(y[-1:], FF.batch_norm_relu_max_pool2d(alone, *running, pool=POOL))
+    y = FF.batch_norm_relu_max_pool2d(x, None, None, training=True, pool=POOL)
+    expected = FF.batch_norm_relu_max_pool2d(alone, None, None, training=True, pool=POOL)
+    torch.testing.assert_close(y[-1:], expected)
+
+
+@formats
 def test_triton_conv2d_relu(triton, format):
     images, outputs = 1200, 40
     x = torch.empty(images, 8, 212, 212, dtype=torch.bfloat16, device="cuda", memory_format=format).normal_()

@@ -58,17 +58,6 @@ void backward(TailTask t, const Buffer& dy, const Buffer* x, const Buffer* bias,
   op(t, nullptr);
 }
 
-// `training` ... `ceil_mode`: as the registered ops take them.
-BatchNormTask norm_task(int dtype, const Ints& shape, bool channels_last, bool training, double eps, bool relu,
-                        bool relu_first, const Ints& kernel, const Ints& stride, const Ints& padding,
-                        const Ints& dilation, bool ceil_mode) {
-  BatchNormTask t{};
-  static_cast<TailTask&>(t) = fastcnn::cuda::make_task(dtype, shape, channels_last, relu && !relu_first,
-                                                       {0, 0, 0, 0, 1}, kernel, stride, padding, dilation, ceil_mode);
-  t.training = training, t.eps = eps, t.relu_first = relu && relu_first;
-  return t;
-}
-
 // Memory for the sums of a task, and for the terms that follow from them.
 struct NormSums {
   const Buffer sums, terms;
@@ -150,7 +139,7 @@ PYBIND11_MODULE(FASTCNN_MODULE, m) {
       .def(py::init<int64_t, int64_t>(), py::arg("size"), py::arg("offset") = 0)
       .def("bytes", [](const Buffer& b) { return py::bytes(reinterpret_cast<char*>(b.data()), b.size); });
   py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
-  py::class_<BatchNormTask>(m, "BatchNormTask").def(py::init(&norm_task));
+  py::class_<BatchNormTask>(m, "BatchNormTask").def(py::init(&fastcnn::cuda::make_batch_norm_task));
   py::class_<ConvTask>(m, "ConvTask").def(py::init(&conv_task));
   py::class_<AugmentTask>(m, "AugmentTask").def(py::init(&augment_task));
   m.def("batch_norm_statistics", &batch_norm_statistics);

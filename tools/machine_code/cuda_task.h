@@ -30,6 +30,17 @@ inline TailTask make_task(int dtype, const Ints& shape, bool channels_last, bool
   return t;
 }
 
+// `training` ... `ceil_mode`: as the registered ops take them.
+inline BatchNormTask make_batch_norm_task(int dtype, const Ints& shape, bool channels_last, bool training, double eps,
+                                          bool relu, bool relu_first, const Ints& kernel, const Ints& stride,
+                                          const Ints& padding, const Ints& dilation, bool ceil_mode) {
+  BatchNormTask t{};
+  static_cast<TailTask&>(t) = make_task(dtype, shape, channels_last, relu && !relu_first, {0, 0, 0, 0, 1}, kernel,
+                                        stride, padding, dilation, ceil_mode);
+  t.training = training, t.eps = eps, t.relu_first = relu && relu_first;
+  return t;
+}
+
 // `shape`: (N, H, W, 3) of the pictures.
 inline AugmentTask make_augment_task(int dtype, const Ints& shape, const Ints& crop, bool channels_last,
                                      const std::array<double, 3>& scale) {

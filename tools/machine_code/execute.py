@@ -9,7 +9,7 @@ what our memory-bound kernels consist of is understood; anything else is refused
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -357,6 +357,15 @@ class _Execution:
             value = np.abs(value)
         return -value if getattr(operand, "negated", "") == "-" else value
 
+    def _double(self, operand: Operand) -> Array:
+        if isinstance(operand, Immediate):  # the upper half
+            return np.array([operand.bits << 32], np.uint64).view(np.float64)
+        assert isinstance(operand, (Register, Constant))
+        value = self._pair(replace(operand, negated="")).view(np.float64)
+        if getattr(operand, "absolute", False):
+            value = np.abs(value)
+        return -value if getattr(operand, "negated", "") == "-" else value
+
     def _halves(self, operand: Operand, bf16: bool) -> tuple[Array, Array]:
         """The two 16-bit floats of a word, the lower first, as float32."""
         bits = self._bits(operand)
@@ -395,6 +404,9 @@ class _Execution:
 
     def _set_float(self, operand: Operand, value: Array, lanes: Array) -> None:
         self._set(operand, np.asarray(value, np.float32).view(np.uint32), lanes)
+
+    def _set_double(self, operand: Operand, value: Array, lanes: Array) -> None:
+        self._set_pair(operand, np.asarray(value, np.float64).view(np.uint64), lanes)
 
     def _set_predicate(self, operand: Operand, value: Array, lanes: Array) -> None:
         assert isinstance(operand, Predicate)
@@ -744,12 +756,37 @@ class _Execution:
             raise NotImplementedError(i.opcode)
         self._set_halves(result, self._float(low), self._float(high), "BF16" in i.modifiers, lanes)
 
+    def _DADD(self, i: Instruction, lanes: Array) -> None:
+        self._set_double(i.operands[0], self._double(i.operands[1]) + self._double(i.operands[2]), lanes)
+
+    def _DMUL(self, i: Instruction, lanes: Array) -> None:
+        self._set_double(i.operands[0], self._double(i.operands[1]) * self._double(i.operands[2]), lanes)
+
+    def _DFMA(self, i: Instruction, lanes: Array) -> None:
+        """With a product of 64 bits, which is not exact: the last bit may be another."""
+        a, b, c = (self._double(operand).astype(np.longdouble) for operand in i.operands[1:])
+        self._set_double(i.operands[0], a * b + c, lanes)
+
+    def _DSETP(self, i: Instruction, lanes: Array) -> None:
+        first, second, a, b, other = i.operands
+        value = _float_compare(i.modifiers[0], self._double(a), self._double(b))
+        self._combine(_combination(i), first, second, value, other, lanes)
+
     def _F2F(self, i: Instruction, lanes: Array) -> None:
-        if i.modifiers != ("F32", "F64"):
+        if i.modifiers == ("F32", "F64"):
+            self._set_float(i.operands[0], self._double(i.operands[1]), lanes)
+        elif i.modifiers == ("F64", "F32"):
+            self._set_double(i.operands[0], self._float(i.operands[1]), lanes)
+        else:
             raise NotImplementedError(i.opcode)
-        self._set_float(i.operands[0], self._pair(i.operands[1]).view(np.float64), lanes)
 
     def _MUFU(self, i: Instruction, lanes: Array) -> None:
+        if i.modifiers[0] in ("RCP64H", "RSQ64H"):  # of the upper halves of doubles
+            x = (self._bits(i.operands[1]).astype(np.uint64) << np.uint64(32)).view(np.float64)
+            x = -x if getattr(i.operands[1], "negated", "") == "-" else x
+            half = np.asarray(_FUNCTIONS[i.modifiers[0].removesuffix("64H")](x)).view(np.uint64) >> np.uint64(32)
+            self._set(i.operands[0], half, lanes)
+            return
         x = self._float(i.operands[1]).astype(np.float64)
         self._set_float(i.operands[0], _FUNCTIONS[i.modifiers[0]](x), lanes)
 
@@ -761,6 +798,9 @@ class _Execution:
         else:
             exact = self._int(source)
             exact = exact if "U32" in i.modifiers else exact.view(np.int32)
+        if "F64" in i.modifiers:
+            self._set_double(i.operands[0], exact, lanes)
+            return
         value = exact.astype(np.float32)
         short = value.astype(np.float64) < exact.astype(np.float64)
         value = np.where(short & ("RP" in i.modifiers), np.nextafter(value, np.float32(np.inf)), value)

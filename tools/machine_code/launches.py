@@ -25,7 +25,7 @@ import pybind11
 import torch
 from torch import Tensor
 
-from fastcnn.params import AugmentParams, TailParams
+from fastcnn.params import AugmentParams, BatchNormParams, TailParams
 
 from . import compiled_cuda
 from .compiled import Kernel, compiling
@@ -40,6 +40,10 @@ _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Of the operators' tasks, in the order in which ``recorder.cpp`` takes their addresses.
 _BUFFERS = "x", "bias", "dy", "out", "argmax", "partials", "dbias", "terms"
 _AUGMENT_BUFFERS = "x", "offsets", "mirror", "mean", "sizes", "out"
+_NORM_BUFFERS = (
+    *("x", "mean", "var", "weight", "bias", "dy", "out", "argmax"),
+    *("dweight", "dbias", "sums", "terms"),
+)
 _TILE = 1 << 20  # bytes of a buffer that stands for a tensor
 
 
@@ -223,6 +227,14 @@ class Cuda:
         """Execute it on CPU tensors; their names are those of ``AugmentTask``."""
         self._run("augment", self._augment_task(tensors["x"], params), _AUGMENT_BUFFERS, tensors)
 
+    def batch_norm(self, op: str, channels_last: bool, norm: BatchNormParams, **tensors: Tensor) -> None:
+        """Execute one of its private ops on CPU tensors; their names are those of ``BatchNormTask``."""
+        x = tensors["x"]
+        task = self._module.BatchNormTask(_DTYPES.index(x.dtype), list(x.shape), channels_last, *norm.op_args())
+        sums = self._module.batch_norm_sums(task, self._multiprocessors)
+        tensors["sums"], tensors["terms"] = torch.empty(max(1, sums)).double(), torch.empty(2 * x.shape[1])
+        self._run(op, task, _NORM_BUFFERS, tensors)
+
     def _run(self, op: str, task: Any, buffers: Sequence[str], tensors: dict[str, Tensor]) -> None:
         memory = Memory()
         at = {name: memory.add(_raw(t)) for name, t in tensors.items() if t.device.type != "meta"}
@@ -260,7 +272,7 @@ def _build(arch: int, directory: Path) -> Path:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     includes = " ".join(f"-isystem {i}" for i in (pybind11.get_include(), sysconfig.get_paths()["include"]))
     target = directory / f"cuda_launches{sysconfig.get_config_var('EXT_SUFFIX')}"
-    operators = "augment", "lrn", "max_pool2d", "relu_lrn_max_pool2d"
+    operators = "augment", "batch_norm_relu_max_pool2d", "lrn", "max_pool2d", "relu_lrn_max_pool2d"
     sources = [*(ROOT / "csrc" / "cuda" / f"{op}.cu" for op in operators), HERE / "recorder.cpp"]
     objects = {source: directory / f"{source.stem}.o" for source in sources}
     options = f"{' '.join(compiled_cuda.FLAGS)} -arch=sm_{arch} -Xcompiler=-fPIC,-fvisibility=hidden {includes}"

@@ -11,7 +11,7 @@
 namespace {
 
 namespace py = pybind11;
-using fastcnn::AugmentTask, fastcnn::TailTask;
+using fastcnn::AugmentTask, fastcnn::BatchNormTask, fastcnn::TailTask;
 
 struct Launch {
   const void* function;
@@ -39,6 +39,14 @@ void find(const std::string& op, Operator<TailTask>& found) {
   found = operators.at(op);
 }
 void find(const std::string&, Operator<AugmentTask>& found) { found = fastcnn::cuda::augment; }
+void find(const std::string& op, Operator<BatchNormTask>& found) {
+  static const std::map<std::string, Operator<BatchNormTask>> operators = {
+      {"batch_norm_statistics", fastcnn::cuda::batch_norm_statistics},
+      {"batch_norm_relu_max_pool2d", fastcnn::cuda::batch_norm_relu_max_pool2d},
+      {"batch_norm_relu_max_pool2d_backward", fastcnn::cuda::batch_norm_relu_max_pool2d_backward},
+  };
+  found = operators.at(op);
+}
 
 using Buffers = std::vector<uintptr_t>;
 
@@ -53,6 +61,13 @@ AugmentTask with_memory(AugmentTask t, const Buffers& b) {
   t.x = static_cast<uint8_t*>(at(b, 0)), t.offsets = static_cast<int64_t*>(at(b, 1));
   t.mirror = static_cast<bool*>(at(b, 2)), t.mean = at(b, 3), t.sizes = static_cast<int64_t*>(at(b, 4));
   t.out = at(b, 5);
+  return t;
+}
+
+BatchNormTask with_memory(BatchNormTask t, const Buffers& b) {
+  t.x = at(b, 0), t.mean = at(b, 1), t.var = at(b, 2), t.weight = at(b, 3), t.bias = at(b, 4), t.dy = at(b, 5);
+  t.out = at(b, 6), t.argmax = at(b, 7), t.dweight = at(b, 8), t.dbias = at(b, 9);
+  t.sums = static_cast<double*>(at(b, 10)), t.terms = at(b, 11);
   return t;
 }
 
@@ -131,6 +146,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
 PYBIND11_MODULE(cuda_launches, m) {
   py::class_<TailTask>(m, "Task").def(py::init(&fastcnn::cuda::make_task));
   py::class_<AugmentTask>(m, "AugmentTask").def(py::init(&fastcnn::cuda::make_augment_task));
+  py::class_<BatchNormTask>(m, "BatchNormTask").def(py::init(&fastcnn::cuda::make_batch_norm_task));
   m.def("bias_partials", [](TailTask t, int on) {
     multiprocessors = on;
     t.dbias = &t;  // it has one
@@ -138,5 +154,10 @@ PYBIND11_MODULE(cuda_launches, m) {
   });
   m.def("lrn_terms", &fastcnn::cuda::lrn_terms);
   define<TailTask>(m);
+  m.def("batch_norm_sums", [](const BatchNormTask& t, int on) {
+    multiprocessors = on;
+    return fastcnn::cuda::batch_norm_sums(t);
+  });
   define<AugmentTask>(m);
+  define<BatchNormTask>(m);
 }
