@@ -130,17 +130,17 @@ class PoolForward {
  public:
   PoolForward(const TailTask& task, Scratch& scratch)
       : task_(task),
-        columns_{scratch.take<A>(kRows * pitch_) + padding_,
-                 task_.argmax ? scratch.take<A>(kRows * pitch_) + padding_ : nullptr} {
-    if (scratch.only_counts()) return;
-    for (int64_t i = 0; i < kRows * pitch_; ++i) columns_.clear(i - padding_);
+        columns_{scratch.take<A>(rows_ * pitch_) + padding_,
+                 task_.argmax ? scratch.take<A>(rows_ * pitch_) + padding_ : nullptr} {
+    if (scratch.only_counts() || task_.shape.channels_last) return;
+    for (int64_t i = 0; i < rows_ * pitch_; ++i) columns_.clear(i - padding_);
   }
 
   // Rows begin ... end-1 of a map of the output: of an image, or in NCHW of one of its channels.
   template <typename E>
   void write(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
     for (int64_t o = begin, next; o < end; o = next) {
-      next = std::min(o + (task_.shape.channels_last ? 1 : kRows), end);
+      next = std::min(o + rows_, end);
       const int64_t at = map * h_.out * w_.out * pixel_;
       if (!task_.pool.wide_argmax()) {
         const Vec<A> sum = task_.argmax ? write<Way::places>(at, o, next, from) : write<Way::values>(at, o, next, from);
@@ -155,9 +155,6 @@ class PoolForward {
  private:
   // The place of what lies outside the map, after all others; its lower bits are 0.
   static constexpr Lane<A> kOutside = 1 << 30;
-  // In NCHW, output rows at a time: vectors that are loaded soon after parts of them were stored wait until these are
-  // in cache.
-  static constexpr int64_t kRows = 4;
 
   // The maxima of the columns of a row, and in NCHW what windows see beyond its ends.
   struct Columns {
@@ -314,6 +311,9 @@ class PoolForward {
 
   const TailTask& task_;
   const PoolAxis &h_ = task_.pool.h, &w_ = task_.pool.w;
+  // Output rows at a time: in NCHW several, as vectors that are loaded soon after parts of them were stored wait until
+  // these are in cache.
+  const int64_t rows_ = task_.shape.channels_last ? 1 : 4;
   // Elements of a pixel of a map, and of one of its rows.
   const int64_t pixel_ = task_.shape.channels_last ? task_.shape.C : 1, length_ = w_.size * pixel_;
   const int64_t block_ = pixel_ > 1 ? std::max<int64_t>(1, 1024 / (w_.stride * pixel_)) : w_.out;
