@@ -15,4 +15,12 @@ struct LinearTask {
   void* out;
 };
 
+// The same in training, float32, without ReLU and factor: its output and gradients. There are a multiple of 16 inputs.
+// A unit is a few outputs, or of the gradients a panel of columns.
+struct LinearTrainingTask {
+  int64_t vectors, in, outputs;
+  const float *x, *weight, *bias, *dy;  // what a product does not need is null, and so may bias be
+  float* out;
+};
+
 }  // namespace fastcnn

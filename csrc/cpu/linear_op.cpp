@@ -5,6 +5,9 @@
 namespace fastcnn {
 
 struct linear;
+struct linear_forward;
+struct linear_input_gradient;
+struct linear_weight_gradient;
 
 static void linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor out, bool relu, double factor) {
   LinearTask task{};
@@ -19,7 +22,49 @@ static void linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tenso
   parallel<linear>(task, task.outputs * std::max<int64_t>(1, task.in));
 }
 
+static LinearTrainingTask training_task(int64_t vectors, int64_t in, int64_t outputs, const Tensor& out) {
+  STD_TORCH_CHECK(in % 16 == 0, "there must be a multiple of 16 inputs, but there are ", in);
+  LinearTrainingTask task{};
+  task.vectors = vectors, task.in = in, task.outputs = outputs;
+  task.out = static_cast<float*>(out.mutable_data_ptr());
+  return task;
+}
+
+static const float* floats(const char* name, const Tensor& t, int64_t elements) {
+  expect(name, t, DType::float32, elements);
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+static void linear_forward_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor out) {
+  LinearTrainingTask task = training_task(x.size(0), x.size(1), weight.size(0), out);
+  task.x = floats("input", x, x.numel()), task.weight = floats("weight", weight, task.outputs * task.in);
+  if (bias) task.bias = floats("bias", *bias, task.outputs);
+  floats("out", out, task.vectors * task.outputs);
+  parallel<linear_forward>(task, task.outputs * task.in);
+}
+
+static void linear_input_gradient_op(Tensor dy, Tensor weight, Tensor out) {
+  LinearTrainingTask task = training_task(dy.size(0), weight.size(1), weight.size(0), out);
+  task.dy = floats("grad", dy, task.vectors * task.outputs), task.weight = floats("weight", weight, weight.numel());
+  floats("out", out, task.vectors * task.in);
+  parallel<linear_input_gradient>(task, task.outputs * task.in);
+}
+
+static void linear_weight_gradient_op(Tensor dy, Tensor x, Tensor out) {
+  LinearTrainingTask task = training_task(x.size(0), x.size(1), dy.size(1), out);
+  task.dy = floats("grad", dy, task.vectors * task.outputs), task.x = floats("input", x, x.numel());
+  floats("out", out, task.outputs * task.in);
+  parallel<linear_weight_gradient>(task, task.outputs * task.in);
+}
+
 FASTCNN_OP(fastcnn_cpu, CPU, linear,
            "(Tensor input, Tensor weight, Tensor? bias, Tensor(a!) out, bool relu, float factor) -> ()", linear_op)
+
+FASTCNN_OP(fastcnn_cpu, CPU, linear_forward, "(Tensor input, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
+           linear_forward_op)
+FASTCNN_OP(fastcnn_cpu, CPU, linear_input_gradient, "(Tensor grad, Tensor weight, Tensor(a!) out) -> ()",
+           linear_input_gradient_op)
+FASTCNN_OP(fastcnn_cpu, CPU, linear_weight_gradient, "(Tensor grad, Tensor input, Tensor(a!) out) -> ()",
+           linear_weight_gradient_op)
 
 }  // namespace fastcnn

@@ -24,7 +24,7 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t rows, in
     for (int64_t r = 0; r < rows; r += kRows)
       in_columns(columns, [&](auto number, int64_t j) FASTCNN_INLINE_LAMBDA {
         multiply_rows<kRows, number.value>(a + r * a_stride, a_stride, 1, b + j, columns, std::min(kDepth, depth - c),
-                                           sums + r * columns + j, c > 0);
+                                           sums + r * columns + j, columns, c > 0);
       });
   }
 }

@@ -116,9 +116,10 @@ void run(const WinogradGradientTask& task, int64_t begin, int64_t end, void* scr
         for (int64_t r = 0; r < outputs; r += kRows)
           in_columns(channels, [&](auto number, int64_t j) FASTCNN_INLINE_LAMBDA {
             for (int64_t t = 0; t < next - first; t += kSummed)
-              multiply_rows<kRows, number.value>(
-                  z + i * z_plane + t * outputs + r, 1, outputs, v + i * v_plane + t * channels + j, channels,
-                  std::min(kSummed, next - first - t), m + i * m_plane + r * channels + j, t > 0 || first > start);
+              multiply_rows<kRows, number.value>(z + i * z_plane + t * outputs + r, 1, outputs,
+                                                 v + i * v_plane + t * channels + j, channels,
+                                                 std::min(kSummed, next - first - t),
+                                                 m + i * m_plane + r * channels + j, channels, t > 0 || first > start);
           });
       // One of the matrices has each tile's sum.
       for (int64_t j = 0; db && j < outputs; j += kLane)

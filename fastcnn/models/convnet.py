@@ -84,6 +84,7 @@ class ConvNet(nn.Module):
             num_classes,
             dropout,
             (units[0], units[1]),
+            plain=plain,
             dropout_first=dropout_first,
             numbered=numbered,
         )

@@ -13,6 +13,7 @@ from ..params import LRNParams, PoolParams, pooled_size
 from ._checks import check_choice, check_images, check_input_size, check_positive, smallest_images
 from .classifier import DROPOUTS
 from .initialize import CaffeXavier, Initializer, Layer, kaiming
+from .layers import Linear
 from .preprocessing import CAFFE, Preprocessing
 from .registry import register_model
 from .stages import Stage, build_features, map_sizes
@@ -107,7 +108,7 @@ class InceptionV1(nn.Module):
             before = block.out_channels
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = DROPOUTS[dropout](0.4)
-        self.fc = nn.Linear(before, num_classes)
+        self.fc = (nn.Linear if plain else Linear)(before, num_classes)
         if aux:
             side = _map_sizes(self.input_size, pool, aux)["aux1"]
             self.aux1 = AuxiliaryHead(512, side, num_classes, dropout, plain=plain)
@@ -178,10 +179,11 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         self.avgpool = nn.AvgPool2d(5, 3)
         self.conv = build_features([Stage("", in_channels, 128, 1)], plain=plain)
-        self.fc1 = nn.Linear(128 * size**2, 1024)
+        fully_connected = nn.Linear if plain else Linear
+        self.fc1 = fully_connected(128 * size**2, 1024)
         self.relu = nn.ReLU()
         self.dropout = DROPOUTS[dropout](0.7)
-        self.fc2 = nn.Linear(1024, num_classes)
+        self.fc2 = fully_connected(1024, num_classes)
 
     def forward(self, input: Tensor) -> Tensor:
         hidden = self.fc1(self.conv(self.avgpool(input)).flatten(1))

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..memory_format import as_new, strides_of
+from ..ops.linear import is_large, linear
 from ..params import FLOATING_DTYPES, LRNParams, PoolParams, TailParams
 from .report import Entry
 from .stage import LinearStage, NormStage, Stage
@@ -148,7 +149,7 @@ _IN_PLACE = {
     *(F.relu, torch.relu_, "relu_", F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.silu, F.hardswish, F.hardsigmoid),
     *(operator.iadd, "add_", operator.imul, "mul_"),
 }
-_NEW = {*_PURE, *_REDUCING, torch.conv2d, F.linear, F.local_response_norm}
+_NEW = {*_PURE, *_REDUCING, torch.conv2d, F.linear, linear, F.local_response_norm}
 
 
 def _read(nodes: Sequence[fx.Node]) -> Call | str:
@@ -252,6 +253,9 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
         nodes.remove(node)
     entries = []
     while nodes:
+        if not inference and _is_large_linear(nodes[0]):
+            nodes[0].target = linear
+            entries.append(Entry(*labels[nodes[0]], "linear"))
         first = _read(nodes)
         stage, reason = ([], first) if isinstance(first, str) else _stage(first, nodes, inference)
         if reason and nodes[0].target not in (*_OURS, F.linear, *_ARITHMETIC):
@@ -265,6 +269,13 @@ def fuse(graph: fx.Graph, names: Mapping[str, str], *, inference: bool = False) 
     _restore_formats(graph)
     graph.lint()
     return entries
+
+
+def _is_large_linear(node: fx.Node) -> bool:
+    if node.target is not F.linear or _why_not(value_of(node), 2):
+        return False
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    return isinstance(weight, fx.Node) and isinstance(value_of(weight), Tensor) and is_large(value_of(weight))
 
 
 def _only_counts(node: fx.Node) -> bool:

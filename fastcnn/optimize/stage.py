@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..memory_format import as_new, output_format
 from ..ops.cpu import onednn
+from ..ops.linear import linear
 from ..ops.packed import unchanged
 from ..ops.register import needs_grad
 from ..ops.stage import fastest_stage, fastest_tail, rectifies_by_itself, run_norm, run_tail
@@ -272,7 +273,7 @@ class LinearStage:
         self.relu, self.factor = relu, factor
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = linear(x, weight, bias)
         y = y.relu() if self.relu else y
         return y if self.factor == 1 else y * self.factor
 

@@ -1,0 +1,72 @@
+"""A fully connected layer, whose time in training is that of the memory of its weight."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .. import backends
+from .cpu.memory import kept
+from .overridable import overridable
+
+# Fewer weights take torch as long as calling ours does. With more vectors the products take the time, of which torch's
+# then need about as little. Output and gradients took torch 1.3 to 6 times as long between, with 2 threads and AVX-512,
+# the weight's gradient longest, for which it has the system map and clear new memory in every step.
+_WEIGHTS, _VECTORS = 1 << 19, 256
+
+
+@overridable("x", "weight", "bias", composite=F.linear)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`torch.nn.functional.linear`, by csrc/cpu/linear_training.cpp where that is faster."""
+    return Linear.apply(x, weight, bias) if _is_ours(x, weight, bias) else F.linear(x, weight, bias)
+
+
+def is_large(weight: Tensor) -> bool:
+    """Whether :func:`linear` may be faster than torch's function."""
+    return weight.is_cpu and weight.dtype == torch.float32 and weight.dim() == 2 and bool(weight.numel() >= _WEIGHTS)
+
+
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or not is_large(weight) or x.dim() != 2 or not 0 < len(x) <= _VECTORS:
+        return False
+    if x.shape[1] != weight.shape[1] or x.shape[1] % 16 or (bias is not None and bias.shape != weight.shape[:1]):
+        return False
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if any(type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or t.dtype != torch.float32 for t in tensors):
+        return False
+    is_seen = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    if is_seen or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    return weight.is_contiguous() and backends.runs_cpu_kernels() and backends.cpu_capability() != "baseline"
+
+
+class Linear(torch.autograd.Function):
+    """:func:`linear` where it is ours."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y = x.new_empty(len(x), len(weight))
+        torch.ops.fastcnn_cpu.linear_forward(x.contiguous(), weight, None if bias is None else bias.contiguous(), y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        db = dy.sum(0) if needs[2] else None
+        if torch.is_grad_enabled():  # to be differentiated again
+            return dy @ weight if needs[0] else None, dy.t() @ x if needs[1] else None, db
+        dy = dy.contiguous()
+        dx = dw = None
+        if needs[0] and len(x) == 1:
+            dx = dy @ weight
+        elif needs[0]:
+            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+            torch.ops.fastcnn_cpu.linear_input_gradient(dy, weight, dx)
+        if needs[1]:
+            dw = kept(torch.empty_like(weight), lasting=True)
+            torch.ops.fastcnn_cpu.linear_weight_gradient(dy, x.contiguous(), dw)
+        return dx, dw, db
