@@ -13,29 +13,12 @@ namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {
 
 using Task = LinearTrainingTask;
-constexpr int kRows = 6;                          // of a product at a time
-constexpr int64_t kPanel = kColumns * kLane;      // columns of the weight that a unit of the gradients has
-constexpr int64_t kPanels = 256 / kPanel;         // that are done at once: they are 1 KB of each row
-constexpr int64_t kDepth = 128;                   // summed up by themselves
-constexpr int64_t kAhead = 16;  // rows that are asked for before they are copied: the hardware sees too little of each to do so
+constexpr int64_t kPanel = kColumns * kLane;  // columns of the weight that a unit of the gradients has
+constexpr int64_t kPanels = 256 / kPanel;     // that are done at once: they are 1 KB of each row
+constexpr int64_t kDepth = 128;               // summed up by themselves
+constexpr int64_t kAhead =
+    16;  // rows that are asked for before they are copied: the hardware sees too little of each to do so
 constexpr int64_t kInputs = 1024, kVectors = 64;  // of which the forward sums up at once
-
-// Call run(number, r) for each block of at most kRows rows, from row r on, all of about the same size.
-template <typename Run>
-FASTCNN_INLINE void in_rows(int64_t rows, const Run& run) {
-  const int64_t blocks = (rows + kRows - 1) / kRows;
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t r = rows * i / blocks;
-    switch (rows * (i + 1) / blocks - r) {
-      case 1: run(std::integral_constant<int, 1>{}, r); break;
-      case 2: run(std::integral_constant<int, 2>{}, r); break;
-      case 3: run(std::integral_constant<int, 3>{}, r); break;
-      case 4: run(std::integral_constant<int, 4>{}, r); break;
-      case 5: run(std::integral_constant<int, 5>{}, r); break;
-      default: run(std::integral_constant<int, kRows>{}, r);
-    }
-  }
-}
 
 // -- forward: y = x W' + bias -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ namespace fastcnn::FASTCNN_CAPABILITY {
 
 using Floats = Vec<float>;
 inline constexpr int64_t kLane = kLanes<float>;
-// As many vectors of a row as leave registers for 6 rows of sums.
+// As many rows of sums, and vectors of each, as registers have room for beside what they are the products of.
+inline constexpr int kRows = 6;
 inline constexpr int kColumns = kVectorBytes == 64 ? 4 : 2;
 
 // sums[rows x columns] = a[rows x depth] * b[depth x columns], added to what is there or not. Element (r, d) of a is
@@ -45,6 +46,25 @@ FASTCNN_INLINE void in_columns(int64_t columns, const Run& run) {
       case 4: run(std::integral_constant<int, kColumns>{}, j); break;
       default: run(std::integral_constant<int, 2>{}, j);
     }
+}
+
+FASTCNN_INLINE int64_t row_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
+
+// Call run(number, r) for each block of at most kRows rows, from row r on, all of about the same size.
+template <typename Run>
+FASTCNN_INLINE void in_rows(int64_t rows, const Run& run) {
+  const int64_t blocks = row_blocks(rows);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t r = rows * i / blocks;
+    switch (rows * (i + 1) / blocks - r) {
+      case 1: run(std::integral_constant<int, 1>{}, r); break;
+      case 2: run(std::integral_constant<int, 2>{}, r); break;
+      case 3: run(std::integral_constant<int, 3>{}, r); break;
+      case 4: run(std::integral_constant<int, 4>{}, r); break;
+      case 5: run(std::integral_constant<int, 5>{}, r); break;
+      default: run(std::integral_constant<int, kRows>{}, r);
+    }
+  }
 }
 
 }  // namespace fastcnn::FASTCNN_CAPABILITY

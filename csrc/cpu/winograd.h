@@ -6,11 +6,14 @@
 
 namespace fastcnn {
 
-// Of a convolution with 3x3 windows in steps of 1, float32, channels_last; channels and outputs of a group are
-// multiples of 16.
+// For 2x2 outputs.
+inline int64_t winograd_products(int64_t window) { return window == 3 ? 16 : 49; }
+
+// Of a convolution with windows of 3x3 or 5x5 in steps of 1, float32, channels_last; channels and outputs of a group
+// are multiples of 16.
 struct WinogradMaps {
   Shape shape;  // of x
-  int64_t out_h, out_w, outputs, groups, padding[2];
+  int64_t window, out_h, out_w, outputs, groups, padding[2];
   const float* x;
   std::atomic<uint32_t>* largest;  // gets the bits of the largest magnitude of the results; NaN is larger than inf
 };
@@ -25,17 +28,17 @@ struct WinogradTask : WinogradMaps {
   uint8_t* out_mask;   // null, or a bit for each element before pooling: whether ReLU passes the gradient
 };
 
-// Its weights, transformed: for each group and each panel of its outputs, 16 matrices of channels x outputs. A unit is
-// a channel of a panel.
+// Its weights, transformed: for each piece of the window, each group and each panel of its outputs, as many matrices of
+// channels x outputs as the piece takes products. A unit is a channel of a panel, for one piece.
 struct WinogradWeightTask {
-  int64_t channels, outputs, groups;  // channels and outputs of one group
+  int64_t window, channels, outputs, groups;  // channels and outputs of one group
   const float* weight;
   float* out;
   int64_t stride[5];  // of the weight's groups, outputs, channels, rows and columns
 };
 
 // The gradients of its weight and bias, each as a number of terms to be summed up: those of so many equal parts of the
-// tiles. A unit is a panel of outputs and one of channels, in one part.
+// tiles. A unit is a panel of outputs and one of channels, for one piece of the window, in one part.
 struct WinogradGradientTask : WinogradMaps {
   int64_t parts;
   const float* dy;

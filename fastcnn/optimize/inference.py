@@ -167,7 +167,7 @@ class Convolution:
             out = empty(self.shape, x.dtype) if self.tail is None else self.tail.empty(x.dtype)
         _, padding, _, groups = self.conv
         largest = torch.ops.fastcnn_cpu.winograd(
-            x, None, self.packed, self.bias, addend, out, first, None, padding, groups, self.relu, self.halves
+            x, None, self.packed, self.bias, addend, out, first, None, self.window[0], padding, groups, self.relu, self.halves
         )
         return out if math.isfinite(largest) else None
 

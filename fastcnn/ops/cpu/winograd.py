@@ -1,4 +1,4 @@
-"""3x3 convolutions and their gradients on CPU with fewer products, by csrc/cpu/winograd*.cpp: float32 channels_last."""
+"""3x3 and 5x5 convolutions and their gradients on CPU with fewer products: csrc/cpu/winograd*.cpp, float32 channels_last."""
 
 import math
 from typing import Any
@@ -10,6 +10,7 @@ from ... import backends
 from ...memory_format import is_channels_last
 from ..packed import Frozen
 
+_PRODUCTS = {(3, 3): 16, (5, 5): 49}  # that 2x2 outputs take, by the window
 _TILES_OF_A_THREAD = 12  # with fewer, reading the transformed weights takes longer than what the products save
 # With fewer, a weight gradient is a sum of so few products that its transformations' rounding counts, and its error is
 # more than twice torch's. With more, it is 1.0 to 2.7 times as fast as oneDNN's, for any numbers of channels:
@@ -22,22 +23,22 @@ _PIECES, _PANEL, _TILES_OF_A_PART = 16, 128, 128
 
 def runs(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> bool:
     """Whether the kernel can compute ``conv2d(x, weight, ...)``, and has enough to do to be the fastest."""
-    if weight.shape[2:] != (3, 3) or stride != [1, 1] or dilation != [1, 1] or min(padding) < 0:
+    if tuple(weight.shape[2:]) not in _PRODUCTS or stride != [1, 1] or dilation != [1, 1] or min(padding) < 0:
         return False
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or not is_channels_last(x):
         return False
     if weight.shape[0] % (16 * groups) or weight.shape[1] % 16 or backends.cpu_capability() == "baseline":
         return False
-    return _tiles(x, padding) >= _TILES_OF_A_THREAD * torch.get_num_threads()
+    return _tiles(x, weight, padding) >= _TILES_OF_A_THREAD * torch.get_num_threads()
 
 
 def finds_weight_gradient(x: Tensor, weight: Tensor, *arguments: Any) -> bool:
     """Whether it also computes the weight's gradient as precisely as it should, given what :func:`runs` is."""
-    return runs(x, weight, *arguments) and _tiles(x, arguments[1]) >= _TILES_OF_A_SUM
+    return runs(x, weight, *arguments) and _tiles(x, weight, arguments[1]) >= _TILES_OF_A_SUM
 
 
-def _tiles(x: Tensor, padding: list[int]) -> int:
-    across, down = (x.shape[2 + i] + 2 * padding[i] - 1 for i in (0, 1))
+def _tiles(x: Tensor, weight: Tensor, padding: list[int]) -> int:
+    across, down = (x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i] + 2 for i in (0, 1))
     return x.shape[0] * (across // 2) * (down // 2)
 
 
@@ -65,7 +66,7 @@ def convolve(
 
     Args:
         x: shape (N, C, H, W), where :func:`runs`.
-        weight: shape (O, C / groups, 3, 3).
+        weight: shape (O, C / groups, 3, 3) or (O, C / groups, 5, 5).
         bias: shape (O,).
         out: channels_last, shape (N, channels, OH, OW), halved by pooling; O of its channels are written.
         padding: zeros on both sides.
@@ -75,14 +76,14 @@ def convolve(
         first: of the channels of ``out`` that are written.
         relu: rectify.
         pool: then take the maximum of each 2x2 outputs.
-        turned: convolve with the weight of the input's gradient, (C, O / groups, 3, 3) turned round.
+        turned: convolve with the weight of the input's gradient, (C, O / groups, ...) turned round.
         x_mask: a bit for each element of x in the order of memory, 0 where it counts as zero.
         out_mask: gets a bit for each output, whether ReLU passes its gradient.
     """
     u = transformed(weight, groups, cache, turned=turned)
     bias = None if bias is None else bias.contiguous()
     largest = torch.ops.fastcnn_cpu.winograd(
-        x, x_mask, u, bias, addend, out, first, out_mask, padding, groups, relu, pool
+        x, x_mask, u, bias, addend, out, first, out_mask, weight.shape[2], padding, groups, relu, pool
     )
     return largest if math.isfinite(largest) else None
 
@@ -104,7 +105,7 @@ def weight_gradient(
     Args:
         x: shape (N, C, H, W).
         dy: gradient of the output, channels_last, shape (N, O, OH, OW).
-        weight: shape (O, C / groups, 3, 3); only its form counts.
+        weight: as of :func:`convolve`; only its form counts.
         padding: zeros on both sides.
         groups: of channels.
         dy_mask: a bit for each element of dy in the order of memory, 0 where it counts as zero.
@@ -112,8 +113,9 @@ def weight_gradient(
     """
     outputs, channels = weight.shape[:2]
     panels = groups * math.ceil(channels / _PANEL) * math.ceil(outputs // groups / _PANEL)
+    panels *= 1 if weight.shape[2] == 3 else 4
     pieces = max(_PIECES, torch.get_num_threads())
-    parts = max(1, min(math.ceil(pieces / panels), _tiles(x, padding) // _TILES_OF_A_PART))
+    parts = max(1, min(math.ceil(pieces / panels), _tiles(x, weight, padding) // _TILES_OF_A_PART))
     dw = torch.empty_like(weight)
     terms = dw.unsqueeze(0) if parts == 1 else dw.new_empty_strided((parts, *dw.shape), (dw.numel(), *dw.stride()))
     db = dw.new_empty(parts, outputs) if with_bias else None
@@ -128,8 +130,10 @@ def weight_gradient(
 def transformed(weight: Tensor, groups: int, cache: Frozen | None = None, *, turned: bool = False) -> Tensor:
     """The weight as the kernel takes it, from the cache where there is one."""
 
+    products = _PRODUCTS[tuple(weight.shape[2:])]
+
     def transform() -> Tensor:
-        u = torch.empty(weight.numel() // 9 * 16, dtype=torch.float32, device="cpu")
+        u = torch.empty(weight.numel() * products // weight.shape[2:].numel(), dtype=torch.float32, device="cpu")
         torch.ops.fastcnn_cpu.winograd_weight(weight.detach(), u, groups, turned)
         return u
 
