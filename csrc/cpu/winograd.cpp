@@ -170,22 +170,27 @@ int64_t weight_units(const WinogradWeightTask& task) { return pieces(task.window
 // G g G', in double, for one channel of one panel.
 template <typename P>
 void transform_weight(const WinogradWeightTask& task, int64_t unit, float* out) {
-  constexpr int kSome = 16, down = P::products_down, across = P::products_across;
+  using Doubles = Vec<double>;
+  constexpr int64_t kSome = kLanes<double>;
+  constexpr int down = P::products_down, across = P::products_across;
   const int64_t C = task.channels, K = task.outputs;
   const int64_t c = unit % C, p = unit / C % panels(K, kPanel), g = unit / C / panels(K, kPanel);
   const int64_t from = panel_begin(K, kPanel, p), columns = panel_begin(K, kPanel, p + 1) - from, plane = C * columns;
   const float* in = task.weight + g * task.stride[0] + from * task.stride[1] + c * task.stride[2] +
                     P::y * task.stride[3] + P::x * task.stride[4];
   out += P::products * C * (g * K + from) + c * columns;
-  for (int64_t k = 0; k < columns; k += kSome, in += kSome * task.stride[1])
-    for (int l = 0; l < kSome; ++l) {
-      double w[P::rows][P::columns], changed[down][across];
-      for (int y = 0; y < P::rows; ++y)
-        for (int x = 0; x < P::columns; ++x) w[y][x] = in[l * task.stride[1] + y * task.stride[3] + x * task.stride[4]];
-      both_axes(w, changed, [](const auto& in, auto& out) FASTCNN_INLINE_LAMBDA { weight_points(in, out); });
-      for (int y = 0; y < down; ++y)
-        for (int x = 0; x < across; ++x) out[(y * across + x) * plane + k + l] = static_cast<float>(changed[y][x]);
-    }
+  for (int64_t k = 0; k < columns; k += kSome, in += kSome * task.stride[1]) {
+    Doubles w[P::rows][P::columns], changed[down][across];
+    for (int y = 0; y < P::rows; ++y)
+      for (int x = 0; x < P::columns; ++x)
+        for (int64_t l = 0; l < kSome; ++l)
+          w[y][x][l] = in[l * task.stride[1] + y * task.stride[3] + x * task.stride[4]];
+    both_axes(w, changed, [](const auto& in, auto& out) FASTCNN_INLINE_LAMBDA { weight_points(in, out); });
+    for (int y = 0; y < down; ++y)
+      for (int x = 0; x < across; ++x)
+        for (int64_t l = 0; l < kSome; ++l)
+          out[(y * across + x) * plane + k + l] = static_cast<float>(changed[y][x][l]);
+  }
 }
 
 void run_weight(const WinogradWeightTask& task, int64_t begin, int64_t end, void*) {

@@ -17,6 +17,7 @@ from .batch_norm_relu_max_pool2d import batch_norm_relu_max_pool2d
 from .conv2d_relu import conv2d_relu
 from .cpu import winograd as _winograd
 from .cpu.convolution import Convolution
+from .cpu.memory import REUSED_BYTES
 from .lrn import local_response_norm
 from .max_pool2d import max_pool2d
 from .overridable import overridable
@@ -80,7 +81,7 @@ def fastest_stage(
     shape = conv.output_shape(x.shape, weight.shape)
     is_large = _products(x, weight, conv) >= (_TRAINED if needs_grad(weight, bias) else _PLAIN)
     by_winograd = not asymmetric and _is_faster_by_winograd(x, weight, conv)
-    if relu and is_large and (by_winograd or (is_frozen and lrn is None)):
+    if relu and is_large and lrn is None and (by_winograd or is_frozen):
         return by_conv2d_relu
     return by_torch if lrn is None and (pool is None or _is_small(shape, is_channels_last(x), pool)) else fused
 
@@ -142,13 +143,13 @@ def _by_conv2d_relu(
 def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """By Winograd's algorithm, or torch's.
+    """By Winograd's algorithm, or torch's, which also runs a few images at a time where its output is large.
 
-    The latter would bring the weight into the format of the input itself, but again for backward.
+    It would bring the weight into the format of the input itself, but again for backward.
     """
 
-    def by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return Convolution.apply(x, weight, bias, conv)
+    def in_our_memory(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return Convolution.apply(x, weight.contiguous(memory_format=torch.channels_last), bias, conv)
 
     def as_it_is(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.conv2d(x, weight, bias, *arguments)
@@ -165,8 +166,10 @@ def _convolution(
     if weight.shape[2:] == (1, 1) or not is_channels_last(x) or not _runs_on_cpu(x, weight):
         return as_it_is
     conv, asymmetric = ConvParams.of(x, weight, bias, *arguments)
-    if not asymmetric and not _is_transformed() and _is_faster_by_winograd(x, weight, conv):
-        return by_winograd
+    if not asymmetric and not _is_transformed():
+        output_bytes = math.prod(conv.output_shape(x.shape, weight.shape)) * x.element_size()
+        if _is_faster_by_winograd(x, weight, conv) or (weight.requires_grad and output_bytes > REUSED_BYTES):
+            return in_our_memory
     if is_channels_last(weight):
         return as_it_is
     return trained if weight.requires_grad else frozen

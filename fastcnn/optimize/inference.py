@@ -15,15 +15,13 @@ from torch import Tensor
 
 from ..memory_format import output_format
 from ..ops.cpu import winograd
-from ..ops.cpu.memory import kept
+from ..ops.cpu.memory import REUSED_BYTES, kept
 from ..ops.cpu.onednn import pack
 from ..ops.packed import unchanged
 from ..params import ConvParams, PoolParams, TailParams, opmath, pooled_size
 
 Run = Callable[..., Tensor]
 _HALVES = PoolParams(2).op_args()
-# A larger block is mapped anew each time it is allocated, by the GNU C library for one; smaller ones are used again.
-_REUSED_BYTES = 32 << 20
 _FEW = 4  # vectors, for which reading the weights is all that takes time
 _LINEAR_BATCH = 32  # that weights are packed for, and good for any
 _SMALL_POINTWISE, _SMALL = (
@@ -120,8 +118,8 @@ class Convolution:
             self.tail = Tail(self.shape, torch.channels_last, tail)
             self.halves = by_winograd and tail.lrn is None and tail.pool.op_args() == _HALVES  # type: ignore[union-attr]
         images, image_bytes = self.shape[0], math.prod(self.shape[1:]) * x.element_size()
-        self.step = images if images * image_bytes <= _REUSED_BYTES else max(1, _REUSED_BYTES // 2 // image_bytes)
-        if by_winograd and (self.tail is None or self.halves):
+        self.step = images if images * image_bytes <= REUSED_BYTES else max(1, REUSED_BYTES // 2 // image_bytes)
+        if by_winograd:
             self.run, self.packed = self._by_winograd, winograd.transformed(weight, conv.groups, frozen)
         elif x.dtype == torch.float32 and products <= (_SMALL_POINTWISE if self.window == [1, 1] else _SMALL):
             self.run, self.packed = self._directly, frozen.get("panels", partial(pack_panels, weight, conv.groups))
@@ -163,13 +161,29 @@ class Convolution:
         return self.tail(y)
 
     def _by_winograd(self, x: Tensor, addend: Tensor | None, out: Tensor | None, first: int) -> Tensor | None:
+        tail = None if self.halves else self.tail
         if out is None:
-            out = empty(self.shape, x.dtype) if self.tail is None else self.tail.empty(x.dtype)
+            out = self.tail.empty(x.dtype) if self.tail is not None and self.halves else empty(self.shape, x.dtype)
         _, padding, _, groups = self.conv
+        relu = self.relu and tail is None
         largest = torch.ops.fastcnn_cpu.winograd(
-            x, None, self.packed, self.bias, addend, out, first, None, self.window[0], padding, groups, self.relu, self.halves
+            x,
+            None,
+            self.packed,
+            self.bias,
+            addend,
+            out,
+            first,
+            None,
+            self.window[0],
+            padding,
+            groups,
+            relu,
+            self.halves,
         )
-        return out if math.isfinite(largest) else None
+        if not math.isfinite(largest):
+            return None
+        return out if tail is None else tail(out)
 
     def _by_onednn(self, x: Tensor, addend: Tensor | None, out: Tensor | None, first: int) -> Tensor:
         if addend is None and out is None and (self.tail is not None or (self.relu and self.step < len(x))):

@@ -1,4 +1,4 @@
-"""A convolution that is trained, and has no ReLU, by Winograd's algorithm."""
+"""A convolution that is trained, and has no ReLU, by Winograd's algorithm or a few images at a time."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from .. import outputs
 from ..packed import contents_of
 from . import winograd
 from .conv2d_relu import gradients
-from .memory import kept
+from .memory import REUSED_BYTES, kept
 
 
 class Convolution(torch.autograd.Function):
-    """``conv2d(x, weight, bias, 1, padding, 1, groups)`` where :func:`.winograd.runs`."""
+    """``conv2d(x, weight, bias, ...)`` in channels_last, by Winograd's algorithm where that runs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams) -> Tensor:
@@ -22,8 +22,14 @@ class Convolution(torch.autograd.Function):
         ctx.conv = conv
         stride, padding, dilation, groups = conv.op_args()
         y = kept(outputs.convolved(x, weight, conv, False)[0], lasting=True)
-        if winograd.convolve(x, weight, bias, y, padding, groups, cache=contents_of(weight)) is None:
-            y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if winograd.runs(x, weight, *conv.op_args()):
+            if winograd.convolve(x, weight, bias, y, padding, groups, cache=contents_of(weight)) is not None:
+                return y
+            return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        # Torch's own output would be new memory, which takes as long to map and clear as the products of a first layer.
+        images = max(1, len(x) * (REUSED_BYTES // 2) // y.nbytes)
+        for part, out in zip(x.split(images), y.split(images), strict=True):
+            out.copy_(torch.conv2d(part, weight, bias, stride, padding, dilation, groups))
         return y
 
     @staticmethod

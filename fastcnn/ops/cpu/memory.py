@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 _LARGE_BYTES = 1 << 20
+# A larger block is mapped anew each time it is allocated, by the GNU C library for one; smaller ones are used again.
+REUSED_BYTES = 32 << 20
 
 
 def kept(empty: Tensor, *, lasting: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from ... import backends
 from ...memory_format import is_channels_last
 from ..packed import Frozen
 
-_PRODUCTS = {(3, 3): 16, (5, 5): 49}  # that 2x2 outputs take, by the window
+_PRODUCTS: dict[tuple[int, ...], int] = {(3, 3): 16, (5, 5): 49}  # that 2x2 outputs take, by the window
 _TILES_OF_A_THREAD = 12  # with fewer, reading the transformed weights takes longer than what the products save
 # With fewer, a weight gradient is a sum of so few products that its transformations' rounding counts, and its error is
 # more than twice torch's. With more, it is 1.0 to 2.7 times as fast as oneDNN's, for any numbers of channels:
