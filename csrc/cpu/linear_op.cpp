@@ -23,7 +23,9 @@ static void linear_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tenso
 }
 
 static LinearTrainingTask training_task(int64_t vectors, int64_t in, int64_t outputs, const Tensor& out) {
-  STD_TORCH_CHECK(in % 16 == 0, "there must be a multiple of 16 inputs, but there are ", in);
+  STD_TORCH_CHECK(vectors > 0 && outputs > 0, "there must be vectors and outputs, but there are ", vectors, " and ",
+                  outputs);
+  STD_TORCH_CHECK(in > 0 && in % 16 == 0, "there must be a multiple of 16 inputs, but there are ", in);
   LinearTrainingTask task{};
   task.vectors = vectors, task.in = in, task.outputs = outputs;
   task.out = static_cast<float*>(out.mutable_data_ptr());
@@ -37,7 +39,8 @@ static const float* floats(const char* name, const Tensor& t, int64_t elements) 
 
 static void linear_forward_op(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor out) {
   LinearTrainingTask task = training_task(x.size(0), x.size(1), weight.size(0), out);
-  task.x = floats("input", x, x.numel()), task.weight = floats("weight", weight, task.outputs * task.in);
+  task.x = floats("input", x, task.vectors * task.in);
+  task.weight = floats("weight", weight, task.outputs * task.in);
   if (bias) task.bias = floats("bias", *bias, task.outputs);
   floats("out", out, task.vectors * task.outputs);
   parallel<linear_forward>(task, task.outputs * task.in);
@@ -45,14 +48,15 @@ static void linear_forward_op(Tensor x, Tensor weight, std::optional<Tensor> bia
 
 static void linear_input_gradient_op(Tensor dy, Tensor weight, Tensor out) {
   LinearTrainingTask task = training_task(dy.size(0), weight.size(1), weight.size(0), out);
-  task.dy = floats("grad", dy, task.vectors * task.outputs), task.weight = floats("weight", weight, weight.numel());
+  task.dy = floats("grad", dy, task.vectors * task.outputs);
+  task.weight = floats("weight", weight, task.outputs * task.in);
   floats("out", out, task.vectors * task.in);
   parallel<linear_input_gradient>(task, task.outputs * task.in);
 }
 
 static void linear_weight_gradient_op(Tensor dy, Tensor x, Tensor out) {
   LinearTrainingTask task = training_task(x.size(0), x.size(1), dy.size(1), out);
-  task.dy = floats("grad", dy, task.vectors * task.outputs), task.x = floats("input", x, x.numel());
+  task.dy = floats("grad", dy, task.vectors * task.outputs), task.x = floats("input", x, task.vectors * task.in);
   floats("out", out, task.outputs * task.in);
   parallel<linear_weight_gradient>(task, task.outputs * task.in);
 }

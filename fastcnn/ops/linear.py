@@ -17,10 +17,10 @@ from .overridable import overridable
 _WEIGHTS, _VECTORS = 1 << 19, 256
 
 
-@overridable("x", "weight", "bias", composite=F.linear)
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+@overridable("input", "weight", "bias", composite=F.linear)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`torch.nn.functional.linear`, by csrc/cpu/linear_training.cpp where that is faster."""
-    return Linear.apply(x, weight, bias) if _is_ours(x, weight, bias) else F.linear(x, weight, bias)
+    return Linear.apply(input, weight, bias) if _is_ours(input, weight, bias) else F.linear(input, weight, bias)
 
 
 def is_large(weight: Tensor) -> bool:
@@ -36,10 +36,14 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if any(type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or t.dtype != torch.float32 for t in tensors):
         return False
-    is_seen = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-    if is_seen or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+    if _is_seen() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     return weight.is_contiguous() and backends.runs_cpu_kernels() and backends.cpu_capability() != "baseline"
+
+
+def _is_seen() -> bool:
+    """Whether something must see torch's own operators: a dispatch mode, or a transform of torch.func."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
 class Linear(torch.autograd.Function):
@@ -47,7 +51,8 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
         y = x.new_empty(len(x), len(weight))
         torch.ops.fastcnn_cpu.linear_forward(x.contiguous(), weight, None if bias is None else bias.contiguous(), y)
         return y
@@ -57,16 +62,17 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         db = dy.sum(0) if needs[2] else None
-        if torch.is_grad_enabled():  # to be differentiated again
+        is_batch = torch._C._functorch.is_legacy_batchedtensor(dy)  # of gradients
+        if torch.is_grad_enabled() or is_batch or _is_seen():  # enabled: to be differentiated again
             return dy @ weight if needs[0] else None, dy.t() @ x if needs[1] else None, db
         dy = dy.contiguous()
         dx = dw = None
-        if needs[0] and len(x) == 1:
+        if needs[0] and len(dy) == 1:
             dx = dy @ weight
         elif needs[0]:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            torch.ops.fastcnn_cpu.linear_input_gradient(dy, weight, dx)
+            dx = dy.new_empty(len(dy), weight.shape[1])
+            torch.ops.fastcnn_cpu.linear_input_gradient(dy, weight.contiguous(), dx)
         if needs[1]:
-            dw = kept(torch.empty_like(weight), lasting=True)
+            dw = kept(dy.new_empty(dy.shape[1], x.shape[1]), lasting=True)
             torch.ops.fastcnn_cpu.linear_weight_gradient(dy, x.contiguous(), dw)
         return dx, dw, db
