@@ -119,6 +119,12 @@ def run_linear(at_end: bool) -> None:
         print(f"{fastcnn.backends.cpu_capability()} {n}x{k} {o} {ident(dtype)} {at_end=}", flush=True)
         x, weight, bias, y = (guarded(randn(*s, dtype=dtype), at_end) for s in ((n, k), (o, k), (o,), (n, o)))
         torch.ops.fastcnn_cpu.linear(x, weight, bias, y, True, 0.5)
+    for k, o, n in itertools.product((16, 48, 272, 1040), (1, 4, 7, 130), (1, 6, 11, 65)):
+        print(f"{fastcnn.backends.cpu_capability()} {n}x{k} {o} in training {at_end=}", flush=True)
+        x, weight, bias, y = (guarded(randn(*s), at_end) for s in ((n, k), (o, k), (o,), (n, o)))
+        torch.ops.fastcnn_cpu.linear_forward(x, weight, bias, y)
+        torch.ops.fastcnn_cpu.linear_input_gradient(y, weight, guarded(x, at_end))
+        torch.ops.fastcnn_cpu.linear_weight_gradient(y, x, guarded(weight, at_end))
 
 
 def run_augment(at_end: bool) -> None:

@@ -1,7 +1,10 @@
-"""The fully connected layer of inference: csrc/cpu/linear.cpp, and fastcnn/optimize/inference.py around it."""
+"""The fully connected layer: of inference csrc/cpu/linear.cpp, and fastcnn/optimize/inference.py around it; of training
+the products of csrc/cpu/linear_training.cpp.
+"""
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,103 @@ def test_nothing_is_read_or_written_out_of_bounds():
     script = Path(__file__).parents[1] / "guard_pages.py"
     done = subprocess.run([sys.executable, str(script), "linear"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
+
+
+# -- in training ------------------------------------------------------------------------------------------------------
+
+TRAINING = torch.ops.fastcnn_cpu
+# inputs, outputs: around what the kernels sum up at once, and one more than that
+SIZES = [(16, 1), (48, 7), (1024 + 16, 13), (4096, 30), (80, 129)]
+
+
+def products(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor) -> list[Tensor]:
+    """The output, and the gradients of input and weight."""
+    shapes = dy.shape, x.shape, weight.shape
+    y, dx, dw = (torch.full(shape, torch.nan) for shape in shapes)
+    TRAINING.linear_forward(x, weight, bias, y)
+    TRAINING.linear_input_gradient(dy, weight, dx)
+    TRAINING.linear_weight_gradient(dy, x, dw)
+    return [y, dx, dw]
+
+
+def of_torch(x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tensor) -> list[Tensor]:
+    return [F.linear(x, weight, bias), dy @ weight, dy.T @ x]
+
+
+def drawn(draw: Callable[..., Tensor], vectors: int, inputs: int, outputs: int) -> list[Tensor]:
+    shapes = (vectors, inputs), (outputs, inputs), (outputs,), (vectors, outputs)
+    return [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 5, 6, 7, 32, 64, 65, 129, 256])
+@pytest.mark.parametrize("size", SIZES, ids=ident)
+def test_every_size_in_training(kernel, size, vectors):
+    x, weight, bias, dy = drawn(integers, vectors, *size)
+    for b in (bias, None):
+        exact = of_torch(x.double(), weight.double(), None if b is None else b.double(), dy.double())
+        for found, expected in zip(products(x, weight, b, dy), exact, strict=True):
+            assert_bitwise(found, expected.float())
+
+
+@pytest.mark.parametrize("vectors", [2, 7, 65, 256])
+@pytest.mark.parametrize("size", [(1024 + 16, 13), (4096, 30), (80, 1025)], ids=ident)
+def test_error_in_training_is_at_most_twice_that_of_torch(kernel, size, vectors):
+    tensors = drawn(randn, vectors, *size)
+    exact = of_torch(*(t.double() for t in tensors))
+    for found, theirs, expected in zip(products(*tensors), of_torch(*tensors), exact, strict=True):
+        assert (found - expected).norm() <= 2 * (theirs - expected).norm()
+
+
+def test_the_same_bits_in_training_whatever_the_threads(kernel, threads):
+    tensors = drawn(randn, 65, 1024 + 16, 530)
+    threads(1)
+    expected = products(*tensors)
+    for number in (2, 3, 7):
+        threads(number)
+        for found, before in zip(products(*tensors), expected, strict=True):
+            assert_bitwise(found, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, 1, 2, 3], ids=["input", "weight", "bias", "gradient"])
+def test_what_is_not_finite_in_training_as_in_torch(kernel, where, value):
+    tensors = drawn(integers, 7, 48, 9)
+    for element in (0, -1):
+        tensors[where].view(-1)[element] = value
+    for found, expected in zip(products(*tensors), of_torch(*(t.double() for t in tensors)), strict=True):
+        assert_bitwise(found, expected.float())
+
+
+GOOD = {"x": (3, 32), "weight": (5, 32), "bias": (5,), "dy": (3, 5), "y": (3, 5), "dx": (3, 32), "dw": (5, 32)}
+OPS = {
+    "linear_forward": ("x", "weight", "bias", "y"),
+    "linear_input_gradient": ("dy", "weight", "dx"),
+    "linear_weight_gradient": ("dy", "x", "dw"),
+}
+
+
+WRONG = [
+    *({name: (*shape[:-1], shape[-1] - 1)} for name, shape in GOOD.items()),
+    *({name: torch.float64} for name in GOOD),
+    {"x": (3, 24), "weight": (5, 24), "dx": (3, 24), "dw": (5, 24)},
+    {"x": (3, 0), "weight": (5, 0), "dx": (3, 0), "dw": (5, 0)},
+    {"x": (0, 32), "dy": (0, 5), "y": (0, 5), "dx": (0, 32)},
+    {"weight": (0, 32), "bias": (0,), "dy": (3, 0), "y": (3, 0), "dw": (0, 32)},
+    {"x": (3, 32, 0), "weight": (5, 32, 0)},
+]
+
+
+def call(op: str, changed: dict[str, tuple[int, ...] | torch.dtype]) -> None:
+    tensors = {name: torch.zeros(shape) for name, shape in GOOD.items()}
+    for name, change in changed.items():
+        tensors[name] = torch.zeros(change) if isinstance(change, tuple) else tensors[name].to(change)
+    getattr(TRAINING, op)(*(tensors[name] for name in OPS[op]))
+
+
+@pytest.mark.parametrize(
+    ("op", "changed"), [(op, c) for op, names in OPS.items() for c in WRONG if not c.keys().isdisjoint(names)], ids=str
+)
+def test_sizes_are_checked_in_training(op, changed):
+    call(op, {})
+    with pytest.raises(RuntimeError, match="must"):
+        call(op, changed)
