@@ -8,7 +8,7 @@ import torch
 from promises import assert_bitwise, ident, randn
 from torch import nn
 
-from fastcnn import models
+from fastcnn import backends, models, ops
 
 pytestmark = pytest.mark.usefixtures("best_backend")
 
@@ -217,6 +217,22 @@ def test_fused_and_plain_agree_in_training(name, size, options):
     for ours, theirs in zip(*results, strict=True):
         assert theirs.norm() > 0
         assert (ours - theirs).norm() <= 1e-11 * theirs.norm()
+
+
+@pytest.mark.skipif(backends.cpu_capability() in ("", "baseline"), reason="torch's layers are faster")
+@pytest.mark.usefixtures("small_classifiers")
+@pytest.mark.parametrize(
+    ("name", "size", "options", "layers"), [("alexnet", 67, {}, 3), ("inception_v1", 80, {"aux": True}, 5)], ids=ident
+)
+def test_fully_connected_layers_are_ours_in_training_unless_plain(name, size, options, layers, monkeypatch):
+    monkeypatch.setattr(ops.linear, "_WEIGHTS", 0)
+    for plain, backward in ((False, "LinearBackward"), (True, "AddmmBackward0")):
+        model, seen = models.create_model(name, num_classes=5, input_size=size, plain=plain, **options), []
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y.grad_fn.name()))
+        model(64 * randn(2, 3, size, size))
+        assert seen == [backward] * layers
 
 
 def test_everything_but_the_tail_of_a_plain_network_is_of_torch():

@@ -173,7 +173,7 @@ def test_what_is_kept_is_what_torch_keeps(wanted):
 def test_change_in_place_before_backward(wanted, changed):
     """An error where the gradients would be wrong, and only there."""
 
-    reads = {0: 1, 1: 0}[changed] in wanted  # the input for the weight's gradient, the weight for the input's
+    reads = 1 - changed in wanted  # the input for the weight's gradient, the weight for the input's
     for function in (linear, F.linear):
         tensors = [leaf(t) if i in wanted else t for i, t in enumerate(arguments())]
         y = function(*tensors)
