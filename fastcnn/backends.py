@@ -57,7 +57,8 @@ def cpu_capability() -> str:
 
 
 def release_memory() -> None:
-    """Give the memory of large outputs on CPU, which is kept for the next ones (at most 512 MB), back to the system."""
+    """Give the memory of large outputs and gradients on CPU, which is kept for the next ones (at most 512 MB), back to
+    the system."""
     if _C is not None:
         _C.release_memory()
 

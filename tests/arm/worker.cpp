@@ -44,6 +44,7 @@ int64_t ranges = 1;  // that parallel_for makes, whatever a range is worth
 
 extern "C" {
 
+AOTITorchError aoti_torch_library_init_def(const char*, const char*, uint32_t, TorchLibraryHandle*) { return 0; }
 AOTITorchError aoti_torch_library_init_fragment(const char*, const char*, uint32_t, TorchLibraryHandle*) { return 0; }
 AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, TorchLibraryHandle*) {
   return 0;

@@ -1,4 +1,4 @@
-"""Memory of large outputs, which fastcnn's own allocator keeps for the next ones: see csrc/cpu/memory.h."""
+"""Memory of large outputs and gradients, which fastcnn's allocator keeps for the next ones: see csrc/cpu/memory.h."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ REUSED_BYTES = 32 << 20
 def kept(empty: Tensor, *, lasting: bool = False) -> Tensor:
     """``empty`` itself, or if it is large a tensor like it whose memory comes from the allocator.
 
-    ``lasting``: it will probably be saved for backward.
+    ``lasting``: it will probably be saved for backward, or is a parameter's gradient.
     """
     if not empty.is_cpu or empty.nbytes <= _LARGE_BYTES or torch.are_deterministic_algorithms_enabled():
         return empty
