@@ -25,16 +25,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def is_large(weight: Tensor) -> bool:
     """Whether :func:`linear` may be faster than torch's function."""
-    return weight.is_cpu and weight.dtype == torch.float32 and weight.dim() == 2 and bool(weight.numel() >= _WEIGHTS)
+    if not weight.is_cpu or weight.dtype != torch.float32 or weight.dim() != 2:
+        return False
+    return bool(weight.numel() >= _WEIGHTS and weight.shape[1] % 16 == 0)
 
 
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or not is_large(weight) or x.dim() != 2 or not 0 < len(x) <= _VECTORS:
         return False
-    if x.shape[1] != weight.shape[1] or x.shape[1] % 16 or (bias is not None and bias.shape != weight.shape[:1]):
+    if x.shape[1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return False
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if any(type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or t.dtype != torch.float32 for t in tensors):
+        return False
+    if any(t.layout != torch.strided for t in tensors):
         return False
     if _is_seen() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
@@ -62,8 +66,8 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         db = dy.sum(0) if needs[2] else None
-        is_batch = torch._C._functorch.is_legacy_batchedtensor(dy)  # of gradients
-        if torch.is_grad_enabled() or is_batch or _is_seen():  # enabled: to be differentiated again
+        is_plain = dy.layout == torch.strided and not torch._C._functorch.is_legacy_batchedtensor(dy)
+        if torch.is_grad_enabled() or _is_seen() or not is_plain:  # enabled: to be differentiated again
             return dy @ weight if needs[0] else None, dy.t() @ x if needs[1] else None, db
         dy = dy.contiguous()
         dx = dw = None

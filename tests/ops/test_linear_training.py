@@ -112,6 +112,8 @@ LEFT = {
     "one bias for all": lambda x, w, b: (x, w, b[:1]),
     "float64": lambda *tensors: tuple(t.double() for t in tensors),
     "bfloat16": lambda *tensors: tuple(t.bfloat16() for t in tensors),
+    "a sparse weight": lambda x, w, b: (x, w.to_sparse_csr(), b),
+    "a sparse input": lambda x, w, b: (x.to_sparse(), w, b),
     "a subclass": lambda x, w, b: (x.as_subclass(Subclass), w, b),
     "meta": lambda *tensors: tuple(t.to("meta") for t in tensors),
 }
@@ -190,6 +192,18 @@ def test_other_strides_of_the_weight_before_backward():
     weight.data = embedded(2 * weight.detach(), (1, 0))
     dy = integers(*y.shape, seed=3)
     assert_bitwise(torch.autograd.grad(y, x, dy)[0], dy @ weight)
+
+
+def test_a_sparse_gradient():
+    places = integers(7, 1, low=0, high=13).long()
+    results = []
+    for function in (linear, F.linear):
+        x, weight, bias = arguments()
+        x, weight = leaf(x), leaf(weight)  # torch has no such gradient of the bias
+        y = function(x, weight, bias)
+        results.append(torch.autograd.grad(torch.gather(y, 1, places, sparse_grad=True).sum(), (x, weight)))
+    for ours, theirs in zip(*results, strict=True):
+        assert_bitwise(ours, theirs)
 
 
 def test_gradients_of_gradients():

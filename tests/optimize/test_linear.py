@@ -92,12 +92,16 @@ def test_layers_of_the_backend_are_ours(model, ran):
     assert ran == [True] * 4
 
 
-@pytest.mark.parametrize("way", ["small", "float64", "bfloat16", "three dimensions"])
+@pytest.mark.parametrize("way", ["small", "inputs not in sixteens", "three dimensions", "float64", "bfloat16"])
 def test_others_are_left_to_torch(model, ran, monkeypatch, way):
-    x = randn(5, 1, 96) if way == "three dimensions" else randn(5, 96)
+    x = randn(5, 96)
     if way == "small":
         monkeypatch.setattr(_linear, "_WEIGHTS", 96 * 48 + 1)
-    elif way != "three dimensions":
+    elif way == "inputs not in sixteens":
+        model, x = nn.Linear(90, 48).float(), x[:, :90]
+    elif way == "three dimensions":
+        x = x[:, None]
+    else:
         model, x = model.to(getattr(torch, way)), x.to(getattr(torch, way))
     fast = fastcnn.optimize(model)
     assert_trained_alike(fast, model, x)
