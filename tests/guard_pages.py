@@ -75,25 +75,26 @@ def run_norm(x: torch.Tensor, affine: torch.Tensor | None, at_end: bool, **norm:
 
 
 def run_winograd(at_end: bool) -> None:
-    for c, k, (h, w), groups in itertools.product((16, 48), (16, 80), ((1, 1), (7, 4)), (1, 2)):
-        print(f"{fastcnn.backends.cpu_capability()} 2x{c}x{h}x{w} {k=} {groups=} {at_end=}", flush=True)
+    for c, k, (h, w), groups, window in itertools.product((16, 48), (16, 80), ((1, 1), (7, 4)), (1, 2), (3, 5)):
+        print(f"{fastcnn.backends.cpu_capability()} 2x{c}x{h}x{w} {k=} {groups=} {window=} {at_end=}", flush=True)
+        same = [window // 2] * 2
         x = guarded(in_format(randn(2, c * groups, h, w), torch.channels_last), at_end)
-        weight, bias = (guarded(randn(k * groups, *rest), at_end) for rest in ((c, 3, 3), ()))
+        weight, bias = (guarded(randn(k * groups, *rest), at_end) for rest in ((c, window, window), ()))
         y = guarded(in_format(torch.empty(2, k * groups, h, w), torch.channels_last), at_end)
         halved = guarded(in_format(torch.empty(2, k * groups, h // 2, w // 2), torch.channels_last), at_end)
         mask = guarded(torch.zeros(y.numel() // 8, dtype=torch.uint8), at_end)
-        u = [guarded(torch.empty(groups * 16 * c * k), at_end) for _ in range(2)]
+        u = [guarded(torch.empty(groups * {3: 16, 5: 49}[window] * c * k), at_end) for _ in range(2)]
         for transformed, turned in zip(u, (False, True), strict=True):
             torch.ops.fastcnn_cpu.winograd_weight(weight, transformed, groups, turned)
         run = torch.ops.fastcnn_cpu.winograd
-        run(x, None, u[0], bias, None, y, 0, mask, [1, 1], groups, True, False)
-        run(x, None, u[0], None, None, halved, 0, None, [1, 1], groups, True, True)
-        run(y, mask, u[1], None, None, guarded(x, at_end), 0, None, [1, 1], groups, False, False)
+        run(x, None, u[0], bias, None, y, 0, mask, window, same, groups, True, False)
+        run(x, None, u[0], None, None, halved, 0, None, window, same, groups, True, True)
+        run(y, mask, u[1], None, None, guarded(x, at_end), 0, None, window, same, groups, False, False)
         more = guarded(in_format(torch.empty(2, k * groups + 5, h, w), torch.channels_last), at_end)
-        run(x, None, u[0], bias, guarded(y, at_end), more, 5 if at_end else 0, None, [1, 1], groups, True, False)
+        run(x, None, u[0], bias, guarded(y, at_end), more, 5 if at_end else 0, None, window, same, groups, True, False)
         for parts, like in itertools.product((1, 2), (weight, weight.contiguous(memory_format=torch.channels_last))):
             dw, db = guarded(torch.stack([like] * parts), at_end), guarded(torch.empty(parts, k * groups), at_end)
-            torch.ops.fastcnn_cpu.winograd_gradient(x, y, mask, dw, db, [1, 1], groups)
+            torch.ops.fastcnn_cpu.winograd_gradient(x, y, mask, dw, db, same, groups)
             torch.ops.fastcnn_cpu.winograd_gradient(x, y, None, dw, None, [1, 1], groups)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .. import backends
@@ -66,7 +67,7 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         db = dy.sum(0) if needs[2] else None
-        is_plain = dy.layout == torch.strided and not torch._C._functorch.is_legacy_batchedtensor(dy)
+        is_plain = dy.layout == torch.strided and not is_legacy_batchedtensor(dy)
         if torch.is_grad_enabled() or _is_seen() or not is_plain:  # enabled: to be differentiated again
             return dy @ weight if needs[0] else None, dy.t() @ x if needs[1] else None, db
         dy = dy.contiguous()

@@ -149,7 +149,7 @@ def _convolution(
     """
 
     def in_our_memory(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return Convolution.apply(x, weight.contiguous(memory_format=torch.channels_last), bias, conv)
+        return Convolution.apply(x, weight, bias, conv)
 
     def as_it_is(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.conv2d(x, weight, bias, *arguments)

@@ -23,15 +23,20 @@ pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reaso
 NAN, INF = float("nan"), float("inf")
 
 
-def arguments(n: int, c: int, k: int, h: int, w: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def arguments(
+    n: int, c: int, k: int, h: int, w: int, groups: int = 1, window: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
     x = randn(n, c, h, w, format=torch.channels_last)
-    return x, randn(k, c // groups, 3, 3, seed=1) * (2 * groups / c) ** 0.5 / 3, randn(k, seed=2)
+    weight = randn(k, c // groups, window, window, seed=1) * (2 * groups / c) ** 0.5 / window
+    return x, weight, randn(k, seed=2)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], groups: int, **options):
     """The output, and its largest magnitude."""
     outputs = weight.shape[1] * groups if options.get("turned") else weight.shape[0]
-    size = [(x.shape[2 + i] + 2 * padding[i] - 2) // (2 if options.get("pool") else 1) for i in (0, 1)]
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] + 1 - weight.shape[2]) // (2 if options.get("pool") else 1) for i in (0, 1)
+    ]
     y = torch.empty(x.shape[0], outputs, *size).to(memory_format=torch.channels_last)
     return y, _winograd.convolve(x, weight, bias, y, list(padding), groups, **options)
 
@@ -39,6 +44,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int,
 def error(y: Tensor, exact: Tensor) -> float:
     assert y.shape == exact.shape
     return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def same(window: int) -> tuple[int, int]:
+    """The padding with which a map keeps its size."""
+    return window // 2, window // 2
 
 
 # images, channels, outputs, height, width
@@ -52,17 +62,24 @@ SHAPES = [
 ]
 
 
-PADDINGS = [(1, 1), (0, 0), (2, 1), (0, 3)]
+PADDINGS = [(1, 1), (0, 0), (2, 1), (0, 3), (2, 2)]
+# and windows: all that leave an output
+SIZES = [
+    (s, p, window)
+    for window in (3, 5)
+    for s in SHAPES
+    for p in PADDINGS
+    if min(s[3] + 2 * p[0], s[4] + 2 * p[1]) >= window
+]
+of_every_size = pytest.mark.parametrize(("shape", "padding", "window"), SIZES)
+of_both_windows = pytest.mark.parametrize("window", [3, 5])
 
 
-@pytest.mark.parametrize(
-    ("shape", "padding"),
-    [(s, p) for s in SHAPES for p in PADDINGS if min(s[3] + 2 * p[0], s[4] + 2 * p[1]) >= 3],
-)
+@of_every_size
 @pytest.mark.parametrize("groups", [1, 2])
-def test_every_size(kernel, groups, shape, padding):
+def test_every_size(kernel, groups, shape, padding, window):
     n, c, k, h, w = shape
-    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups)
+    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups, window)
     exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=padding, groups=groups)
     for strided in (weight, weight.to(memory_format=torch.channels_last), weight.transpose(2, 3).clone().mT):
         y, largest = convolve(x, strided, bias, padding, groups)
@@ -73,59 +90,65 @@ def test_every_size(kernel, groups, shape, padding):
     assert error(y, exact) <= 1e-6
 
 
+@of_both_windows
 @pytest.mark.parametrize(
     "shape", [(2, 16, 32, 28, 28), (1, 64, 64, 30, 31), (3, 144, 48, 13, 13), (2, 512, 64, 14, 14)]
 )
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("positive", [False, True])
-def test_error_is_at_most_twice_that_of_torch(kernel, positive, groups, shape):
+def test_error_is_at_most_twice_that_of_torch(kernel, positive, groups, shape, window):
     n, c, k, h, w = shape
-    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups)
+    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups, window=window)
     if positive:
         x.relu_()
-    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1, groups=groups)
-    y, _ = convolve(x, weight, bias, (1, 1), groups)
-    assert error(y, exact) <= 2 * error(F.conv2d(x, weight, bias, padding=1, groups=groups), exact)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=window // 2, groups=groups)
+    y, _ = convolve(x, weight, bias, same(window), groups)
+    assert error(y, exact) <= 2 * error(F.conv2d(x, weight, bias, padding=window // 2, groups=groups), exact)
 
 
+@of_both_windows
 @pytest.mark.parametrize("shape", SHAPES[1:])
 @pytest.mark.parametrize("relu", [False, True])
-def test_pooled(kernel, relu, shape):
-    x, weight, bias = arguments(*shape)
-    whole, of_whole = convolve(x, weight, bias, (1, 1), 1, relu=relu)
-    pooled, largest = convolve(x, weight, bias, (1, 1), 1, relu=relu, pool=True)
+def test_pooled(kernel, relu, shape, window):
+    x, weight, bias = arguments(*shape, window=window)
+    whole, of_whole = convolve(x, weight, bias, same(window), 1, relu=relu)
+    pooled, largest = convolve(x, weight, bias, same(window), 1, relu=relu, pool=True)
     assert_bitwise(pooled, F.max_pool2d(whole, 2))
     assert largest == of_whole
 
 
+@of_both_windows
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_masks(kernel, groups, shape):
+def test_masks(kernel, groups, shape, window):
     n, c, k, h, w = shape
-    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups)
+    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups, window=window)
     mask = torch.empty(n * k * groups * h * w // 8, dtype=torch.uint8)
-    y, _ = convolve(x, weight, bias, (1, 1), groups, relu=True, out_mask=mask)
+    y, _ = convolve(x, weight, bias, same(window), groups, relu=True, out_mask=mask)
     expected = torch.empty_like(mask)
     torch.ops.fastcnn_cpu.relu_mask(y, expected)
     assert_bitwise(mask, expected)
     # what the mask turns off is zero, also NaN
     dy = randn(*y.shape, seed=3, format=torch.channels_last)
     dz = dy * (y > 0)
-    dx, _ = convolve(dz, weight, None, (1, 1), groups, turned=True)
-    masked, largest = convolve(torch.where(y > 0, dy, NAN), weight, None, (1, 1), groups, turned=True, x_mask=mask)
+    dx, _ = convolve(dz, weight, None, same(window), groups, turned=True)
+    masked, largest = convolve(
+        torch.where(y > 0, dy, NAN), weight, None, same(window), groups, turned=True, x_mask=mask
+    )
     assert largest is not None
     assert_bitwise(masked, dx)
-    assert error(dx, F.conv_transpose2d(dz.double(), weight.double(), padding=1, groups=groups)) <= 1e-6
+    assert error(dx, F.conv_transpose2d(dz.double(), weight.double(), padding=window // 2, groups=groups)) <= 1e-6
 
 
-def test_the_same_bits_whatever_the_threads_and_the_batch(threads: Callable[[int], None]):
-    x, weight, bias = arguments(5, 48, 96, 23, 21)
+@of_both_windows
+def test_the_same_bits_whatever_the_threads_and_the_batch(threads: Callable[[int], None], window):
+    x, weight, bias = arguments(5, 48, 96, 23, 21, window=window)
     threads(1)
-    y, _ = convolve(x, weight, bias, (1, 1), 1)
+    y, _ = convolve(x, weight, bias, same(window), 1)
     for number in (2, 3, 7):
         threads(number)
-        assert_bitwise(convolve(x, weight, bias, (1, 1), 1)[0], y)
-    assert_bitwise(convolve(x[2:4], weight, bias, (1, 1), 1)[0], y[2:4])
+        assert_bitwise(convolve(x, weight, bias, same(window), 1)[0], y)
+    assert_bitwise(convolve(x[2:4], weight, bias, same(window), 1)[0], y[2:4])
 
 
 # -- the weight's gradient --------------------------------------------------------------------------------------------
@@ -138,7 +161,7 @@ def weight_gradients(x: Tensor, dy: Tensor, weight: Tensor, padding: tuple[int, 
 
 
 def of_output(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
-    size = [x.shape[2 + i] + 2 * padding[i] - 2 for i in (0, 1)]
+    size = [x.shape[2 + i] + 2 * padding[i] + 1 - weight.shape[2] for i in (0, 1)]
     return randn(len(x), len(weight), *size, seed=4, format=torch.channels_last)
 
 
@@ -148,14 +171,11 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_winograd, "_TILES_OF_A_PART", 5)
 
 
-@pytest.mark.parametrize(
-    ("shape", "padding"),
-    [(s, p) for s in SHAPES for p in PADDINGS if min(s[3] + 2 * p[0], s[4] + 2 * p[1]) >= 3],
-)
+@of_every_size
 @pytest.mark.parametrize("groups", [1, 2])
-def test_weight_gradient_of_every_size(kernel, in_parts, groups, shape, padding):
+def test_weight_gradient_of_every_size(kernel, in_parts, groups, shape, padding, window):
     n, c, k, h, w = shape
-    x, weight, _ = arguments(n, c * groups, k * groups, h, w, groups)
+    x, weight, _ = arguments(n, c * groups, k * groups, h, w, groups, window)
     dy = of_output(x, weight, padding)
     exact = weight_gradients(x.double(), dy.double(), weight.double(), padding, groups)
     for strided in (weight, weight.to(memory_format=torch.channels_last), weight.transpose(2, 3).clone().mT):
@@ -168,64 +188,71 @@ def test_weight_gradient_of_every_size(kernel, in_parts, groups, shape, padding)
         assert_bitwise(alone, dw)
 
 
+@of_both_windows
 @pytest.mark.parametrize(
     "shape", [(2, 16, 32, 28, 28), (1, 64, 64, 30, 31), (3, 144, 48, 13, 13), (2, 64, 64, 97, 98), (16, 64, 16, 3, 4)]
 )
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("positive", ["nothing", "input", "both"])
-def test_error_of_the_weight_gradient_is_at_most_twice_that_of_torch(kernel, positive, groups, shape):
+def test_error_of_the_weight_gradient_is_at_most_twice_that_of_torch(kernel, positive, groups, shape, window):
     n, c, k, h, w = shape
-    x, weight, _ = arguments(n, c * groups, k * groups, h, w, groups)
-    dy = of_output(x, weight, (1, 1))
+    x, weight, _ = arguments(n, c * groups, k * groups, h, w, groups, window=window)
+    dy = of_output(x, weight, same(window))
     if positive != "nothing":
         x.relu_()
     if positive == "both":
         dy.relu_()
-    exact = weight_gradients(x.double(), dy.double(), weight.double(), (1, 1), groups)
-    theirs = weight_gradients(x, dy, weight, (1, 1), groups)
-    ours = _winograd.weight_gradient(x, dy, weight, [1, 1], groups, with_bias=True)
+    exact = weight_gradients(x.double(), dy.double(), weight.double(), same(window), groups)
+    theirs = weight_gradients(x, dy, weight, same(window), groups)
+    ours = _winograd.weight_gradient(x, dy, weight, list(same(window)), groups, with_bias=True)
     for a, b, e in zip(ours, theirs, exact, strict=True):
         assert error(a, e) <= 2 * error(b, e)
 
 
+@of_both_windows
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_weight_gradient_of_a_masked_gradient(kernel, groups, shape):
+def test_weight_gradient_of_a_masked_gradient(kernel, groups, shape, window):
     n, c, k, h, w = shape
-    x, weight, _ = arguments(n, c * groups, k * groups, h, w, groups)
-    y, dy = of_output(x, weight, (1, 1)).roll(1, 1), of_output(x, weight, (1, 1))
+    x, weight, _ = arguments(n, c * groups, k * groups, h, w, groups, window=window)
+    y, dy = (
+        of_output(x, weight, same(window)).roll(1, 1),
+        of_output(x, weight, same(window)),
+    )
     mask = torch.empty(y.numel() // 8, dtype=torch.uint8)
     torch.ops.fastcnn_cpu.relu_mask(y, mask)
-    expected = _winograd.weight_gradient(x, dy * (y > 0), weight, [1, 1], groups, with_bias=True)
+    expected = _winograd.weight_gradient(x, dy * (y > 0), weight, list(same(window)), groups, with_bias=True)
     off = torch.where(y > 0, dy, NAN)
-    masked = _winograd.weight_gradient(x, off, weight, [1, 1], groups, dy_mask=mask, with_bias=True)
+    masked = _winograd.weight_gradient(x, off, weight, list(same(window)), groups, dy_mask=mask, with_bias=True)
     for ours, theirs in zip(masked, expected, strict=True):
         assert_bitwise(ours, theirs)
 
 
+@of_both_windows
 @pytest.mark.parametrize("shape", [(5, 48, 96, 23, 21), (8, 256, 144, 14, 14)])
-def test_the_same_bits_of_the_weight_gradient_whatever_the_threads(threads: Callable[[int], None], shape):
-    x, weight, _ = arguments(*shape)
-    dy = of_output(x, weight, (1, 1))
+def test_the_same_bits_of_the_weight_gradient_whatever_the_threads(threads: Callable[[int], None], shape, window):
+    x, weight, _ = arguments(*shape, window=window)
+    dy = of_output(x, weight, same(window))
     threads(1)
-    expected = _winograd.weight_gradient(x, dy, weight, [1, 1], 1, with_bias=True)
+    expected = _winograd.weight_gradient(x, dy, weight, list(same(window)), 1, with_bias=True)
     for number in (1, 2, 3, 7):
         threads(number)
         for ours, theirs in zip(
-            _winograd.weight_gradient(x, dy, weight, [1, 1], 1, with_bias=True), expected, strict=True
+            _winograd.weight_gradient(x, dy, weight, list(same(window)), 1, with_bias=True), expected, strict=True
         ):
             assert_bitwise(ours, theirs)
 
 
+@of_both_windows
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 3e38])
 @pytest.mark.parametrize("where", ["input", "gradient"])
 @pytest.mark.parametrize("pixel", [(0, 0, 0, 0), (1, 5, 6, 6), (2, 15, 12, 11)])
-def test_no_weight_gradient_of_what_is_not_finite(kernel, in_parts, pixel, where, value):
+def test_no_weight_gradient_of_what_is_not_finite(kernel, in_parts, pixel, where, value, window):
     """Not even if the sums of the other parts are."""
-    x, weight, _ = arguments(3, 16, 32, 13, 12)
-    dy = of_output(x, weight, (1, 1))
+    x, weight, _ = arguments(3, 16, 32, 13, 12, window=window)
+    dy = of_output(x, weight, same(window))
     (x if where == "input" else dy)[pixel] = value
-    assert _winograd.weight_gradient(x, dy * 100, weight, [1, 1], 1, with_bias=True) == (None, None)
+    assert _winograd.weight_gradient(x, dy * 100, weight, list(same(window)), 1, with_bias=True) == (None, None)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
@@ -254,16 +281,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     return seen
 
 
+@of_both_windows
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["input", "weight", "bias"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_what_is_not_finite_stays_where_torch_has_it(calls, frozen, where, value):
+def test_what_is_not_finite_stays_where_torch_has_it(calls, frozen, where, value, window):
     """One NaN does not reach those outputs of its tile that do not depend on it."""
-    tensors = arguments(2, 16, 32, 12, 12)
+    tensors = arguments(2, 16, 32, 12, 12, window=window)
     tensors[where][(1, 5, 2, 1)[: tensors[where].dim()]] = value
     x, weight, bias = leaf(tensors[0]), *(t if frozen else leaf(t) for t in tensors[1:])
     wanted = (x,) if frozen else (x, weight, bias)
-    y, expected = FF.conv2d_relu(x, weight, bias, padding=1), F.relu(F.conv2d(x, weight, bias, padding=1))
+    y, expected = (
+        FF.conv2d_relu(x, weight, bias, padding=window // 2),
+        F.relu(F.conv2d(x, weight, bias, padding=window // 2)),
+    )
     assert calls == [None]
     torch.testing.assert_close(y, expected, equal_nan=True)
     dy = randn(*y.shape, seed=4, format=torch.channels_last)
@@ -294,12 +325,13 @@ def test_gradients_that_are_not_finite_too(calls, value):
         torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
+@of_both_windows
 @pytest.mark.parametrize("frozen", [False, True])
-def test_conv2d_relu_uses_it_forward_and_backward(calls, frozen):
-    x, weight, bias = arguments(2, 32, 48, 12, 14)
+def test_conv2d_relu_uses_it_forward_and_backward(calls, frozen, window):
+    x, weight, bias = arguments(2, 32, 48, 12, 14, window=window)
     if not frozen:
         weight, bias = leaf(weight), leaf(bias)
-    y = FF.conv2d_relu(leaf(x), weight, bias, padding=1)
+    y = FF.conv2d_relu(leaf(x), weight, bias, padding=window // 2)
     y.sum().backward()
     assert len(calls) == 2
     assert None not in calls
@@ -364,15 +396,16 @@ def test_nothing_is_read_or_written_out_of_bounds():
     assert run.returncode == 0, run.stdout[-200:] + run.stderr[-2000:]
 
 
+@of_both_windows
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("relu", [False, True])
-def test_addend(kernel, relu, groups, shape):
+def test_addend(kernel, relu, groups, shape, window):
     n, c, k, h, w = shape
-    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups)
-    whole, of_whole = convolve(x, weight, bias, (1, 1), groups)
+    x, weight, bias = arguments(n, c * groups, k * groups, h, w, groups, window=window)
+    whole, of_whole = convolve(x, weight, bias, same(window), groups)
     addend = randn(*whole.shape, seed=5, format=torch.channels_last)
-    y, largest = convolve(x, weight, bias, (1, 1), groups, addend=addend, relu=relu)
+    y, largest = convolve(x, weight, bias, same(window), groups, addend=addend, relu=relu)
     assert_bitwise(y, (whole + addend).relu() if relu else whole + addend)
     assert largest == of_whole
 
@@ -390,17 +423,18 @@ def test_an_addend_that_is_not_finite_stays_where_it_is(kernel, relu, value):
     assert_bitwise(y, (whole + addend).relu() if relu else whole + addend)
 
 
+@of_both_windows
 @pytest.mark.parametrize("options", [{}, {"relu": True}, {"pool": True}, {"addend": True}], ids=str)
 @pytest.mark.parametrize(("before", "after"), [(0, 16), (16, 0), (3, 5)])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_only_its_channels_of_the_output_are_written(kernel, groups, before, after, options):
-    x, weight, bias = arguments(2, 32 * groups, 80 * groups, 7, 6, groups)
+def test_only_its_channels_of_the_output_are_written(kernel, groups, before, after, options, window):
+    x, weight, bias = arguments(2, 32 * groups, 80 * groups, 7, 6, groups, window=window)
     if "addend" in options:
         options = {"addend": randn(2, 80 * groups, 7, 6, seed=5, format=torch.channels_last)}
-    expected, _ = convolve(x, weight, bias, (1, 1), groups, **options)
+    expected, _ = convolve(x, weight, bias, same(window), groups, **options)
     outputs = expected.shape[1]
     more = torch.full((2, before + outputs + after, *expected.shape[2:]), 7.0).to(memory_format=torch.channels_last)
-    _winograd.convolve(x, weight, bias, more, [1, 1], groups, first=before, **options)
+    _winograd.convolve(x, weight, bias, more, list(same(window)), groups, first=before, **options)
     assert_bitwise(more[:, before : before + outputs], expected)
     assert (more[:, :before] == 7).all()
     assert (more[:, before + outputs :] == 7).all()
@@ -414,6 +448,7 @@ GOOD = {
     "out": (1, 16, 8, 8),
     "first": 0,
     "mask": 16 * 64 // 8,
+    "window": 3,
     "padding": [1, 1],
     "groups": 1,
     "pool": False,
@@ -426,7 +461,8 @@ def call(**changed) -> None:
         None if case[name] is None else torch.zeros(case[name]) for name in ("x", "u", "bias", "addend", "out")
     )
     mask = None if case["mask"] is None else torch.zeros(case["mask"], dtype=torch.uint8)
-    args = bias, addend, out, case["first"], mask, case["padding"], case["groups"], True, case["pool"]
+    where = case["window"], case["padding"], case["groups"]
+    args = bias, addend, out, case["first"], mask, *where, True, case["pool"]
     torch.ops.fastcnn_cpu.winograd(x, None, u, *args)
 
 
@@ -448,6 +484,9 @@ def call(**changed) -> None:
         {"first": -1, "mask": None},
         {"first": -1, "out": (1, 17, 8, 8), "mask": None},
         {"mask": 16 * 64 // 8 - 1},
+        {"window": 4},
+        {"window": 5},
+        {"window": 5, "u": 49 * 16 * 32},
         {"padding": [1]},
         {"groups": 0},
         {"groups": -1},

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from ...params import ConvBackwardParams, ConvParams
 from .. import outputs
@@ -27,6 +28,7 @@ class Convolution(torch.autograd.Function):
                 return y
             return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
         # Torch's own output would be new memory, which takes as long to map and clear as the products of a first layer.
+        weight = weight.contiguous(memory_format=torch.channels_last)
         images = max(1, len(x) * (REUSED_BYTES // 2) // y.nbytes)
         for part, out in zip(x.split(images), y.split(images), strict=True):
             out.copy_(torch.conv2d(part, weight, bias, stride, padding, dilation, groups))
@@ -36,7 +38,7 @@ class Convolution(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled():  # to be differentiated again
+        if torch.is_grad_enabled() or is_legacy_batchedtensor(dy):  # enabled: to be differentiated again
             stride, padding, dilation, groups = ctx.conv.op_args()
             found = torch.ops.aten.convolution_backward(
                 dy, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], groups, needs

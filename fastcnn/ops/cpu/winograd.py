@@ -1,4 +1,4 @@
-"""3x3 and 5x5 convolutions and their gradients on CPU with fewer products: csrc/cpu/winograd*.cpp, float32 channels_last."""
+"""3x3 and 5x5 convolutions and their gradients on CPU with fewer products: csrc/cpu/winograd*.cpp, in channels_last."""
 
 import math
 from typing import Any
