@@ -95,7 +95,7 @@ def run_winograd(at_end: bool) -> None:
         for parts, like in itertools.product((1, 2), (weight, weight.contiguous(memory_format=torch.channels_last))):
             dw, db = guarded(torch.stack([like] * parts), at_end), guarded(torch.empty(parts, k * groups), at_end)
             torch.ops.fastcnn_cpu.winograd_gradient(x, y, mask, dw, db, same, groups)
-            torch.ops.fastcnn_cpu.winograd_gradient(x, y, None, dw, None, [1, 1], groups)
+            torch.ops.fastcnn_cpu.winograd_gradient(x, y, None, dw, None, same, groups)
 
 
 def run_direct_convolution(at_end: bool) -> None:
