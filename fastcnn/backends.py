@@ -242,6 +242,8 @@ def runs_cpu_kernels() -> bool:
 def choose(op: str, implementations: Collection[str], tensor: Tensor) -> str:
     """The backend that runs ``op``, one of ``implementations``, on a tensor like this one."""
     device = tensor.device
+    if device.type == "cpu" and "cpu" in implementations and runs_cpu_kernels():
+        return "cpu"
     if _forced is not None:
         if _forced not in implementations:
             why = "it has no such operator"

@@ -55,8 +55,7 @@ def check_bias(op: str, bias: Tensor | None, input: Tensor, channels: int | None
             f"{op}(): expected {name} to be 1-dimensional with {channels} elements (one a channel), "
             f"but got {name} of size {list(bias.shape)}"
         )
-    wide = bias.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
-    if bias.dtype != input.dtype and not wide:
+    if bias.dtype not in (input.dtype, opmath(input.dtype)):
         raise RuntimeError(
             f"{op}(): input type ({input.dtype}) and {name} type ({bias.dtype}) should be the same, "
             f"or the {name} float32 beside 16-bit input"
@@ -71,7 +70,10 @@ def check_bias(op: str, bias: Tensor | None, input: Tensor, channels: int | None
 def wide_bias(op: str, bias: Tensor | None, input: Tensor, name: str = "bias") -> Tensor | None:
     """``bias``, checked, dense and in the dtype in which ``input`` is computed."""
     check_bias(op, bias, input, name=name)
-    return None if bias is None else bias.to(opmath(input.dtype)).contiguous()
+    if bias is None:
+        return None
+    dtype = opmath(input.dtype)
+    return (bias if bias.dtype == dtype else bias.to(dtype)).contiguous()
 
 
 def check_same(op: str, name: str, value: Tensor, like: Tensor, shape: Sequence[int] | None = None) -> None:
@@ -86,6 +88,8 @@ def check_same(op: str, name: str, value: Tensor, like: Tensor, shape: Sequence[
 
 def _int(op: str, name: str, value: Any) -> int:
     """``value`` as an int; numbers of numpy are taken too, as torch takes them."""
+    if type(value) is int:  # soonest told, for a small operator is called in microseconds
+        return value
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -123,8 +127,10 @@ class LRNParams:
         object.__setattr__(self, "size", _int(op, "size", self.size))
         object.__setattr__(self, "groups", _int(op, "groups", self.groups))
         for name, value in (("alpha", self.alpha), ("beta", self.beta), ("k", self.k)):
-            if not isinstance(value, float | int | Real):
-                raise TypeError(f"{op}(): argument '{name}' must be a number, not {type(value).__name__}")
+            if type(value) is not float:
+                if not isinstance(value, float | int | Real):
+                    raise TypeError(f"{op}(): argument '{name}' must be a number, not {type(value).__name__}")
+                object.__setattr__(self, name, float(value))
         if self.size <= 0:
             raise RuntimeError(f"{op}(): size must be greater than zero, but got size={self.size}")
         if self.groups <= 0:
@@ -132,7 +138,7 @@ class LRNParams:
 
     def op_args(self) -> tuple[int, float, float, float, int]:
         """``size, alpha, beta, k, groups`` as the registered ops take them."""
-        return self.size, float(self.alpha), float(self.beta), float(self.k), self.groups
+        return self.size, self.alpha, self.beta, self.k, self.groups
 
     @staticmethod
     @lru_cache
@@ -182,8 +188,9 @@ class PoolParams:
             raise TypeError(f"max_pool2d(): argument 'ceil_mode' must be bool, not {type(self.ceil_mode).__name__}")
         kernel = _pair("kernel_size", self.kernel_size)
         # torch takes an empty stride, like None, for "the kernel size"
-        same = self.stride is None or (isinstance(self.stride, Sequence) and len(self.stride) == 0)
-        stride = kernel if same else _pair("stride", self.stride)
+        given = self.stride
+        same = given is None or (type(given) is not int and isinstance(given, Sequence) and len(given) == 0)
+        stride = kernel if same else _pair("stride", given)
         padding, dilation = _pair("padding", self.padding), _pair("dilation", self.dilation)
         object.__setattr__(self, "_op_args", (kernel, stride, padding, dilation, self.ceil_mode))
         for name, pair in (("kernel_size", kernel), ("stride", stride), ("dilation", dilation)):
@@ -585,6 +592,8 @@ class ConvParams:
 
 
 def _pair(name: str, value: object, op: str = "max_pool2d") -> list[int]:
+    if type(value) is int:
+        return [value, value]
     if isinstance(value, int | torch.SymInt | Integral) and not isinstance(value, bool):
         return [_int(op, name, value)] * 2
     if not isinstance(value, Sequence) or isinstance(value, str):

@@ -92,7 +92,7 @@ def batch_norm_relu_max_pool2d(
     op = "batch_norm_relu_max_pool2d"
     if pool is not None and not isinstance(pool, PoolParams):
         raise TypeError(f"{op}(): argument 'pool' must be PoolParams or None, not {type(pool).__name__}")
-    norm = BatchNormParams(training, eps, relu, relu_first, pool)
+    norm = BatchNormParams(bool(training), float(eps), bool(relu), bool(relu_first), pool)
     norm.check_tensors(input, running_mean, running_var, weight, bias)
     if input.dim() != 4:
         tensors = input, running_mean, running_var, weight, bias

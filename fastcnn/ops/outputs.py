@@ -23,7 +23,8 @@ def pooled(x: Tensor, pool: PoolParams | None, with_argmax: bool) -> tuple[Tenso
     """The map of ``x`` after the pool, if there is one, and the argmax, empty if it is not wanted."""
     if pool is None:
         return empty_output(x), x.new_empty(0, dtype=torch.uint8)
-    shape = [*x.shape[:2], *pooled_size(x.shape[2:], *pool.op_args())]
+    n, c, *size = x.shape
+    shape = [n, c, *pooled_size(size, *pool.op_args())]
     if not with_argmax:
         return empty_output(x, shape), x.new_empty(0, dtype=torch.uint8)
     return empty_output(x, shape), empty_output(x, shape, argmax_dtype(pool))

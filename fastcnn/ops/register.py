@@ -9,11 +9,16 @@ exported, a Function would lose its gradient. So all three are built here from o
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import profiler
+from torch.nn import Parameter
 
 from .. import backends
 
@@ -32,6 +37,15 @@ class Params(Protocol):
 
 
 _library = torch.library.Library("fastcnn", "DEF")
+
+
+def _keys(*names: str) -> int:
+    return reduce(or_, (DispatchKeySet(getattr(DispatchKey, name)) for name in names)).raw_repr()
+
+
+# Dispatch keys, the second of each under inference mode.
+_USUAL_THREAD = {_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")}
+_USUAL_TENSOR = {_keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"), _keys("CPU", "AutocastCPU")}
 
 # Operator -> backend -> its implementation there.
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
@@ -85,10 +99,12 @@ def define(
         return *args[:first], *args[first].op_args(), *args[first + 1 :]
 
     def implementation(*args: Any) -> Any:
-        args = *args[:first], from_op(*args[first:last]), *args[last:]  # in place: a frame less in every call
         backend = backends.choose(name, implementations, args[0])
         run = implementations[backend]
         return (select[backend](run, *args) if backend in select else run)(*args)
+
+    def below_autograd(*args: Any) -> Any:
+        return implementation(*args) if _needs_no_dispatcher(args) else op(*spread(args))
 
     def setup_gathered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         save(ctx, gathered(inputs), output)
@@ -112,7 +128,7 @@ def define(
     if engine is not None:
         _ENGINES[name] = engine
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, lambda *args: implementation(*gathered(args)), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, lambda *args: fake(*gathered(args)), lib=_library)
     torch.library.register_autograd(qualified, padded_backward, setup_context=setup_gathered, lib=_library)
     torch.library.register_vmap(qualified, vmap_rule, lib=_library)
@@ -121,7 +137,7 @@ def define(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = op(*spread(args))
+            output = below_autograd(*args)
             save(ctx, args, output)
             return output
 
@@ -142,11 +158,24 @@ def define(
             return op(*spread(args))
         if torch._C._are_functorch_transforms_active():
             return Transformable.apply(*spread(args))
-        if needs_grad(*args):
-            return Eager.apply(*args)
-        return op(*args[:first], *args[first].op_args(), *args[first + 1 :])
+        return Eager.apply(*args) if needs_grad(*args) else below_autograd(*args)
 
     return call
+
+
+def _needs_no_dispatcher(args: Sequence[Any]) -> bool:
+    """Whether below autograd the dispatcher would only call the implementation, which alone takes half the time.
+
+    Its keys tell: modes and tracers add theirs to the thread's; meta tensors, functional and zero ones have others.
+    """
+    if torch._C._dispatch_tls_local_include_set().raw_repr() not in _USUAL_THREAD or profiler._is_profiler_enabled:
+        return False
+    for a in args:
+        if isinstance(a, Tensor) and not (
+            type(a) in (Tensor, Parameter) and torch._C._dispatch_keys(a).raw_repr() in _USUAL_TENSOR
+        ):
+            return False
+    return True
 
 
 def _refuse_gradients(schema: str) -> Callable[..., None]:
@@ -180,9 +209,11 @@ def what_runs(name: str, device: str) -> str:
 
 def needs_grad(*args: Any) -> bool:
     """Whether autograd will ask for a gradient of an op called with these arguments."""
-    if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        return False
-    return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()  # under which grad may be enabled
+    if torch.is_grad_enabled():
+        for a in args:
+            if isinstance(a, Tensor) and a.requires_grad:  # under inference mode grad may be enabled
+                return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+    return False
 
 
 def double_backward(

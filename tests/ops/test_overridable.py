@@ -1,4 +1,4 @@
-"""What others see of the public functions and layers: torch.fx, torch.jit, ONNX, forward-mode AD, FLOP counters."""
+"""What others see of the public functions and layers: torch.fx, torch.jit, ONNX, forward-mode AD, modes, profilers."""
 
 import collections
 import io
@@ -7,15 +7,18 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from promises import leaf, randn
+from promises import leaf, randn, recorded_calls
 from torch import nn
 from torch.autograd import forward_ad
+from torch.autograd.profiler import profile
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastcnn
 import fastcnn.functional as FF
 from fastcnn import LRNParams, PoolParams
 from fastcnn.models.layers import ConvReLULRNMaxPool2d
+from fastcnn.ops.register import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.usefixtures("best_backend")
 
@@ -171,6 +174,57 @@ def test_flops_are_those_of_torch(wanted):
             convolve(*tensors, padding=1, groups=2).sum().backward()
         counted.append(mode.get_total_flops())
     assert counted[0] == counted[1] > 0
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_modes_and_profilers_see_the_operators(name):
+    op, call, x = name.replace("local_response_norm", "lrn"), FUNCTIONS[name][0], leaf(X)
+    expected = {f"fastcnn.{op}.default", f"fastcnn.{op}_backward.default"}
+    with recorded_calls() as calls:
+        call(x).sum().backward()
+    assert {called for called, _ in calls} == expected
+    with profile(use_cpu=True) as profiled:
+        call(x).sum().backward()
+    seen = {event.name.replace("::", ".") + ".default" for event in profiled.function_events}
+    assert seen >= expected
+    for pre_dispatch in (False, True):
+        graph = make_fx(call, pre_dispatch=pre_dispatch)(X).graph
+        assert f"fastcnn.{op}.default" in [str(node.target) for node in graph.nodes]
+
+
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - {"conv2d_relu"}))  # whose weight is a usual tensor
+def test_tensors_that_only_the_dispatcher_understands(name):
+    call, x = FUNCTIONS[name][0], leaf(X)
+    dy = call(X)
+    torch.testing.assert_close(torch._from_functional_tensor(call(torch._to_functional_tensor(X))), dy)
+    assert call(X.to("meta")).is_meta
+    torch.testing.assert_close(call(torch._neg_view(X)), call(-X))
+    zero, negative = torch._efficientzerotensor(dy.shape, dtype=dy.dtype), torch._neg_view(dy)
+    for given, plain in ((zero, torch.zeros_like(dy)), (negative, -dy)):
+        ours, theirs = (torch.autograd.grad(call(x), x, g) for g in (given, plain))
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="C++ kernels are not built")
+def test_a_call_that_nobody_watches_is_spared_the_dispatcher(monkeypatch):
+    """Which takes longer than the rest of a small operator. Below it the keys of autograd are excluded."""
+    implementations, dispatched = IMPLEMENTATIONS["max_pool2d"], []
+    forward, autograd = implementations["cpu"], torch._C.DispatchKey.AutogradFunctionality
+
+    def spy(*args):
+        dispatched.append(torch._C._dispatch_tls_is_dispatch_key_excluded(autograd))
+        return forward(*args)
+
+    monkeypatch.setitem(implementations, "cpu", spy)
+    with fastcnn.backends.use("cpu"):
+        for x in (X, leaf(X), nn.Parameter(X)):
+            FF.max_pool2d(x, 3)
+        with torch.no_grad():
+            FF.max_pool2d(leaf(X), 3)
+        assert dispatched == [False] * 4
+        with profile(use_cpu=True):
+            FF.max_pool2d(X, 3)
+        assert dispatched[-1]
 
 
 def test_inference_mode_asks_for_no_gradient_even_where_it_is_enabled(pair):

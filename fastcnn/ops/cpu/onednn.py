@@ -26,5 +26,5 @@ def magnitude(t: Tensor | None) -> float:
     """The largest absolute value, NaN if there is one."""
     if t is None or not t.numel():
         return 0.0
-    low, high = torch.aminmax(flat(t))
-    return max(-low.item(), high.item()) if high == high else float("nan")
+    low, high = torch.aminmax(flat(t))  # both NaN if there is one
+    return max(-low.item(), high.item())
