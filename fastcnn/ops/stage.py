@@ -94,9 +94,10 @@ def _is_faster_by_winograd(x: Tensor, weight: Tensor, conv: ConvParams) -> bool:
     batch, _, height, width = conv.output_shape(x.shape, weight.shape)
     # With 5x5 windows on small maps, outputs of tiles beyond the border and the weight's transformation take what the
     # products save: training on maps of 7x7 was 0.80 to 0.98 times as fast, on 13x13 and more 0.99 to 1.58 times.
-    is_large = batch * height * width >= _TRANSFORMED and (weight.shape[2] == 3 or min(height, width) >= 8)
-    is_large |= not weight.requires_grad
-    return is_large and _products(x, weight, conv) >= _PLAIN and _winograd.runs(x, weight, *conv.op_args())
+    is_small = batch * height * width < _TRANSFORMED or (weight.shape[2] == 5 and min(height, width) < 8)
+    if weight.requires_grad and is_small:
+        return False
+    return _products(x, weight, conv) >= _PLAIN and _winograd.runs(x, weight, *conv.op_args())
 
 
 def rectifies_by_itself(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> bool:
