@@ -3,7 +3,7 @@
 //
 // Memory: the weight is read once, or its gradient written once. Of the vectors, what a unit needs again and again is
 // copied side by side first: their rows, which often are a multiple of a page apart, would share few lines of a cache.
-// In what order is summed up does not depend on the number of threads.
+// The order of summation does not depend on the number of threads.
 #include "kernel.h"
 #include "linear.h"
 #include "product.h"
@@ -13,11 +13,10 @@ namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {
 
 using Task = LinearTrainingTask;
-constexpr int64_t kPanel = kColumns * kLane;  // columns of the weight that a unit of the gradients has
-constexpr int64_t kPanels = 256 / kPanel;     // that are done at once: they are 1 KB of each row
-constexpr int64_t kDepth = 128;               // summed up by themselves
-constexpr int64_t kAhead =
-    16;  // rows that are asked for before they are copied: the hardware sees too little of each to do so
+constexpr int64_t kPanel = kColumns * kLane;      // columns of the weight that a unit of the gradients has
+constexpr int64_t kPanels = 256 / kPanel;         // that are done at once: they are 1 KB of each row
+constexpr int64_t kDepth = 128;                   // summed up by themselves
+constexpr int64_t kAhead = 16;                    // rows to be prefetched: the hardware sees too little of each
 constexpr int64_t kInputs = 1024, kVectors = 64;  // of which the forward sums up at once
 
 // -- forward: y = x W' + bias -----------------------------------------------------------------------------------------

@@ -40,14 +40,14 @@ class CachingAllocator {
     use(bytes);
     cache_at_most(std::max(kAlwaysCached, peak_bytes_ - used_bytes_));
     void* const begin = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (begin == MAP_FAILED) {
+      used_bytes_ -= bytes;
+      return {};
+    }
 #if defined(MADV_HUGEPAGE)
-    // Of 2 MB, where they are for who asks: the first write then takes a fault for 512 pages, and their addresses stay
-    // known to the processor.
-    if (begin != MAP_FAILED) madvise(begin, bytes, MADV_HUGEPAGE);
+    madvise(begin, bytes, MADV_HUGEPAGE);  // one page fault for 2 MB instead of 512, and fewer misses of the TLB
 #endif
-    if (begin != MAP_FAILED) return {begin, bytes};
-    used_bytes_ -= bytes;
-    return {};
+    return {begin, bytes};
   }
 
   void give_back(Block block) {

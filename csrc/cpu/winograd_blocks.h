@@ -32,8 +32,8 @@ FASTCNN_INLINE Position position_of(const WinogradMaps& maps, int64_t tile) {
   return {tile / tiles_per_image(maps), in_image / across * 2, in_image % across * 2};
 }
 
-// Asks for the maps of a block of tiles while the products of the one before are computed, a few lines at a time: all
-// at once, when they are needed, the products would wait for them, a third of the time. Addresses may be out of bounds.
+// Prefetches the maps of a block of tiles while the products of the one before are computed, a few lines at a time.
+// Otherwise a third of the time would be spent waiting for them. Addresses may be out of bounds.
 class Prefetcher {
  public:
   // Of tiles begin ... end-1, in this many steps.
@@ -62,7 +62,7 @@ class Prefetcher {
 
 // A part of a window, from row y and column x on. A window of 3x3 has one, one of 5x5 four, whose convolutions add up:
 // with 49 products for 4 outputs instead of 100, and of the same few roundings as 3x3. (One piece of 5x5 would take
-// 36, but multiplies by numbers which make the error many times as large.)
+// 36, but the numbers that it multiplies by make the error many times as large.)
 template <int begin_y, int begin_x, int taps_y, int taps_x>
 struct Piece {
   static constexpr int y = begin_y, x = begin_x, rows = taps_y, columns = taps_x;

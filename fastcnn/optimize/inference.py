@@ -166,20 +166,9 @@ class Convolution:
             out = self.tail.empty(x.dtype) if self.tail is not None and self.halves else empty(self.shape, x.dtype)
         _, padding, _, groups = self.conv
         relu = self.relu and tail is None
+        where = self.window[0], padding, groups
         largest = torch.ops.fastcnn_cpu.winograd(
-            x,
-            None,
-            self.packed,
-            self.bias,
-            addend,
-            out,
-            first,
-            None,
-            self.window[0],
-            padding,
-            groups,
-            relu,
-            self.halves,
+            x, None, self.packed, self.bias, addend, out, first, None, *where, relu, self.halves
         )
         if not math.isfinite(largest):
             return None
