@@ -36,7 +36,7 @@ def overridable(*tensors: str, composite: Callable | None = None) -> Callable[[F
                 given += tuple([kwargs[name] for name in tensors if name in kwargs])
             if has_torch_function(given):
                 return handle_torch_function(call, given, *args, **kwargs)
-            if composite is not None and _is_seen_through():
+            if composite is not None and is_seen_through():
                 return composite(*args, **kwargs)
             return function(*args, **kwargs)
 
@@ -45,7 +45,8 @@ def overridable(*tensors: str, composite: Callable | None = None) -> Callable[[F
     return decorate
 
 
-def _is_seen_through() -> bool:
+def is_seen_through() -> bool:
+    """Whether a tracer, a FLOP counter or forward-mode differentiation must see torch's own operators."""
     if forward_ad._current_level >= 0 or torch._C._is_tracing():
         return True
     if not torch._C._len_torch_dispatch_stack():

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import backends
 from ..memory_format import is_channels_last
@@ -20,7 +19,7 @@ from .cpu.convolution import Convolution
 from .cpu.memory import REUSED_BYTES
 from .lrn import local_response_norm
 from .max_pool2d import max_pool2d
-from .overridable import overridable
+from .overridable import is_seen_through, overridable
 from .packed import contents_of
 from .register import needs_grad
 from .relu_lrn_max_pool2d import relu_lrn_max_pool2d
@@ -181,7 +180,7 @@ def _convolution(
 
 def _is_transformed() -> bool:
     """Whether someone looks into the convolution who knows what to do with torch's."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or is_seen_through()
 
 
 def run_tail(x: Tensor, *, relu: bool, lrn: LRNParams | None, pool: PoolParams | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from promises import assert_bitwise, gradients, ident, leaf, randn
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastcnn
 import fastcnn.functional as FF
@@ -615,3 +616,20 @@ def test_a_stage_without_relu_is_transformed_as_torchs(way):
             return forward_ad.unpack_dual(run(forward_ad.make_dual(x, x))).tangent
 
     torch.testing.assert_close(transformed(ours), transformed(in_torch))
+
+
+def test_a_stage_without_relu_is_traced_and_counted_as_torchs():
+    x, weight, bias = map(leaf, arguments(4, 64, 64, 20, 20))
+
+    def run(x: Tensor) -> Tensor:
+        return stage.run_stage(x, weight, bias, 1, 1, 1, 1, relu=False)
+
+    counted = []
+    for call in (run, lambda x: F.conv2d(x, weight, bias, padding=1)):
+        with FlopCounterMode(display=False) as mode:
+            call(x).sum().backward()
+        counted.append(mode.get_total_flops())
+    assert counted[0] == counted[1] > 0
+    kinds = {node.kind() for node in torch.jit.trace(run, x).graph.nodes()}
+    assert "aten::_convolution" in kinds
+    assert "prim::PythonOp" not in kinds
