@@ -619,17 +619,17 @@ def test_a_stage_without_relu_is_transformed_as_torchs(way):
 
 
 def test_a_stage_without_relu_is_traced_and_counted_as_torchs():
-    x, weight, bias = map(leaf, arguments(4, 64, 64, 20, 20))
+    tensors = [*map(leaf, arguments(4, 64, 64, 20, 20))]
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return stage.run_stage(x, weight, bias, 1, 1, 1, 1, relu=False)
 
     counted = []
-    for call in (run, lambda x: F.conv2d(x, weight, bias, padding=1)):
+    for call in (run, lambda *tensors: F.conv2d(*tensors, padding=1)):
         with FlopCounterMode(display=False) as mode:
-            call(x).sum().backward()
+            call(*tensors).sum().backward()
         counted.append(mode.get_total_flops())
     assert counted[0] == counted[1] > 0
-    kinds = {node.kind() for node in torch.jit.trace(run, x).graph.nodes()}
+    kinds = {node.kind() for node in torch.jit.trace(run, tuple(tensors)).graph.nodes()}
     assert "aten::_convolution" in kinds
     assert "prim::PythonOp" not in kinds
