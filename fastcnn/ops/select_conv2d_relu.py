@@ -125,7 +125,7 @@ def engine(backend: str, device: torch.device) -> str:
     if backend != "cpu":
         return backend
     library = "oneDNN" if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled else "aten"
-    return library if backends.cpu_capability() == "baseline" else f"{library}, 3x3 also Winograd"
+    return library if backends.cpu_capability() == "baseline" else f"{library}, 3x3 and 5x5 also Winograd"
 
 
 def _engine_on_gpu(device: torch.device) -> str:
