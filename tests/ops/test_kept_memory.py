@@ -11,7 +11,8 @@ import torch
 import fastcnn
 import fastcnn.functional as FF
 from fastcnn import LRNParams, PoolParams
-from fastcnn.ops.cpu import conv2d_relu, max_pool2d, memory, relu_lrn_max_pool2d
+from fastcnn.ops import stage
+from fastcnn.ops.cpu import conv2d_relu, convolution, max_pool2d, memory, relu_lrn_max_pool2d
 
 pytestmark = pytest.mark.skipif("cpu" not in fastcnn.backends.available(), reason="needs the C++ library")
 
@@ -189,3 +190,28 @@ def test_only_large_outputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = torch.empty(1 << 20, dtype=torch.uint8), torch.empty((1 << 20) + 1, dtype=torch.uint8)
     assert memory.kept(small) is small
     assert memory.kept(large) is not large
+
+
+@pytest.mark.parametrize(("images", "parts"), [(0.4, 5), (2, 3), (5, 1)])
+def test_a_convolution_that_is_trained_fills_a_large_output_in_parts(monkeypatch, images, parts):
+    x = torch.randn(5, 3, 30, 30, generator=torch.manual_seed(0)).to(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(*size).requires_grad_() for size in ((32, 3, 5, 5), (32,)))
+    expected = torch.conv2d(x, weight, bias, 2)
+    monkeypatch.setattr(stage, "REUSED_BYTES", 0)
+    monkeypatch.setattr(convolution, "REUSED_BYTES", int(2 * images * expected.nbytes / 5))
+    calls, conv2d = [], torch.conv2d
+    monkeypatch.setattr(torch, "conv2d", lambda *args: calls.append(len(args[0])) or conv2d(*args))
+
+    def run() -> torch.Tensor:
+        return stage.run_stage(x, weight, bias, 2, 0, 1, 1, relu=False)
+
+    y = run()
+    assert len(calls) == parts
+    assert sum(calls) == 5
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn(expected.shape)
+    ours, theirs = (torch.autograd.grad(out, (weight, bias), dy) for out in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+    there = y.data_ptr()
+    del y
+    assert run().data_ptr() == there

@@ -588,13 +588,26 @@ def test_what_is_not_finite_without_relu(where, value):
 
 
 @pytest.mark.skipif(fastcnn.backends.cpu_capability() == "baseline", reason="oneDNN's is faster")
-@pytest.mark.parametrize("shape", [(4, 64, 64, 20, 20), (4, 64, 64, 8, 8), (4, 16, 16, 20, 20)], ids=ident)
-def test_a_stage_without_relu_is_trained_by_it_where_there_is_enough_to_do(calls, shape):
-    x, weight, bias = map(leaf, arguments(*shape))
-    y = stage.run_stage(x, weight, bias, 1, 1, 1, 1, relu=False)
-    torch.testing.assert_close(y, F.conv2d(x, weight, bias, padding=1))
-    y.sum().backward()
-    assert len(calls) == (2 if shape == (4, 64, 64, 20, 20) else 0)
+@pytest.mark.parametrize(
+    ("shape", "window", "is_ours"),
+    [
+        ((4, 64, 64, 20, 20), 3, True),
+        ((4, 64, 64, 8, 8), 3, False),
+        ((4, 16, 16, 20, 20), 3, False),
+        ((4, 64, 64, 20, 20), 5, True),
+        ((16, 64, 64, 7, 7), 3, True),
+        ((16, 64, 64, 7, 7), 5, False),
+    ],
+    ids=ident,
+)
+def test_a_stage_without_relu_is_trained_by_it_where_there_is_enough_to_do(calls, shape, window, is_ours):
+    tensors = [*map(leaf, arguments(*shape, window=window))]
+    y, expected = stage.run_stage(*tensors, 1, window // 2, 1, 1, relu=False), F.conv2d(*tensors, padding=window // 2)
+    torch.testing.assert_close(y, expected)
+    dy = randn(*y.shape, seed=4, format=torch.channels_last)
+    ours, theirs = (gradients(out, tensors, dy) for out in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2 * is_ours
 
 
 @pytest.mark.parametrize("way", ["grad", "jvp", "forward-mode"])
