@@ -111,6 +111,7 @@ def test_both_are_named_where_the_size_decides(monkeypatch: pytest.MonkeyPatch) 
     def preferred(op: str, x: torch.Tensor) -> tuple[str, ...]:
         return ("triton", "cuda") if x.numel() >= 2**20 else ("cuda", "triton")
 
+    monkeypatch.setattr(fastcnn.backends, "runs_cpu_kernels", lambda: False)
     monkeypatch.setattr(fastcnn.backends, "_preferred", preferred)
     monkeypatch.setattr(fastcnn.backends, "why_not", lambda name, device: "")
     assert what_runs("lrn", "cpu") == "triton; cuda on small tensors"
