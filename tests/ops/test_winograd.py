@@ -646,3 +646,11 @@ def test_a_stage_without_relu_is_traced_and_counted_as_torchs():
     kinds = {node.kind() for node in torch.jit.trace(run, tuple(tensors)).graph.nodes()}
     assert "aten::_convolution" in kinds
     assert "prim::PythonOp" not in kinds
+
+
+def test_batches_of_gradients_of_a_stage_without_relu():
+    tensors = [*map(leaf, arguments(4, 64, 64, 20, 20))]
+    ours, theirs = stage.run_stage(*tensors, 1, 1, 1, 1, relu=False), F.conv2d(*tensors, padding=1)
+    dy = randn(2, *ours.shape, seed=4)
+    found, expected = (torch.autograd.grad(y, tensors, dy, is_grads_batched=True) for y in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
