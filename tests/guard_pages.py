@@ -1,7 +1,7 @@
 """Run the C++ kernels on tensors that lie against a page no one may touch: a script, since it dies where one does.
 
     python tests/guard_pages.py lrn | relu_lrn_max_pool2d | batch_norm_relu_max_pool2d | augment
-        | winograd | direct_convolution | linear
+        | winograd | change_format | direct_convolution | linear
 
 Every input and output has a guard page directly before its first or directly after its last element, so a read or write
 out of bounds ends the process with a segmentation fault; the last line printed names the case.
@@ -98,6 +98,15 @@ def run_winograd(at_end: bool) -> None:
             torch.ops.fastcnn_cpu.winograd_gradient(x, y, None, dw, None, same, groups)
 
 
+def run_change_format(at_end: bool) -> None:
+    for c, (h, w) in itertools.product((1, 15, 16, 48, 129), ((1, 1), (3, 5), (4, 8), (13, 21))):
+        print(f"{fastcnn.backends.cpu_capability()} 2x{c}x{h}x{w} {at_end=}", flush=True)
+        x = randn(2, c, h, w)
+        nchw, last = (guarded(in_format(x, format), at_end) for format in FORMATS)
+        torch.ops.fastcnn_cpu.change_format(nchw, guarded(last, at_end), True)
+        torch.ops.fastcnn_cpu.change_format(last, guarded(nchw, at_end), False)
+
+
 def run_direct_convolution(at_end: bool) -> None:
     windows = ((1, 1), (1, 1), (0, 0), (1, 1)), ((3, 3), (1, 1), (1, 1), (1, 1)), ((2, 3), (2, 3), (0, 2), (1, 2))
     shapes = itertools.product((1, 16, 19), (1, 17, 80), ((5, 8), (3, 33)), (1, 2), windows)
@@ -152,6 +161,7 @@ def main(op: str) -> None:
     alone = {
         "augment": run_augment,
         "winograd": run_winograd,
+        "change_format": run_change_format,
         "direct_convolution": run_direct_convolution,
         "linear": run_linear,
     }

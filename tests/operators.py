@@ -998,6 +998,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "winograd": ((2, 32, 13, 17), (48, 16, 3, 3), {"padding": 1, "groups": 2}),
     "winograd_uneven": ((1, 16, 14, 15), (80, 16, 3, 3), {"padding": (0, 2)}),
     "winograd_padded": ((2, 16, 12, 11), (32, 16, 3, 3), {"padding": (3, 1)}),
+    "winograd_converted": ((2, 48, 10, 13), (64, 48, 3, 3), {"padding": (2, 1)}),
     "one_channel": ((2, 1, 7, 8), (1, 1, 3, 3), {"padding": (1,)}),
     "wide_padding": ((2, 4, 5, 6), (6, 2, 3, 2), {"padding": (3, 1), "groups": 2}),
 }

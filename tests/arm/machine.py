@@ -48,6 +48,7 @@ OPS = (
     "batch_norm_relu_max_pool2d",
     "batch_norm_relu_max_pool2d_backward",
     "batch_norm_statistics",
+    "change_format",
     "direct_convolution",
     "fingerprint",
     "linear",

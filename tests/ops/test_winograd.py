@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastcnn
 import fastcnn.functional as FF
+from fastcnn.memory_format import is_channels_last
 from fastcnn.ops import stage
 from fastcnn.ops.cpu import winograd as _winograd
 from fastcnn.ops.cpu.convolution import Convolution
@@ -270,6 +271,39 @@ def test_every_choice_of_gradients(wanted, shape, monkeypatch):
     assert len(seen) == (1 in wanted and shape[0] == 2 and fastcnn.backends.cpu_capability() != "baseline")
 
 
+@pytest.mark.parametrize("wanted", [(), (0,), (1,), (0, 1), (0, 1, 2)], ids=str)
+@of_both_windows
+def test_in_nchw_input_and_output_are_converted(wanted, window, monkeypatch):
+    seen: list[Tensor] = []
+    convolve = _winograd.convolve
+    monkeypatch.setattr(_winograd, "convolve", lambda x, *args, **kw: seen.append(x) or convolve(x, *args, **kw))
+    x, weight, bias = arguments(2, 48, 64, 14, 13, window=window)
+    tensors = [leaf(t) if i in wanted else t for i, t in enumerate((x.contiguous(), weight, bias))]
+    padding = window // 2
+    y, expected = FF.conv2d_relu(*tensors, padding=padding), F.relu(F.conv2d(*tensors, padding=padding))
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    if wanted:
+        dy = randn(*y.shape, seed=4)
+        ours, theirs = (gradients(out, [tensors[i] for i in wanted], dy) for out in (y, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert all(gradient.is_contiguous() for gradient in ours)
+    runs = 0 if fastcnn.backends.cpu_capability() == "baseline" else 1 + (0 in wanted)
+    assert [is_channels_last(x) for x in seen] == [True] * runs
+
+
+@pytest.mark.parametrize("channels", [1, 16, 31, 130])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 8), (13, 21)], ids=ident)
+def test_change_of_format(channels, size, kernel):
+    x = randn(3, channels, *size)
+    last = torch.empty_like(x, memory_format=torch.channels_last)
+    back = torch.empty_like(x)
+    torch.ops.fastcnn_cpu.change_format(x, last, True)
+    torch.ops.fastcnn_cpu.change_format(last, back, False)
+    assert torch.equal(x, last)
+    assert torch.equal(x, back)
+
+
 # -- what is not finite -----------------------------------------------------------------------------------------------
 
 
@@ -391,9 +425,10 @@ def test_frozen_weights_that_change_are_seen():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory")
-def test_nothing_is_read_or_written_out_of_bounds():
+@pytest.mark.parametrize("kernels", ["winograd", "change_format"])
+def test_nothing_is_read_or_written_out_of_bounds(kernels):
     script = Path(__file__).parents[1] / "guard_pages.py"
-    run = subprocess.run([sys.executable, str(script), "winograd"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, str(script), kernels], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-200:] + run.stderr[-2000:]
 
 

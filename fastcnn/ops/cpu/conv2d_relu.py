@@ -21,6 +21,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, wi
     format = output_format(x)
     x = dense(x, format)
     bias = None if bias is None else bias.contiguous()
+    if format == torch.contiguous_format and winograd.runs_converted(x.shape, weight, *conv.op_args()):
+        y = _converted(forward(_converted(x, torch.channels_last), weight, bias, conv, False)[0], format, with_mask)
+        return y, _mask(y, with_mask)
     # From packed weights oneDNN writes channels_last: of no use to NCHW.
     by_onednn = onednn.runs(x)
     cache = contents_of(weight) if by_onednn and format == torch.channels_last else None
@@ -37,10 +40,21 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvParams, wi
     else:
         y = torch.relu_(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
     y = output(y, format)
+    return y, _mask(y, with_mask)
+
+
+def _converted(x: Tensor, format: torch.memory_format, lasting: bool = False) -> Tensor:
+    """``x``, float32 and dense in the other memory format, in this one."""
+    y = kept(torch.empty_like(x, memory_format=format), lasting=lasting)
+    torch.ops.fastcnn_cpu.change_format(x, y, format == torch.channels_last)
+    return y
+
+
+def _mask(y: Tensor, with_mask: bool = True) -> Tensor:
     mask = outputs.empty_mask(y, with_mask)
     if with_mask:
         torch.ops.fastcnn_cpu.relu_mask(y, mask)
-    return y, mask
+    return mask
 
 
 def _cannot_be_nan(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Frozen | None) -> bool:
@@ -55,17 +69,21 @@ def _cannot_be_nan(x: Tensor, weight: Tensor, bias: Tensor | None, cache: Frozen
 def backward(
     dy: Tensor, y_or_mask: Tensor, x: Tensor | None, weight: Tensor, params: ConvBackwardParams
 ) -> tuple[Tensor, Tensor, Tensor]:
-    format = format_of(params.channels_last)
+    format, conv = format_of(params.channels_last), params.conv.op_args()
     dy = dense(dy, format)
-    if x is None:
+    if x is None and params.channels_last:
         return gradients(dy, y_or_mask, x, weight, params)
-    if params.needs[1] and winograd.finds_weight_gradient(x, weight, *params.conv.op_args()):
-        mask = outputs.empty_mask(dy, True)  # which is read for each gradient, and no dz is written
-        torch.ops.fastcnn_cpu.relu_mask(dense(y_or_mask, format), mask)
+    if x is not None and params.needs[1] and winograd.finds_weight_gradient(x, weight, *conv):
+        mask = _mask(dense(y_or_mask, format))  # which is read for each gradient, and no dz is written
         return gradients(dy, mask, x, weight, params)
-    dz = kept(torch.empty_like(dy))
-    torch.ops.aten.threshold_backward.grad_input(dy, y_or_mask, 0, grad_input=dz)
-    return gradients(dz, None, x, weight, params)
+    dz = _unmasked(dy, y_or_mask) if x is None else _rectified(dy, y_or_mask)
+    if params.channels_last or not winograd.runs_converted(params.size, weight, *conv):
+        return gradients(dz, None, x, weight, params)
+    dz = _converted(dz, torch.channels_last)
+    if x is not None and params.needs[1]:
+        x = _converted(dense(x, format), torch.channels_last)
+    dx, dw, db = gradients(dz, None, x, weight, replace(params, channels_last=True))
+    return _converted(dx, format) if params.needs[0] else dx, dw, db
 
 
 def gradients(
@@ -91,6 +109,11 @@ def _unmasked(dy: Tensor, mask: Tensor) -> Tensor:
     dz = kept(torch.empty_like(dy))
     torch.ops.fastcnn_cpu.relu_mask_backward(dy, mask, dz)
     return dz
+
+
+def _rectified(dy: Tensor, y: Tensor) -> Tensor:
+    dz = kept(torch.empty_like(dy))
+    return torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dz)
 
 
 def _input_gradient(dy: Tensor, mask: Tensor | None, weight: Tensor, params: ConvBackwardParams) -> Tensor | None:

@@ -1,6 +1,7 @@
 """3x3 and 5x5 convolutions and their gradients on CPU with fewer products: csrc/cpu/winograd*.cpp, in channels_last."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from ..packed import Frozen
 
 _PRODUCTS: dict[tuple[int, ...], int] = {(3, 3): 16, (5, 5): 49}  # that 2x2 outputs take, by the window
 _TILES_OF_A_THREAD = 12  # with fewer, reading the transformed weights takes longer than what the products save
+# Pairs of an input and an output channel for each channel that is converted from or to NCHW: with fewer, converting
+# takes what the products save. 48 inputs and 48 outputs have 24: 1.02 times as fast as oneDNN in channels_last.
+_PAIRS_OF_A_CHANNEL = 24
 # With fewer, a weight gradient is a sum of so few products that its transformations' rounding counts, and its error is
 # more than twice torch's. With more, it is 1.0 to 2.7 times as fast as oneDNN's, for any numbers of channels:
 # `fastcnn bench kernels --op conv2d_relu --mode backward` with a CPU that has AVX-512.
@@ -23,23 +27,41 @@ _PIECES, _PANEL, _TILES_OF_A_PART = 16, 128, 128
 
 def runs(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> bool:
     """Whether the kernel can compute ``conv2d(x, weight, ...)``, and has enough to do to be the fastest."""
+    if x.dtype != torch.float32 or not is_channels_last(x):
+        return False
+    return _suits(x.shape, weight, stride, padding, dilation, groups)
+
+
+def runs_converted(
+    size: Sequence[int], weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> bool:
+    """Whether it still is the fastest if input and output, of float32, are converted from and to NCHW."""
+    outputs, channels = weight.shape[:2]
+    if outputs * channels < _PAIRS_OF_A_CHANNEL * (outputs + groups * channels):
+        return False
+    return _suits(size, weight, stride, padding, dilation, groups)
+
+
+def _suits(
+    size: Sequence[int], weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> bool:
     if tuple(weight.shape[2:]) not in _PRODUCTS or stride != [1, 1] or dilation != [1, 1] or min(padding) < 0:
         return False
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not is_channels_last(x):
+    if weight.dtype != torch.float32 or backends.cpu_capability() == "baseline":
         return False
-    if weight.shape[0] % (16 * groups) or weight.shape[1] % 16 or backends.cpu_capability() == "baseline":
+    if weight.shape[0] % (16 * groups) or weight.shape[1] % 16:
         return False
-    return _tiles(x, weight, padding) >= _TILES_OF_A_THREAD * torch.get_num_threads()
+    return _tiles(size, weight, padding) >= _TILES_OF_A_THREAD * torch.get_num_threads()
 
 
 def finds_weight_gradient(x: Tensor, weight: Tensor, *arguments: Any) -> bool:
     """Whether it also computes the weight's gradient as precisely as it should, given what :func:`runs` is."""
-    return runs(x, weight, *arguments) and _tiles(x, weight, arguments[1]) >= _TILES_OF_A_SUM
+    return runs(x, weight, *arguments) and _tiles(x.shape, weight, arguments[1]) >= _TILES_OF_A_SUM
 
 
-def _tiles(x: Tensor, weight: Tensor, padding: list[int]) -> int:
-    across, down = (x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i] + 2 for i in (0, 1))
-    return x.shape[0] * (across // 2) * (down // 2)
+def _tiles(size: Sequence[int], weight: Tensor, padding: list[int]) -> int:
+    across, down = (size[2 + i] + 2 * padding[i] - weight.shape[2 + i] + 2 for i in (0, 1))
+    return size[0] * (across // 2) * (down // 2)
 
 
 def convolve(
@@ -115,7 +137,7 @@ def weight_gradient(
     panels = groups * math.ceil(channels / _PANEL) * math.ceil(outputs // groups / _PANEL)
     panels *= 1 if weight.shape[2] == 3 else 4
     pieces = max(_PIECES, torch.get_num_threads())
-    parts = max(1, min(math.ceil(pieces / panels), _tiles(x, weight, padding) // _TILES_OF_A_PART))
+    parts = max(1, min(math.ceil(pieces / panels), _tiles(x.shape, weight, padding) // _TILES_OF_A_PART))
     dw = torch.empty_like(weight)
     terms = dw.unsqueeze(0) if parts == 1 else dw.new_empty_strided((parts, *dw.shape), (dw.numel(), *dw.stride()))
     db = dw.new_empty(parts, outputs) if with_bias else None
