@@ -293,7 +293,7 @@ struct Gradients {
   PoolBackward<T> pool;
 
   Gradients(const BatchNormTask& t, Scratch& scratch)
-      : task(t), rows{t}, gathered(rows.take(scratch)), pool(rows, scratch) {}
+      : task(t), rows{t}, gathered(rows.take(scratch, rows_at_a_time_backward(t))), pool(t, scratch) {}
 
   // f(tile, x, dy, dx, channel, part) for the tiles of a unit, once for each format.
   template <typename F>
@@ -304,10 +304,12 @@ struct Gradients {
         const auto x = p.source<T>(task.x), dy = p.source<T>(task.dy);
         return f(channels_last, p.tile, x, dy, p.sink<T>(task.out), p.channel);
       }
-      for_each_row(task, u, [&](int64_t n, int64_t row) {
-        pool.gather(n, row, gathered);
-        const TensorSource<A> dy{rows.tile, gathered, rows.tile.run(), 0};  // no pads
-        f(channels_last, rows.tile, rows.source(task.x, n, row), dy, rows.sink(task.out, n, row), n % task.planes);
+      for_each_rows(task, u, [&](int64_t n, int64_t row, int64_t count) {
+        pool.gather(n, row, count, gathered);
+        const Tile tile = rows.rows(count);
+        const TensorSource<A> dy{tile, gathered, tile.run(), 0};  // no pads
+        const TensorSource<T> x = rows.source(task.x, n, row, count);
+        f(channels_last, tile, x, dy, rows.sink(task.out, n, row, count), n % task.planes);
       });
     });
   }
@@ -355,8 +357,8 @@ struct GradientSums {
   void unit(int64_t u) {
     sums.clear();
     if (by_outputs) {
-      const int64_t blocks = output_blocks(task), n = u / blocks, first = u % blocks * kBlockRows;
-      for (int64_t o = first; o < std::min(first + kBlockRows, h.out); ++o) add_outputs(n, o);
+      const int64_t blocks = output_blocks(task), n = u / blocks, first = u % blocks * kOutputRows;
+      for (int64_t o = first; o < std::min(first + kOutputRows, h.out); ++o) add_outputs(n, o);
     } else {
       gradients.for_each_tile(u, [&](auto channels_last, Tile tile, auto x, auto dy, auto, int64_t channel) {
         add<channels_last>(tile, x.x, x.channel_stride, dy.x, dy.channel_stride, channel);
@@ -368,7 +370,8 @@ struct GradientSums {
     for (int64_t c = 0; c < channels; ++c) first[c] = sums.first[c], second[c] = sums.second[c];
   }
 
-  static int64_t output_blocks(const BatchNormTask& t) { return (t.pool.h.out + kBlockRows - 1) / kBlockRows; }
+  static constexpr int64_t kOutputRows = 8;
+  static int64_t output_blocks(const BatchNormTask& t) { return (t.pool.h.out + kOutputRows - 1) / kOutputRows; }
 
  private:
   void add_outputs(int64_t n, int64_t o) const {

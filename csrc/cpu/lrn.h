@@ -173,21 +173,38 @@ class TileLRN {
     V last_{}, pairs_[3] = {};
   };
 
-  // A vector of pixels at a time, through all channels: what is of the window stays in registers.
+  // f.operator()<count>(first, p): so many vectors of pixels from p on, through the channels from `first` on. Each is
+  // read and written in pieces of as many vectors as are done at a time: if they are short, memory is slow.
+  template <typename F>
+  FASTCNN_INLINE void for_each_columns(const Tile& tile, F f) const {
+    constexpr int kMany = 4;
+    for (int64_t first = 0; first < tile.channels; first += tile.group()) {
+      int64_t p = 0;
+      for (; p + kMany * kLanes<A> <= tile.pixels; p += kMany * kLanes<A>) f.template operator()<kMany>(first, p);
+      for_each_vector<A>(tile.pixels - p, [&](int64_t i) FASTCNN_INLINE_LAMBDA {
+        f.template operator()<1>(first, tile.pixels < kLanes<A> ? 0 : std::min(p + i, tile.pixels - kLanes<A>));
+      });
+    }
+  }
+
+  // What is of the window stays in registers.
   template <Power power, typename Source, typename Sink>
   void forward_columns(const Tile& tile, Source x, Sink y) const {
     const int64_t channels = tile.group();
-    for (int64_t first = 0; first < tile.channels; first += channels) {
-      for_each_vector<A>(tile.pixels, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
-        V now{}, next{};
-        PairSums squares;
-        for (int64_t c = -2; c < channels; ++c) {
-          const V after = c + 2 < channels ? x(first + c + 2)(p) : V{}, sum = squares.then(after * after);
-          if (c >= 0) y(first + c)(p, now * inverse_power<power, A>(k_ + scale_ * sum, beta_));
-          now = next, next = after;
+    for_each_columns(tile, [&]<int count>(int64_t first, int64_t p) FASTCNN_INLINE_LAMBDA {
+      V now[count] = {}, next[count] = {};
+      PairSums squares[count];
+      for (int64_t c = -2; c < channels; ++c) {
+        const auto from = x(first + std::min(c + 2, channels - 1));
+        const auto to = y(first + std::max<int64_t>(c, 0));
+        for (int i = 0; i < count; ++i) {
+          const int64_t at = p + i * kLanes<A>;
+          const V after = c + 2 < channels ? from(at) : V{}, sum = squares[i].then(after * after);
+          if (c >= 0) to(at, now[i] * inverse_power<power, A>(k_ + scale_ * sum, beta_));
+          now[i] = next[i], next[i] = after;
         }
-      });
-    }
+      }
+    });
   }
 
   template <Power power, int fixed, typename Source, typename Sink>
@@ -220,30 +237,34 @@ class TileLRN {
   template <Power power, typename Source, typename Gradient, typename Sink>
   void backward_columns(const Tile& tile, Source x, Gradient dy, Sink dx) const {
     const int64_t channels = tile.group();
-    for (int64_t first = 0; first < tile.channels; first += channels) {
-      for_each_vector<A>(tile.pixels, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
-        V value[5] = {};   // x of the channels c-2 ... c+2
-        V direct[3] = {};  // dy * s^-beta of c-2 ... c
-        PairSums squares, summands;
-        for (int64_t c = -2; c < channels + 2; ++c) {
-          const V after = c + 2 < channels ? x(first + c + 2)(p) : V{};
-          for (int i = 0; i < 4; ++i) value[i] = value[i + 1];
-          value[4] = after;
-          const V sum = squares.then(after * after);
+    for_each_columns(tile, [&]<int count>(int64_t first, int64_t p) FASTCNN_INLINE_LAMBDA {
+      V value[count][5] = {};   // x of the channels c-2 ... c+2
+      V direct[count][3] = {};  // dy * s^-beta of c-2 ... c
+      PairSums squares[count], summands[count];
+      for (int64_t c = -2; c < channels + 2; ++c) {
+        const auto from = x(first + std::min(c + 2, channels - 1));
+        const auto gradient = dy(first + std::clamp<int64_t>(c, 0, channels - 1));
+        const auto to = dx(first + std::max<int64_t>(c - 2, 0));
+        for (int j = 0; j < count; ++j) {
+          const int64_t at = p + j * kLanes<A>;
+          const V after = c + 2 < channels ? from(at) : V{};
+          for (int i = 0; i < 4; ++i) value[j][i] = value[j][i + 1];
+          value[j][4] = after;
+          const V sum = squares[j].then(after * after);
           if (c < 0) continue;
           V product{}, summand{};
           if (c < channels) {
             V over_s;
-            const V g = dy(first + c)(p);
+            const V g = gradient(at);
             product = g * inverse_power<power, A>(k_ + scale_ * sum, beta_, &over_s);
-            summand = g * value[2] * over_s;
+            summand = g * value[j][2] * over_s;
           }
-          direct[0] = direct[1], direct[1] = direct[2], direct[2] = product;
-          const V of_window = summands.then(summand);
-          if (c >= 2) dx(first + c - 2)(p, direct[0] - slope_ * value[0] * of_window, value[0]);
+          direct[j][0] = direct[j][1], direct[j][1] = direct[j][2], direct[j][2] = product;
+          const V of_window = summands[j].then(summand);
+          if (c >= 2) to(at, direct[j][0] - slope_ * value[j][0] * of_window, value[j][0]);
         }
-      });
-    }
+      }
+    });
   }
 
   // Channel c completes the sum of channel c - before, whose x is then the oldest of its ring.

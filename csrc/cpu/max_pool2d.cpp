@@ -25,12 +25,14 @@ struct Backward {
   Compute<T>* const d;
   PoolBackward<T> pool;
 
-  Backward(const TailTask& task, Scratch& scratch) : rows{task}, d(rows.take(scratch)), pool(rows, scratch) {}
+  Backward(const TailTask& task, Scratch& scratch)
+      : rows{task}, d(rows.take(scratch, rows_at_a_time_backward(task))), pool(task, scratch) {}
 
   void unit(int64_t u) {
-    for_each_row(rows.task, u, [&](int64_t n, int64_t row) {
-      pool.gather(n, row, d);
-      copy<Compute<T>>(rows.tile, TileSource<Compute<T>>{rows.tile, d}, rows.sink(rows.task.out, n, row));
+    for_each_rows(rows.task, u, [&](int64_t n, int64_t row, int64_t count) {
+      pool.gather(n, row, count, d);
+      const Tile tile = rows.rows(count);
+      copy<Compute<T>>(tile, TileSource<Compute<T>>{tile, d}, rows.sink(rows.task.out, n, row, count));
     });
   }
 };

@@ -12,25 +12,6 @@
 namespace fastcnn::FASTCNN_CAPABILITY {
 
 template <typename A>
-struct PooledRow {
-  A* values;
-  Lane<A>* places;  // of the maxima: kw, or kh * KW + kw
-};
-
-// A pooled row in scratch has the runs of a tile of OW pixels, each with room for whole vectors and for `margin`
-// outputs that do not exist before and after them.
-struct PooledLayout {
-  bool channels_last;
-  int64_t groups, group, width, margin;
-
-  int64_t run() const { return channels_last ? group : width; }
-  int64_t runs() const { return channels_last ? width * groups : groups * group; }
-  int64_t stride() const { return (run() + 2 * margin + kVectorBytes - 1) / kVectorBytes * kVectorBytes; }
-  int64_t lanes() const { return runs() * stride(); }
-  int64_t start(int64_t r) const { return r * stride() + margin; }
-};
-
-template <typename A>
 IntVec<A> places(int64_t p) {
   return IntVec<A>{} + static_cast<Lane<A>>(p);
 }
@@ -91,8 +72,10 @@ struct Rows {
   TensorSink<T> sink(void* out, int64_t n, int64_t row, int64_t count = 1) const {
     return {rows(count), static_cast<T*>(out) + row_offset(task.shape, n, row), task.shape.channel_stride()};
   }
-  // A row in the compute type, with room for what pooling reads and writes beyond it.
-  A* take(Scratch& scratch) const { return scratch.take<A>(tile.lanes() + pool_slack(task.pool.w)); }
+  // Rows in the compute type, with room for what pooling reads and writes beyond them.
+  A* take(Scratch& scratch, int64_t count) const {
+    return scratch.take<A>(rows(count).lanes() + pool_slack(task.pool.w));
+  }
 };
 
 template <int stride, typename A>
@@ -415,40 +398,88 @@ class PooledRows {
   int64_t* const owners_;
 };
 
+// Backward does x in blocks of rows, so that a row of dy is read for several of them. In NCHW a block is done at a
+// time: a channel of it should stay in the L1 cache and all in the L2 cache, but there should be units to share out.
+inline int64_t rows_of_block(const TailTask& task) {
+  constexpr int64_t kFew = 8;
+  const Shape& s = task.shape;
+  if (s.channels_last) return kFew;
+  const int64_t most = std::min({(1 << 13) / s.W, (1 << 17) / (s.C * s.W), s.N * s.H / 64});
+  return std::clamp(most, kFew, std::max(kFew, s.H));
+}
+
+inline int64_t row_blocks(const TailTask& task) {
+  return (task.shape.H + rows_of_block(task) - 1) / rows_of_block(task);
+}
+
+inline int64_t rows_at_a_time_backward(const TailTask& task) {
+  return task.shape.channels_last ? 1 : std::min(rows_of_block(task), task.shape.H);
+}
+
+// f(n, row, count) for the rows of a unit that are done at a time.
+template <typename F>
+FASTCNN_INLINE void for_each_rows(const TailTask& task, int64_t unit, F f) {
+  const int64_t n = unit / row_blocks(task), first = unit % row_blocks(task) * rows_of_block(task);
+  const int64_t end = std::min(first + rows_of_block(task), task.shape.H), step = rows_at_a_time_backward(task);
+  for (int64_t row = first; row < end; row += step) f(n, row, std::min(step, end - row));
+}
+
+// The gradient of what was pooled. The gradients that an element gets are added in the order of the windows' rows, and
+// within a row in the opposite order.
 template <typename T>
 class PoolBackward {
   using A = Compute<T>;
 
  public:
-  PoolBackward(const Rows<T>& rows, Scratch& scratch)
-      : rows_(rows),
-        ring_{scratch.take<A>(slots_ * layout_.lanes()), scratch.take<Lane<A>>(slots_ * layout_.lanes())},
+  PoolBackward(const TailTask& task, Scratch& scratch)
+      : task_(task),
+        ring_{scratch.take<A>(slots_ * length_), scratch.take<Lane<A>>(slots_ * length_)},
         owners_(scratch.take<int64_t>(slots_)),
         covering_(scratch.take<Covering>(slots_)),
-        sources_(scratch.take<Source>(slots_ * w_.reach() * w_.stride)),
-        counts_(scratch.take<int64_t>(w_.stride)) {
-    if (scratch.only_counts()) return;
-    for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
-    for (int64_t i = 0; i < slots_ * layout_.lanes(); ++i) ring_.places[i] = -1;  // where no output is
+        taps_(scratch.take<Tap>(last_ ? w_.size * w_.reach() : 0)),
+        first_tap_(scratch.take<int64_t>(last_ ? w_.size + 1 : 0)),
+        sources_(scratch.take<Source>(slots_ * w_.reach())),
+        starts_(scratch.take<int64_t>(last_ ? 0 : w_.out)),
+        offsets_(scratch.take<int64_t>(last_ ? 0 : places_)) {
+    if (scratch.only_counts() || !task_.pool) return;
+    if (last_) {
+      find_taps();
+      for (int64_t i = 0; i < slots_; ++i) owners_[i] = -1;
+      for (int64_t i = 0; i < slots_ * length_; ++i) ring_.places[i] = -1;  // where no output is
+    } else {
+      for (int64_t o = 0; o < w_.out; ++o) starts_[o] = w_.first(o) < w_.last(o) ? w_.element(o, 0) : kNowhere;
+      for (int64_t p = 0; p < places_; ++p) {
+        const int64_t y = p / w_.kernel, x = p % w_.kernel;
+        offsets_[p] = y < h_.kernel ? y * h_.dilation * w_.size + x * w_.dilation : kNowhere;
+      }
+    }
   }
 
-  // The gradient of a row of what was pooled, to a tile of Rows::take().
-  void gather(int64_t n, int64_t row, A* to) {
-    covered_ = 0;
-    for (int64_t i = h_.reach() - 1; i >= 0; --i) {
-      const int64_t shifted = row + h_.padding - i * h_.dilation, o = shifted / h_.stride;
-      if (shifted < 0 || shifted % h_.stride || o >= h_.out) continue;
-      covering_[covered_++] = {task_.pool.wide_argmax() ? dy_row<int32_t>(n, o) : dy_row<uint8_t>(n, o), i};
-    }
-    if (out_.channels_last) gather_channels_last(to);
-    else gather_nchw(to);
+  // Of rows of an image: in channels_last one row, to a tile of Rows::take().
+  void gather(int64_t n, int64_t row, int64_t count, A* to) {
+    const bool is_wide = task_.pool.wide_argmax();
+    if (last_) is_wide ? gather_row<int32_t>(n, row, to) : gather_row<uint8_t>(n, row, to);
+    else is_wide ? scatter<int32_t>(n, row, count, to) : scatter<uint8_t>(n, row, count, to);
   }
 
  private:
+  static constexpr int64_t kNowhere = -(int64_t{1} << 40);
+
+  // A pooled row in the compute type.
+  struct PooledRow {
+    A* values;
+    Lane<A>* places;
+  };
+
   // A pooled row whose windows hold the row as their line kh.
   struct Covering {
-    PooledRow<A> row;
+    PooledRow row;
     int64_t kh;
+  };
+
+  // A window that holds a column as its column kw.
+  struct Tap {
+    int64_t output, kw;
   };
 
   // A window on dy whose gradient an input element gets where the window's maximum is at `place`.
@@ -458,120 +489,110 @@ class PoolBackward {
     Lane<A> place;
   };
 
+  void find_taps() {
+    int64_t count = 0;
+    for (int64_t column = 0; column < w_.size; ++column) {
+      first_tap_[column] = count;
+      for (int64_t kw = 0; kw < w_.reach(); ++kw) {
+        const int64_t shifted = column + w_.padding - kw * w_.dilation, o = shifted / w_.stride;
+        if (shifted >= 0 && shifted % w_.stride == 0 && o < w_.out) taps_[count++] = {o, kw};
+      }
+    }
+    first_tap_[w_.size] = count;
+  }
+
   template <typename Argmax>
-  PooledRow<A> dy_row(int64_t n, int64_t o) const {
+  PooledRow dy_row(int64_t n, int64_t o) const {
     const int64_t slot = o % slots_, owner = n * h_.out + o, at = row_offset(out_, n, o);
-    const PooledRow<A> row{ring_.values + slot * layout_.lanes(), ring_.places + slot * layout_.lanes()};
+    const PooledRow row{ring_.values + slot * length_, ring_.places + slot * length_};
     if (owners_[slot] == owner) return row;
     owners_[slot] = owner;
-    const Tile pooled{out_.channels_last, out_.C, rows_.tile.groups, out_.W};
-    const TensorSource<T> dy{pooled, static_cast<const T*>(task_.dy) + at, out_.channel_stride(), rows_.ahead};
-    for (int64_t r = 0; r < pooled.runs(); ++r) {
-      const int64_t to = layout_.start(r);
-      const auto from = dy(r);
-      const Argmax* argmax = static_cast<const Argmax*>(task_.argmax) + at + pooled.in_memory(r, out_.channel_stride());
-      for_each_vector<A>(pooled.run(), [&](int64_t i) { store(row.values + to + i, from(i)); });
-      for (int64_t i = 0; i < pooled.run(); ++i) row.places[to + i] = argmax[i];
-    }
+    const T* const dy = static_cast<const T*>(task_.dy) + at;
+    const Argmax* const argmax = static_cast<const Argmax*>(task_.argmax) + at;
+    const int64_t count = w_.out * out_.C;
+    for_each_vector<A>(count, [&](int64_t i) { store(row.values + i, load_some(dy + i, count - i)); });
+    for (int64_t i = 0; i < count; ++i) row.places[i] = argmax[i];
     return row;
   }
 
-  Source source(const Covering& covering, int64_t kw, int64_t at) const {
-    const auto place = static_cast<Lane<A>>(covering.kh * w_.kernel + kw);
-    return {covering.row.values + at, covering.row.places + at, place};
-  }
-
-  FASTCNN_INLINE static Vec<A> sum_of(const Source* sources, int64_t count, int64_t at) {
-    Vec<A> sum = {};
-    for (int64_t s = 0; s < count; ++s) {
-      const auto mine = load_as<IntVec<A>>(sources[s].argmax + at) == places<A>(sources[s].place);
-      sum += mine ? load(sources[s].dy + at) : Vec<A>{};
+  template <typename Argmax>
+  void gather_row(int64_t n, int64_t row, A* to) const {
+    int64_t covered = 0;
+    for (int64_t i = h_.reach() - 1; i >= 0; --i) {
+      const int64_t shifted = row + h_.padding - i * h_.dilation, o = shifted / h_.stride;
+      if (shifted < 0 || shifted % h_.stride || o >= h_.out) continue;
+      covering_[covered++] = {dy_row<Argmax>(n, o), i};
     }
-    return sum;
-  }
-
-  void gather_channels_last(A* to) const {
-    const Tile& tile = rows_.tile;
-    const int64_t group = tile.group();
     for (int64_t column = 0; column < w_.size; ++column) {
       int64_t count = 0;
-      for (int64_t i = 0; i < covered_; ++i) {
-        for (int64_t kw = 0; kw < w_.reach(); ++kw) {
-          const int64_t shifted = column + w_.padding - kw * w_.dilation, o = shifted / w_.stride;
-          if (shifted < 0 || shifted % w_.stride || o >= w_.out) continue;
-          sources_[count++] = source(covering_[i], kw, layout_.start(o * tile.groups));
+      for (int64_t i = 0; i < covered; ++i) {
+        for (int64_t t = first_tap_[column]; t < first_tap_[column + 1]; ++t) {
+          const auto place = static_cast<Lane<A>>(covering_[i].kh * w_.kernel + taps_[t].kw);
+          const int64_t at = taps_[t].output * out_.C;
+          sources_[count++] = {covering_[i].row.values + at, covering_[i].row.places + at, place};
         }
       }
-      for (int64_t g = 0; g < tile.groups; ++g) {
-        A* const at = to + tile.in_scratch(column * tile.groups + g);
-        for (int64_t c = 0; c < group; c += kLanes<A>) {
-          store(at + c, sum_of(sources_, count, g * layout_.stride() + c));
+      A* const pixel = to + column * out_.C;
+      for (int64_t c = 0; c < out_.C; c += kLanes<A>) {
+        Vec<A> sum = {};
+        for (int64_t s = 0; s < count; ++s) {
+          const auto mine = load_as<IntVec<A>>(sources_[s].argmax + c) == places<A>(sources_[s].place);
+          sum += mine ? load(sources_[s].dy + c) : Vec<A>{};
         }
-      }
-    }
-  }
-
-  // Columns of one phase, column % stride, see the same kw at the same distance: a flat loop over outputs gathers them.
-  void gather_nchw(A* to) const {
-    const int64_t most = covered_ * w_.reach();
-    for (int64_t phase = 0; phase < w_.stride; ++phase) {
-      counts_[phase] = 0;
-      for (int64_t i = 0; i < covered_; ++i) {
-        for (int64_t kw = 0; kw < w_.reach(); ++kw) {
-          const int64_t shifted = phase + w_.padding - kw * w_.dilation;
-          if (shifted % w_.stride) continue;
-          sources_[phase * most + counts_[phase]++] = source(covering_[i], kw, layout_.start(0) + shifted / w_.stride);
-        }
-      }
-    }
-    const int64_t per_phase = (w_.size + w_.stride - 1) / w_.stride;
-    for (int64_t c = 0; c < rows_.tile.channels; ++c) {
-      A* const row = to + rows_.tile.in_scratch(c);
-      const int64_t from = c * layout_.stride();
-      for (int64_t j = 0; j < per_phase; j += kLanes<A>) {
-        const auto phase = [&](int64_t p) { return sum_of(sources_ + p * most, counts_[p], from + j); };
-        if (w_.stride == 1) {
-          store(row + j, phase(0));
-        } else if (w_.stride == 2) {
-          store_interleaved(row + 2 * j, phase(0), phase(1));
-        } else {
-          for (int64_t p = 0; p < w_.stride; ++p) {
-            const Vec<A> v = phase(p);
-            for (int64_t l = 0; l < kLanes<A> && (j + l) * w_.stride + p < w_.size; ++l)
-              row[(j + l) * w_.stride + p] = v[l];
-          }
-        }
+        store(pixel + c, sum);
       }
     }
   }
 
-  const Rows<T> rows_;
-  const TailTask& task_ = rows_.task;
+  // Rows row ... row+count-1 of each channel.
+  template <typename Argmax>
+  void scatter(int64_t n, int64_t row, int64_t count, A* to) const {
+    const int64_t first = std::max<int64_t>(0, row + h_.padding - (h_.kernel - 1) * h_.dilation);
+    const int64_t begin = (first + h_.stride - 1) / h_.stride;
+    const int64_t end = std::min((row + count - 1 + h_.padding) / h_.stride + 1, h_.out);
+    const int64_t size = count * w_.size;
+    for (int64_t c = 0; c < out_.C; ++c, to += size) {
+      std::fill_n(to, size, A(0));
+      for (int64_t o = begin; o < end; ++o) {
+        if (h_.first(o) >= h_.last(o)) continue;
+        const int64_t at = row_offset(out_, n, o) + c * out_.channel_stride();
+        scatter_row(static_cast<const T*>(task_.dy) + at, static_cast<const Argmax*>(task_.argmax) + at,
+                    (h_.element(o, 0) - row) * w_.size, to, size);
+      }
+    }
+  }
+
+  // A row of outputs, whose windows start with row `start` of `to`. What is outside of it is skipped. Not inlined, so
+  // that all it needs stays in registers.
+  template <typename Argmax>
+  __attribute__((noinline)) void scatter_row(const T* dy, const Argmax* argmax, int64_t start, A* to,
+                                             uint64_t size) const {
+    const int64_t *const starts = starts_, *const offsets = offsets_;
+    const uint64_t places = places_;
+    for (int64_t o = w_.out - 1; o >= 0; --o) {
+      const uint64_t place = argmax[o];
+      if (sizeof(Argmax) > 1 && place >= places) continue;
+      const uint64_t target = start + starts[o] + offsets[place];
+      if (target < size) to[target] += to_compute(dy[o]);
+    }
+  }
+
+  const TailTask& task_;
   const PoolAxis &h_ = task_.pool.h, &w_ = task_.pool.w;
   const Shape out_ = task_.out_shape();
-  // In NCHW the gather looks this far beyond the ends of a row of dy.
-  const int64_t seen_ = (w_.reach() * w_.dilation + w_.padding + w_.size) / w_.stride + 1;
-  const int64_t margin_ = out_.channels_last ? 0 : seen_ - w_.out + kVectorBytes;
-  const PooledLayout layout_{out_.channels_last, rows_.tile.groups, rows_.tile.group(), w_.out, margin_};
-  // Rows of dy in the compute type: row o is in slot o % slots, if owners[slot] says so.
-  const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation / h_.stride + 1, h_.out);
-  const PooledRow<A> ring_;
+  const bool last_ = out_.channels_last;
+  // In channels_last, rows of dy: row o is in slot o % slots, if owners[slot] says so.
+  const int64_t slots_ = last_ ? std::min((h_.reach() - 1) * h_.dilation / h_.stride + 1, h_.out) : 0;
+  const int64_t length_ = w_.out * out_.C + kVectorBytes;
+  const PooledRow ring_;
   int64_t* const owners_;
   Covering* const covering_;
-  int64_t covered_ = 0;
+  Tap* const taps_;  // of each column
+  int64_t* const first_tap_;
   Source* const sources_;
-  int64_t* const counts_;  // of the sources of each phase
+  // In NCHW, of each output the column where its window starts, and of each place its offset from there.
+  const int64_t places_ = std::max<int64_t>(256, h_.kernel* w_.kernel);
+  int64_t *const starts_, *const offsets_;
 };
-
-// A unit of backward is a block of rows of x, so that a row of dy is read for several of them.
-inline constexpr int64_t kBlockRows = 8;
-
-inline int64_t row_blocks(const TailTask& task) { return (task.shape.H + kBlockRows - 1) / kBlockRows; }
-
-template <typename F>
-FASTCNN_INLINE void for_each_row(const TailTask& task, int64_t unit, F f) {
-  const int64_t n = unit / row_blocks(task), first = unit % row_blocks(task) * kBlockRows;
-  for (int64_t row = first; row < std::min(first + kBlockRows, task.shape.H); ++row) f(n, row);
-}
 
 }  // namespace fastcnn::FASTCNN_CAPABILITY

@@ -63,36 +63,41 @@ template <typename T>
 struct Backward {
   using A = Compute<T>;
   const TailTask& task;
+  const int64_t most = rows_at_a_time_backward(task);
   const RectifiedRows<T> rows;
-  const Tile tile = rows.tile;
-  A *const d, *const summed;  // gradients of a row: what the pool passes on, and the result where there is a bias
+  A *const d, *const summed;  // gradients of rows: what the pool passes on, and the result where there is a bias
   PoolBackward<T> pool;
 
   Backward(const TailTask& t, Scratch& scratch)
-      : task(t), rows(t, scratch), d(rows.take(scratch)), summed(rows.take(scratch)), pool(rows, scratch) {}
+      : task(t),
+        rows(t, scratch, most),
+        d(rows.take(scratch, most)),
+        summed(rows.take(scratch, most)),
+        pool(t, scratch) {}
 
   void unit(int64_t u) {
-    A* const sums = task.partials ? static_cast<A*>(task.partials) + u * tile.channels : nullptr;
-    for (int64_t c = 0; sums && c < tile.channels; ++c) sums[c] = 0;
-    for_each_row(task, u, [&](int64_t n, int64_t row) { backward_row(n, row, sums); });
+    A* const sums = task.partials ? static_cast<A*>(task.partials) + u * task.shape.C : nullptr;
+    for (int64_t c = 0; sums && c < task.shape.C; ++c) sums[c] = 0;
+    for_each_rows(task, u, [&](int64_t n, int64_t row, int64_t count) { backward_rows(n, row, count, sums); });
   }
 
-  void backward_row(int64_t n, int64_t row, A* sums) {
-    if (task.pool) pool.gather(n, row, d);
-    else copy<A>(tile, rows.source(task.dy, n, row), TileSink<A>{tile, d});
+  void backward_rows(int64_t n, int64_t row, int64_t count, A* sums) {
+    const Tile tile = rows.rows(count);
+    if (task.pool) pool.gather(n, row, count, d);
+    else copy<A>(tile, rows.source(task.dy, n, row, count), TileSink<A>{tile, d});
     const TileSource<A> dy{tile, d}, result{tile, summed};
-    const TensorSink<T> dx = rows.sink(task.out, n, row);
-    if (!sums) return differentiate(n, row, dy, dx);
-    differentiate(n, row, dy, TileSink<A>{tile, summed});
+    const RectifiedSource<T> x = rows.x(n, row, count);
+    const TensorSink<T> dx = rows.sink(task.out, n, row, count);
+    if (!sums) return differentiate(tile, x, dy, dx);
+    differentiate(tile, x, dy, TileSink<A>{tile, summed});
     copy<A>(tile, result, dx);
-    add_to_bias(sums);
+    add_to_bias(tile, sums);
   }
 
-  // From the gradient of what was normalized to that of the row, which `sink` takes.
+  // From the gradient of what was normalized to that of the rows, which `sink` takes.
   template <typename Gradient, typename Sink>
-  void differentiate(int64_t image, int64_t row, Gradient dy, Sink sink) const {
+  void differentiate(const Tile& tile, RectifiedSource<T> x, Gradient dy, Sink sink) const {
     if (!task.relu && !task.lrn) return copy<A>(tile, dy, sink);  // x may be absent
-    const RectifiedSource<T> x = rows.x(image, row);
     const auto masked = [&, relu = task.relu](int64_t r) FASTCNN_INLINE_LAMBDA {
       return [to = sink(r), relu](int64_t i, Vec<A> dx, Vec<A> x)
                  FASTCNN_INLINE_LAMBDA { to(i, relu ? (x <= 0 ? Vec<A>{} : dx) : dx); };
@@ -107,7 +112,7 @@ struct Backward {
     }
   }
 
-  void add_to_bias(A* sums) const {
+  void add_to_bias(const Tile& tile, A* sums) const {
     const int64_t runs = tile.runs(), n = tile.run();
     for (int64_t r = 0; r < runs; ++r) {
       const A* run = summed + tile.in_scratch(r);

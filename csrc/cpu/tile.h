@@ -74,6 +74,7 @@ struct RectifiedSource {
   }
 };
 
+// Writing an element asks for those that will be written a little later, which otherwise were waited for one by one.
 template <typename T>
 struct TensorSink {
   using A = Compute<T>;
@@ -83,6 +84,8 @@ struct TensorSink {
 
   FASTCNN_INLINE auto operator()(int64_t r) const {
     return [to = out + tile.in_memory(r, channel_stride), n = tile.run()](int64_t i, Vec<A> v) FASTCNN_INLINE_LAMBDA {
+      constexpr int kAhead = 512;  // bytes
+      __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(to + i) + kAhead), 1);
       if (n < kLanes<A>) store_first(to, v, n);
       else store(to + i, v);
     };

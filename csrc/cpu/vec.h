@@ -137,6 +137,12 @@ FASTCNN_INLINE void store(Half* p, Vec<float> v) {
 #endif
 }
 
+template <typename T>
+FASTCNN_INLINE Compute<T> to_compute(const T& x) {
+  if constexpr (sizeof(T) == 2) return load_first(&x, 1)[0];
+  else return x;
+}
+
 template <typename A>
 FASTCNN_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};  // exact also for -0
@@ -225,23 +231,6 @@ FASTCNN_INLINE Vec<A> load_even(const A* p) {
   Vec<A> v;
   for (int i = 0; i < kLanes<A>; ++i) v[i] = p[2 * i];
   return v;
-#endif
-}
-
-// even[0], odd[0], even[1], odd[1], ...
-template <typename A>
-FASTCNN_INLINE void store_interleaved(A* p, Vec<A> even, Vec<A> odd) {
-#if FASTCNN_SHUFFLE
-  constexpr int n = kLanes<A>;
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    store(p, __builtin_shufflevector(even, odd, (i / 2 + i % 2 * n)...));
-    store(p + n, __builtin_shufflevector(even, odd, (n / 2 + i / 2 + i % 2 * n)...));
-  }(std::make_integer_sequence<int, n>{});
-#else
-  for (int i = 0; i < kLanes<A>; ++i) {
-    p[2 * i] = even[i];
-    p[2 * i + 1] = odd[i];
-  }
 #endif
 }
 
