@@ -154,10 +154,10 @@ class PoolForward {
       if (!places || way == Way::values) return {value, IntVec<A>{}};
       return {value, (IntVec<A>)load_strided<stride>(places + i, any_stride)};
     }
-    template <Way way>
-    FASTCNN_INLINE void store(int64_t i, const Maximum<A>& maximum, int64_t count) const {
-      store_some(values + i, maximum.value, count);
-      if (places && way != Way::values) store_some(places + i, (Vec<A>)maximum.place, count);
+    template <Way way, typename Count>
+    FASTCNN_INLINE void store(int64_t i, const Maximum<A>& maximum, Count n) const {
+      store_piece(values + i, maximum.value, n);
+      if (places && way != Way::values) store_piece(places + i, (Vec<A>)maximum.place, n);
     }
   };
 
@@ -187,22 +187,17 @@ class PoolForward {
     const Vec<A> floor = broadcast(from.relu ? A(0) : -std::numeric_limits<A>::infinity());
     const auto rectified = [floor](Vec<A> v) FASTCNN_INLINE_LAMBDA { return floor > v ? floor : v; };  // NaN stays
     Vec<A> sum{};
-    // Rows i ... i+count-1 of the windows, to what is there from those before.
-    const auto rows = [&]<int count>(int64_t i) FASTCNN_INLINE_LAMBDA {
+    // Rows i ... i+count-1 of the windows, to what is there from those before. `far`: from memory, for which to ask.
+    const auto rows = [&]<int count, bool far>(int64_t i) FASTCNN_INLINE_LAMBDA {
       const E* row[count];
-      int64_t ahead[count];  // bytes, if the row is not in cache from the windows above
       int64_t place[count];
-      for (int k = 0; k < count; ++k) {
-        row[k] = from.row(h.element(o, i + k)) + begin;
-        ahead[k] = !from.slots && (i + k + h.stride) * h.dilation >= h.kernel ? 2048 : 0;
-        place[k] = (i + k) * w_.kernel;
-      }
-      for_each_vector<A>(end - begin, [&, n = end - begin](int64_t e) FASTCNN_INLINE_LAMBDA {
+      for (int k = 0; k < count; ++k) row[k] = from.row(h.element(o, i + k)) + begin, place[k] = (i + k) * w_.kernel;
+      for_each_piece<A>(end - begin, [&](int64_t e, auto n) FASTCNN_INLINE_LAMBDA {
         Maximum<A> best;
         Vec<A> total{};
         for (int k = 0; k < count; ++k) {
-          __builtin_prefetch(reinterpret_cast<const char*>(row[k] + e) + ahead[k]);
-          const Vec<A> v = load_some(row[k] + e, n - e);
+          if (far) __builtin_prefetch(reinterpret_cast<const char*>(row[k] + e) + 2048);
+          const Vec<A> v = load_piece(row[k] + e, n);
           total = k ? total + v : v;
           const Maximum<A> next{way == Way::values ? v : rectified(v), places<A>(place[k])};
           if (!k) best = next;
@@ -212,15 +207,19 @@ class PoolForward {
         sum += total;
         if (way == Way::values) best.value = rectified(best.value);  // the same, sooner
         if (i > first) best.template take<way>(columns.template at<way, 1>(begin + e));
-        columns.template store<way>(begin + e, best, n - e);
+        columns.template store<way>(begin + e, best, n);
       });
+    };
+    const auto some = [&]<int count>(int64_t i) FASTCNN_INLINE_LAMBDA {
+      if (from.slots) rows.template operator()<count, false>(i);
+      else rows.template operator()<count, true>(i);
     };
     int64_t i = first;
     if (way != Way::exact) {
-      for (; i + 3 <= last; i += 3) rows.template operator()<3>(i);
-      for (; i + 2 <= last; i += 2) rows.template operator()<2>(i);
+      for (; i + 3 <= last; i += 3) some.template operator()<3>(i);
+      for (; i + 2 <= last; i += 2) some.template operator()<2>(i);
     }
-    for (; i < last; ++i) rows.template operator()<1>(i);
+    for (; i < last; ++i) some.template operator()<1>(i);
     for (int64_t e = begin; first >= last && e < end; ++e) columns.clear(e);  // windows step over the whole map
     return sum;
   }
@@ -230,43 +229,47 @@ class PoolForward {
   FASTCNN_INLINE void pool_along_width(int64_t first, int64_t last, const Columns columns, int64_t at) const {
     const PoolAxis w = w_;
     const Out out{static_cast<T*>(task_.out) + at, task_.argmax, at, task_.pool.wide_argmax()};
-    // The maximum of the columns begin ... end-1 of windows.
-    const auto window = [&](int64_t begin, int64_t end, auto column) FASTCNN_INLINE_LAMBDA {
+    // The maximum of the columns begin ... end-1 of windows; of so many, if not 0.
+    const auto window = [&]<int count>(int64_t begin, int64_t end, auto column) FASTCNN_INLINE_LAMBDA {
       Maximum<A> best{broadcast(-std::numeric_limits<A>::infinity()), places<A>(kOutside)};
-      if (way != Way::exact && (end - begin == 2 || end - begin == 3)) {
-        best = column(begin);
-        best.template take<way>(column(begin + 1));
-        if (end - begin == 3) best.template take<way>(column(begin + 2));
-      } else {
-        for (int64_t i = begin; i < end; ++i) best.template take<way>(column(i));
-      }
+      if constexpr (count > 0) best = column(begin);
+      for (int64_t i = begin + (count > 0); i < (count ? begin + count : end); ++i) best.template take<way>(column(i));
       return best;
+    };
+    const auto with_count = [&](int64_t count, auto f) FASTCNN_INLINE_LAMBDA {
+      if (way != Way::exact && count == 3) f.template operator()<3>();
+      else if (way != Way::exact && count == 2) f.template operator()<2>();
+      else f.template operator()<0>();
     };
     if (task_.shape.channels_last) {
       const int64_t pixel = pixel_;
       for (int64_t o = first; o < last; ++o) {
         const int64_t start = w.element(o, 0) * pixel, step = w.dilation * pixel, i0 = w.first(o), i1 = w.last(o);
-        for_each_vector<A>(pixel, [&](int64_t c) FASTCNN_INLINE_LAMBDA {
-          const auto column = [&](int64_t i) FASTCNN_INLINE_LAMBDA {
-            return columns.template at<way, 1>(start + c + i * step).shifted(i);
-          };
-          out.template store<way>(o * pixel + c, window(i0, i1, column), pixel - c);
+        with_count(i1 - i0, [&]<int count>() FASTCNN_INLINE_LAMBDA {
+          for_each_piece<A>(pixel, [&](int64_t c, auto n) FASTCNN_INLINE_LAMBDA {
+            const auto column = [&](int64_t i) FASTCNN_INLINE_LAMBDA {
+              return columns.template at<way, 1>(start + c + i * step).shifted(i);
+            };
+            out.template store<way>(o * pixel + c, window.template operator()<count>(i0, i1, column), n);
+          });
         });
       }
       return;
     }
-    const auto along = [&]<int stride>() FASTCNN_INLINE_LAMBDA {
-      for_each_vector<A>(last - first, [&](int64_t o) FASTCNN_INLINE_LAMBDA {
+    const auto along = [&]<int stride, int count>() FASTCNN_INLINE_LAMBDA {
+      for_each_piece<A>(last - first, [&](int64_t o, auto n) FASTCNN_INLINE_LAMBDA {
         const int64_t start = w.element(first + o, 0);
         const auto column = [&](int64_t i) FASTCNN_INLINE_LAMBDA {
           return columns.template at<way, stride>(start + i * w.dilation, w.stride).shifted(i);
         };
-        out.template store<way>(first + o, window(0, w.reach(), column), last - first - o);
+        out.template store<way>(first + o, window.template operator()<count>(0, w.reach(), column), n);
       });
     };
-    if (w.stride == 1) along.template operator()<1>();
-    else if (w.stride == 2) along.template operator()<2>();
-    else along.template operator()<0>();
+    with_count(w.reach(), [&]<int count>() FASTCNN_INLINE_LAMBDA {
+      if (w.stride == 1) along.template operator()<1, count>();
+      else if (w.stride == 2) along.template operator()<2, count>();
+      else along.template operator()<0, count>();
+    });
   }
 
   // Where a row of output goes.
@@ -276,19 +279,18 @@ class PoolForward {
     int64_t at;
     bool is_wide;
 
-    template <Way way>
-    FASTCNN_INLINE void store(int64_t i, const Maximum<A>& maximum, int64_t count) const {
-      store_some(values + i, maximum.value, count);
+    template <Way way, typename Count>
+    FASTCNN_INLINE void store(int64_t i, const Maximum<A>& maximum, Count n) const {
+      store_piece(values + i, maximum.value, n);
       if (!argmax || way == Way::values) return;
       const IntVec<A> place = maximum.place & (kOutside - 1);
-      if (way == Way::exact && is_wide) store_places(static_cast<int32_t*>(argmax) + at + i, place, count);
-      else store_places(static_cast<uint8_t*>(argmax) + at + i, place, count);
+      if (way == Way::exact && is_wide) store_places(static_cast<int32_t*>(argmax) + at + i, place, n);
+      else store_places(static_cast<uint8_t*>(argmax) + at + i, place, n);
     }
-    template <typename Argmax>
-    FASTCNN_INLINE static void store_places(Argmax* to, IntVec<A> place, int64_t count) {
+    template <typename Argmax, typename Count>
+    FASTCNN_INLINE static void store_places(Argmax* to, IntVec<A> place, Count n) {
       const auto narrow = __builtin_convertvector(place, typename VectorOf<Argmax, kLanes<A>>::type);
-      if (count >= kLanes<A>) std::memcpy(to, &narrow, sizeof narrow);
-      else std::memcpy(to, &narrow, count * sizeof(Argmax));
+      std::memcpy(to, &narrow, n * sizeof(Argmax));
     }
   };
 

@@ -35,6 +35,13 @@ FASTCNN_INLINE void for_each_vector(int64_t n, F f) {
   if (i < n) f(n > kLanes<A> ? n - kLanes<A> : 0);
 }
 
+// The same, with the number of its elements: f(i, n), which for a whole vector is a constant of the compiler's.
+template <typename A, typename F>
+FASTCNN_INLINE void for_each_piece(int64_t n, F f) {
+  if (n < kLanes<A>) return f(int64_t{0}, n);
+  for_each_vector<A>(n, [&](int64_t i) FASTCNN_INLINE_LAMBDA { f(i, WholeVector<A>{}); });
+}
+
 // A tensor's elements. Reading one asks for that `ahead` elements further, which will be needed a little later: the
 // pieces in which tensors are read are too short for the hardware to see them coming.
 template <typename T>

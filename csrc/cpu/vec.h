@@ -279,4 +279,20 @@ FASTCNN_INLINE void store_some(T* p, Vec<Compute<T>> v, int64_t n) {
   else store_first(p, v, n);
 }
 
+// The number of elements of a piece that is a vector.
+template <typename A>
+using WholeVector = std::integral_constant<int64_t, kLanes<A>>;
+
+template <typename T, typename Count>
+FASTCNN_INLINE Vec<Compute<T>> load_piece(const T* p, Count n) {
+  if constexpr (std::is_same_v<Count, WholeVector<Compute<T>>>) return load(p);
+  else return load_first(p, n);
+}
+
+template <typename T, typename Count>
+FASTCNN_INLINE void store_piece(T* p, Vec<Compute<T>> v, Count n) {
+  if constexpr (std::is_same_v<Count, WholeVector<Compute<T>>>) store(p, v);
+  else store_first(p, v, n);
+}
+
 }  // namespace fastcnn::FASTCNN_CAPABILITY
