@@ -144,7 +144,7 @@ OPTIONAL = {
     "augment": {"csrc/augment_op.h", "fastcnn/data/augment.py"},
     "batch_norm_relu_max_pool2d": {"csrc/batch_norm_relu_max_pool2d_op.h", "csrc/cuda/general/<op>.cuh"},
     "lrn": {"csrc/lrn_op.h", "csrc/cpu/lrn.h", *CUDA},
-    "max_pool2d": {"csrc/max_pool2d_op.h", "csrc/cpu/max_pool2d.h", *CUDA},
+    "max_pool2d": {"csrc/max_pool2d_op.h", "csrc/cpu/max_pool2d.h", "csrc/cpu/max_pool2d_backward.h", *CUDA},
     "conv2d_relu": {"fastcnn/ops/cudnn/conv2d_relu.py"},
     "relu_lrn_max_pool2d": {"csrc/relu_lrn_max_pool2d_op.h", *CUDA},
 }

@@ -10,7 +10,7 @@
 
 #include "dispatch.h"
 #include "kernel.h"
-#include "max_pool2d.h"
+#include "max_pool2d_backward.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {

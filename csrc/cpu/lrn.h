@@ -2,8 +2,7 @@
 //
 // Each window sum is added from the window's elements. How they are found depends on the memory format:
 //   NCHW            the window is vectors of neighboring channels, in registers where they are five (AlexNet's), else
-//   in
-//                   a ring of the last few rows;
+//                   in a ring of the last few rows;
 //   channels_last   a window of five within whole vectors is a vector shifted in registers;
 //                   any other is read at shifted places of a tile in scratch, with zeros between the runs.
 #pragma once

@@ -1,9 +1,8 @@
-// Max pooling and its gradient, row by row, as max_pool2d.h does them.
+// Max pooling and its gradient, row by row, as max_pool2d.h and max_pool2d_backward.h do them.
 // Memory: forward reads x once and writes y and its argmax; backward reads dy and argmax and writes dx.
-#include "max_pool2d.h"
-
 #include "dispatch.h"
 #include "kernel.h"
+#include "max_pool2d_backward.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {

@@ -7,7 +7,7 @@
 #include "dispatch.h"
 #include "kernel.h"
 #include "lrn.h"
-#include "max_pool2d.h"
+#include "max_pool2d_backward.h"
 
 namespace fastcnn::FASTCNN_CAPABILITY {
 namespace {

@@ -35,8 +35,8 @@ def conv2d_relu(
     Where ``weight`` and ``bias`` ask for no gradient but ``input`` does (a frozen feature extractor), a bit mask is
     saved for backward instead of input and output.
 
-    On CPU 3x3 windows with stride 1, float32 and channels_last, take 16 products for 4 outputs instead of 36, 5x5
-    windows 49 instead of 100, and so do the gradients of input and weight.
+    On CPU 3x3 windows with stride 1 and float32 take 16 products for 4 outputs instead of 36, 5x5 windows 49 instead of
+    100, and so do the gradients of input and weight: in channels_last, to which NCHW is converted where that pays.
 
     Args:
         input: shape (N, C, H, W) or (C, H, W); float16, bfloat16, float32 or float64.

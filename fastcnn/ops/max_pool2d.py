@@ -1,4 +1,4 @@
-"""Max pooling with a 1-byte argmax; backward gathers, in one fixed order and without atomics."""
+"""Max pooling with a 1-byte argmax; backward adds up in one fixed order and without atomics."""
 
 from typing import Any
 

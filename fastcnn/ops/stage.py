@@ -96,7 +96,11 @@ def _is_faster_by_winograd(x: Tensor, weight: Tensor, conv: ConvParams) -> bool:
     is_small = batch * height * width < _TRANSFORMED or (weight.shape[2] == 5 and min(height, width) < 8)
     if weight.requires_grad and is_small:
         return False
-    return _products(x, weight, conv) >= _PLAIN and _winograd.runs(x, weight, *conv.op_args())
+    if _products(x, weight, conv) < _PLAIN:
+        return False
+    if is_channels_last(x):
+        return _winograd.runs(x, weight, *conv.op_args())
+    return x.dtype == torch.float32 and _winograd.runs_converted(x.shape, weight, *conv.op_args())
 
 
 def rectifies_by_itself(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> bool:
