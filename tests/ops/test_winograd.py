@@ -292,6 +292,20 @@ def test_in_nchw_input_and_output_are_converted(wanted, window, monkeypatch):
     assert [is_channels_last(x) for x in seen] == [True] * runs
 
 
+@pytest.mark.parametrize(("channels", "outputs"), [(48, 64), (16, 32)], ids=["faster", "slower"])
+def test_a_stage_in_nchw_is_trained_so_where_converting_pays(channels, outputs, monkeypatch):
+    seen: list[Tensor] = []
+    convolve = _winograd.convolve
+    monkeypatch.setattr(_winograd, "convolve", lambda x, *args, **kw: seen.append(x) or convolve(x, *args, **kw))
+    for limit in ("_TRAINED", "_PLAIN"):
+        monkeypatch.setattr(stage, limit, 0)
+    x, weight, bias = (leaf(t.contiguous()) for t in arguments(2, channels, outputs, 20, 21))
+    y, expected = stage.run_stage(x, weight, bias, 1, 1, 1, 1), F.relu(F.conv2d(x, weight, bias, 1, 1))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert y.is_contiguous()
+    assert bool(seen) == (channels == 48 and fastcnn.backends.cpu_capability() != "baseline")
+
+
 @pytest.mark.parametrize("channels", [1, 16, 31, 130])
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 8), (13, 21)], ids=ident)
 def test_change_of_format(channels, size, kernel):
