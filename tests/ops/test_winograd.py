@@ -277,6 +277,9 @@ def test_in_nchw_input_and_output_are_converted(wanted, window, monkeypatch):
     seen: list[Tensor] = []
     convolve = _winograd.convolve
     monkeypatch.setattr(_winograd, "convolve", lambda x, *args, **kw: seen.append(x) or convolve(x, *args, **kw))
+    found: list[Tensor] = []
+    find = _winograd.weight_gradient
+    monkeypatch.setattr(_winograd, "weight_gradient", lambda *args, **kw: found.append(args[0]) or find(*args, **kw))
     x, weight, bias = arguments(2, 48, 64, 14, 13, window=window)
     tensors = [leaf(t) if i in wanted else t for i, t in enumerate((x.contiguous(), weight, bias))]
     padding = window // 2
@@ -288,8 +291,9 @@ def test_in_nchw_input_and_output_are_converted(wanted, window, monkeypatch):
         ours, theirs = (gradients(out, [tensors[i] for i in wanted], dy) for out in (y, expected))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert all(gradient.is_contiguous() for gradient in ours)
-    runs = 0 if fastcnn.backends.cpu_capability() == "baseline" else 1 + (0 in wanted)
-    assert [is_channels_last(x) for x in seen] == [True] * runs
+    runs = fastcnn.backends.cpu_capability() != "baseline"
+    assert [is_channels_last(x) for x in seen] == [True] * runs * (1 + (0 in wanted))
+    assert [is_channels_last(x) for x in found] == [True] * runs * (1 in wanted)
 
 
 @pytest.mark.parametrize(("channels", "outputs"), [(48, 64), (16, 32)], ids=["faster", "slower"])
