@@ -152,3 +152,17 @@ def test_kernel_size_none_or_empty_raises_as_torch(each_backend):
 )
 def test_empty_output_raises_as_torch(each_backend, shape, pool):
     refused(f"{shape[-2]}x{shape[-1]} gives an output of size", torch.zeros(shape), **pool)
+
+
+@pytest.mark.parametrize("pool", [(3, 1, 1), (5, 2, 2)], ids=str)
+def test_gradients_are_added_in_the_same_order_in_both_formats(pool, kernel):
+    """A maximum that many windows share; their gradients are of so many magnitudes that any other order shows."""
+    x = torch.zeros(2, 19, 11, 13)
+    x[:, :, 5::6, 6::6] = 1
+    found = []
+    for format in (torch.contiguous_format, torch.channels_last):
+        leaf = x.to(memory_format=format).requires_grad_()
+        y = FF.max_pool2d(leaf, *pool)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).exp2().to(memory_format=format)
+        found.append(torch.autograd.grad(y, leaf, dy)[0])
+    assert torch.equal(*found)
