@@ -340,7 +340,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_is_not_finite_stays_where_torch_has_it(calls, frozen, where, value, window):
     """One NaN does not reach those outputs of its tile that do not depend on it."""
-    tensors = arguments(2, 16, 32, 12, 12, window=window)
+    tensors = arguments(2, 48, 32, 12, 12, window=window)
     tensors[where][(1, 5, 2, 1)[: tensors[where].dim()]] = value
     x, weight, bias = leaf(tensors[0]), *(t if frozen else leaf(t) for t in tensors[1:])
     wanted = (x,) if frozen else (x, weight, bias)
@@ -356,7 +356,7 @@ def test_what_is_not_finite_stays_where_torch_has_it(calls, frozen, where, value
 
 
 def test_sums_that_are_too_large_only_on_the_way(calls):
-    x, weight, bias = arguments(2, 16, 32, 12, 12)
+    x, weight, bias = arguments(2, 48, 32, 12, 12)
     x[1, 5, 2, 2:4] = 3e38
     weight /= 100
     y, expected = FF.conv2d_relu(x, weight, bias, padding=1), F.relu(F.conv2d(x, weight, bias, padding=1))
@@ -367,7 +367,7 @@ def test_sums_that_are_too_large_only_on_the_way(calls):
 
 @pytest.mark.parametrize("value", [NAN, INF, -3e38])
 def test_gradients_that_are_not_finite_too(calls, value):
-    x, weight, bias = (leaf(t) for t in arguments(2, 16, 32, 12, 12))
+    x, weight, bias = (leaf(t) for t in arguments(2, 48, 32, 12, 12))
     y, expected = FF.conv2d_relu(x, weight, bias, padding=1), F.relu(F.conv2d(x, weight, bias, padding=1))
     dy = randn(*y.shape, seed=4, format=torch.channels_last)
     dy[1, 7, 3, 4] = value
@@ -398,6 +398,7 @@ def test_conv2d_relu_uses_it_forward_and_backward(calls, frozen, window):
         ("x", lambda x: x[:, :24]),
         ("x", lambda x: x[:1, :, :4, :4]),
         ("weight", lambda w: w[:40]),
+        ("weight", lambda w: w[:16]),  # too few pairs of channels
         ("weight", lambda w: w[..., :2]),
         ("stride", lambda _: [2, 1]),
         ("dilation", lambda _: [1, 2]),
@@ -415,14 +416,14 @@ def test_what_it_does_not_do(change, value, threads):
 
 
 def test_a_bias_of_any_strides():
-    x, weight, bias = arguments(2, 16, 32, 12, 12)
+    x, weight, bias = arguments(2, 48, 32, 12, 12)
     for strided in (bias[:1].expand(32), bias.repeat_interleave(3)[::3]):
         expected, _ = convolve(x, weight, strided.clone(memory_format=torch.contiguous_format), (1, 1), 1)
         assert_bitwise(convolve(x, weight, strided, (1, 1), 1)[0], expected)
 
 
 def test_the_default_dtype_does_not_matter():
-    x, weight, bias = arguments(2, 16, 32, 12, 12)
+    x, weight, bias = arguments(2, 48, 32, 12, 12)
     expected = FF.conv2d_relu(x, weight, bias)
     torch.set_default_dtype(torch.float64)
     try:
@@ -432,7 +433,7 @@ def test_the_default_dtype_does_not_matter():
 
 
 def test_frozen_weights_that_change_are_seen():
-    x, weight, bias = arguments(2, 16, 32, 12, 12)
+    x, weight, bias = arguments(2, 48, 32, 12, 12)
     x = leaf(x)
     FF.conv2d_relu(x, weight, bias, padding=1).sum().backward()
     weight.data.mul_(2)
@@ -468,7 +469,7 @@ def test_addend(kernel, relu, groups, shape, window):
 @pytest.mark.parametrize("relu", [False, True])
 def test_an_addend_that_is_not_finite_stays_where_it_is(kernel, relu, value):
     """It is added after the largest magnitude was taken: nothing has to be computed again."""
-    x, weight, bias = arguments(2, 16, 32, 7, 6)
+    x, weight, bias = arguments(2, 48, 32, 7, 6)
     addend = randn(2, 32, 7, 6, seed=5, format=torch.channels_last)
     addend[1, 3, 6, 2] = value
     y, largest = convolve(x, weight, bias, (1, 1), 1, addend=addend, relu=relu)
@@ -620,7 +621,7 @@ def test_gradients_without_relu(wanted, shape):
 
 def test_gradients_of_gradients_without_relu():
     def twice(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        tensors = [leaf(t) for t in arguments(2, 16, 32, 12, 12)]
+        tensors = [leaf(t) for t in arguments(2, 48, 32, 12, 12)]
         y = run(*tensors)
         first = torch.autograd.grad(y, tensors, randn(*y.shape, seed=4), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), tensors[:2])
@@ -631,7 +632,7 @@ def test_gradients_of_gradients_without_relu():
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("where", [0, 1, 3], ids=["input", "weight", "gradient"])
 def test_what_is_not_finite_without_relu(where, value):
-    tensors = [*arguments(2, 16, 32, 12, 12), randn(2, 32, 12, 12, seed=4, format=torch.channels_last)]
+    tensors = [*arguments(2, 48, 32, 12, 12), randn(2, 32, 12, 12, seed=4, format=torch.channels_last)]
     tensors[where][1, 5, 2, 1] = value
     *tensors, dy = (*map(leaf, tensors[:3]), tensors[3])
     y, expected = trained(*tensors), F.conv2d(*tensors, padding=1)

@@ -216,8 +216,8 @@ def test_inference_of_spaced_parameters(classifier, batch, no_grad):
 
 @pytest.mark.skipif(fastcnn.backends.cpu_capability() in ("", "baseline"), reason="needs AVX2")
 def test_inference_takes_the_same_way_whatever_the_format():
-    fast = fastcnn.optimize(nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU()).float(), inference=True)
-    x = randn(2, 16, 20, 20)
+    fast = fastcnn.optimize(nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU()).float(), inference=True)
+    x = randn(2, 32, 20, 20)
     assert_bitwise(fast(x), fast(in_format(x, torch.channels_last)))
     assert "winograd" in unchanged(fast[0].weight).made
 

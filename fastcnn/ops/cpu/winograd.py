@@ -13,9 +13,10 @@ from ..packed import Frozen
 
 _PRODUCTS: dict[tuple[int, ...], int] = {(3, 3): 16, (5, 5): 49}  # that 2x2 outputs take, by the window
 _TILES_OF_A_THREAD = 12  # with fewer, reading the transformed weights takes longer than what the products save
-# Pairs of an input and an output channel for each channel that is converted from or to NCHW: with fewer, converting
-# takes what the products save. 48 inputs and 48 outputs have 24: 1.02 times as fast as oneDNN in channels_last.
-_PAIRS_OF_A_CHANNEL = 24
+# Pairs of an input and an output channel for each channel: with fewer, transforming tiles takes what the products save,
+# and so does converting from and to NCHW. 32 inputs and 32 outputs have 16: 0.95 to 1.19 times as fast as oneDNN, and
+# 16 inputs with 16 to 64 outputs 0.55 to 1.10 times.
+_PAIRS_OF_A_CHANNEL, _PAIRS_OF_A_CONVERTED = 16, 24
 # With fewer, a weight gradient is a sum of so few products that its transformations' rounding counts, and its error is
 # more than twice torch's. With more, it is 1.0 to 2.7 times as fast as oneDNN's, for any numbers of channels:
 # `fastcnn bench kernels --op conv2d_relu --mode backward` with a CPU that has AVX-512.
@@ -29,27 +30,31 @@ def runs(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilat
     """Whether the kernel can compute ``conv2d(x, weight, ...)``, and has enough to do to be the fastest."""
     if x.dtype != torch.float32 or not is_channels_last(x):
         return False
-    return _suits(x.shape, weight, stride, padding, dilation, groups)
+    return _suits(x.shape, weight, stride, padding, dilation, groups, _PAIRS_OF_A_CHANNEL)
 
 
 def runs_converted(
     size: Sequence[int], weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> bool:
     """Whether it still is the fastest if input and output, of float32, are converted from and to NCHW."""
-    outputs, channels = weight.shape[:2]
-    if outputs * channels < _PAIRS_OF_A_CHANNEL * (outputs + groups * channels):
-        return False
-    return _suits(size, weight, stride, padding, dilation, groups)
+    return _suits(size, weight, stride, padding, dilation, groups, _PAIRS_OF_A_CONVERTED)
 
 
 def _suits(
-    size: Sequence[int], weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+    size: Sequence[int],
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    fewest_pairs: int,
 ) -> bool:
+    outputs, channels = weight.shape[:2]
     if tuple(weight.shape[2:]) not in _PRODUCTS or stride != [1, 1] or dilation != [1, 1] or min(padding) < 0:
         return False
     if weight.dtype != torch.float32 or backends.cpu_capability() == "baseline":
         return False
-    if weight.shape[0] % (16 * groups) or weight.shape[1] % 16:
+    if outputs % (16 * groups) or channels % 16 or outputs * channels < fewest_pairs * (outputs + groups * channels):
         return False
     return _tiles(size, weight, padding) >= _TILES_OF_A_THREAD * torch.get_num_threads()
 
