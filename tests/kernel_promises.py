@@ -388,7 +388,7 @@ def test_non_finite_values_propagate_as_in_torch(place, case, dtype, format, val
         tensors[i][(0,) * tensors[i].dim()] = value
         # in Triton's kernel, whether weights meet the zeros of the padding differs, as in torch's
         run = without if i == 1 and place.name == "triton" else case
-        # with AMX, oneDNN's bfloat16 convolution spreads a NaN to outputs whose windows do not meet it; Triton's does not
+        # with AMX, oneDNN's bfloat16 convolution spreads NaN to outputs whose windows do not meet it; Triton's does not
         y = run(*tensors)
         expected = run.counterpart(*([t.float() for t in tensors] if place.name == "triton" else tensors))
         assert_bitwise(y.isnan(), expected.isnan())
