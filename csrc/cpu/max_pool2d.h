@@ -106,9 +106,12 @@ struct PooledMap {
 //
 // NaN is what comparisons are slow with. So they are done as if there were none; where the sum of all elements says
 // that there may be one, the row is done again, exactly.
-template <typename T>
+//
+// A is what elements are compared as. As int16_t, 16-bit elements are compared twice as many at a time, but without
+// their places, and -0 is less than 0.
+template <typename T, typename A = Compute<T>>
 class PoolForward {
-  using A = Compute<T>;
+  static constexpr bool kNarrow = std::is_same_v<A, int16_t>;
 
  public:
   PoolForward(const TailTask& task, Scratch& scratch)
@@ -126,18 +129,61 @@ class PoolForward {
       next = std::min(o + rows_, end);
       const int64_t at = map * h_.out * w_.out * pixel_;
       if (!task_.pool.wide_argmax()) {
-        const Vec<A> sum = task_.argmax ? write<Way::places>(at, o, next, from) : write<Way::values>(at, o, next, from);
-        bool may_be_nan = false;
-        for (int l = 0; l < kLanes<A>; ++l) may_be_nan |= sum[l] != sum[l];
-        if (!may_be_nan) continue;
+        const bool is_right = task_.argmax ? write<Way::places>(at, o, next, from).are_numbers()
+                                           : write<Way::values>(at, o, next, from).are_numbers();
+        if (is_right) continue;
       }
       write<Way::exact>(at, o, next, from);
     }
   }
 
+  // The same of values alone; false where there may be NaN, which then is not where it should be.
+  bool write_numbers(int64_t map, int64_t begin, int64_t end, const PooledMap<T>& from) const {
+    bool are_numbers = true;
+    for (int64_t o = begin, next; o < end; o = next) {
+      next = std::min(o + rows_, end);
+      are_numbers &= write<Way::values>(map * h_.out * w_.out * pixel_, o, next, from).are_numbers();
+    }
+    return are_numbers;
+  }
+
  private:
   // The place of what lies outside the map, after all others; its lower bits are 0.
-  static constexpr Lane<A> kOutside = 1 << 30;
+  static constexpr Lane<A> kOutside = Lane<A>{1} << (8 * sizeof(Lane<A>) - 2);
+
+  static constexpr A infinity() {
+    if constexpr (!kNarrow) return std::numeric_limits<A>::infinity();
+    else return std::is_same_v<T, Half> ? 0x7c00 : 0x7f80;
+  }
+  static constexpr A lowest() {
+    if constexpr (kNarrow) return ~infinity();
+    else return -infinity();
+  }
+
+  // Whether there may be NaN among elements: what of floats their sum tells, of integers the largest and the smallest.
+  struct Seen {
+    Vec<A> sum{}, largest{}, smallest{};
+
+    bool are_numbers() const {
+      if constexpr (kNarrow) return !any((largest > infinity()) | (smallest < lowest()));
+      else return !any(sum != sum);
+    }
+    FASTCNN_INLINE void join(const Seen& other) {
+      if constexpr (kNarrow) {
+        largest = other.largest > largest ? other.largest : largest;
+        smallest = other.smallest < smallest ? other.smallest : smallest;
+      } else {
+        sum += other.sum;
+      }
+    }
+    FASTCNN_INLINE static Seen of(Vec<A> v) { return {v, v, v}; }
+  };
+
+  template <typename E, typename Count>
+  FASTCNN_INLINE static Vec<A> read(const E* p, Count n) {
+    if constexpr (kNarrow) return ordered(load_piece(reinterpret_cast<const int16_t*>(p), n));
+    else return load_piece(p, n);
+  }
 
   // The maxima of the columns of a row, and in NCHW what windows see beyond its ends.
   struct Columns {
@@ -145,7 +191,7 @@ class PoolForward {
 
     Columns after(int64_t elements) const { return {values + elements, places ? places + elements : nullptr}; }
     void clear(int64_t i) const {
-      values[i] = -std::numeric_limits<A>::infinity();
+      values[i] = lowest();
       if (places) std::memcpy(places + i, &kOutside, sizeof kOutside);
     }
     template <Way way, int stride>
@@ -161,32 +207,31 @@ class PoolForward {
     }
   };
 
-  // Returns sums of all elements.
   template <Way way, typename E>
-  Vec<A> write(int64_t at, int64_t begin, int64_t end, const PooledMap<E>& from) const {
-    Vec<A> sum{};
+  Seen write(int64_t at, int64_t begin, int64_t end, const PooledMap<E>& from) const {
+    Seen seen_all;
     for (int64_t first = 0, done = 0, seen; first < w_.out; first += block_, done = seen) {
       const int64_t last = std::min(first + block_, w_.out);
       seen = last == w_.out ? w_.size : std::clamp(w_.element(last - 1, w_.kernel), done, w_.size);
       for (int64_t o = begin; o < end; ++o) {
-        sum += pool_columns<way>(o, from, done * pixel_, seen * pixel_, columns_.after((o - begin) * pitch_));
+        seen_all.join(pool_columns<way>(o, from, done * pixel_, seen * pixel_, columns_.after((o - begin) * pitch_)));
       }
       for (int64_t o = begin; o < end; ++o) {
         pool_along_width<way>(first, last, columns_.after((o - begin) * pitch_), at + o * w_.out * pixel_);
       }
     }
-    return sum;
+    return seen_all;
   }
 
-  // The maxima of columns, elements begin ... end-1 of a row, and the sum of these.
+  // The maxima of columns, elements begin ... end-1 of a row, and what these tell of NaN.
   template <Way way, typename E>
-  FASTCNN_INLINE Vec<A> pool_columns(int64_t o, const PooledMap<E>& from, int64_t begin, int64_t end,
-                                     const Columns columns) const {
+  FASTCNN_INLINE Seen pool_columns(int64_t o, const PooledMap<E>& from, int64_t begin, int64_t end,
+                                   const Columns columns) const {
     const PoolAxis h = h_;  // copies, here and below, which stay in registers: what is stored might change the members
     const int64_t first = h.first(o), last = h.last(o);
-    const Vec<A> floor = broadcast(from.relu ? A(0) : -std::numeric_limits<A>::infinity());
+    const Vec<A> floor = broadcast(from.relu ? A(0) : lowest());
     const auto rectified = [floor](Vec<A> v) FASTCNN_INLINE_LAMBDA { return floor > v ? floor : v; };  // NaN stays
-    Vec<A> sum{};
+    Seen seen;
     // Rows i ... i+count-1 of the windows, to what is there from those before. `far`: from memory, for which to ask.
     const auto rows = [&]<int count, bool far>(int64_t i) FASTCNN_INLINE_LAMBDA {
       const E* row[count];
@@ -194,17 +239,18 @@ class PoolForward {
       for (int k = 0; k < count; ++k) row[k] = from.row(h.element(o, i + k)) + begin, place[k] = (i + k) * w_.kernel;
       for_each_piece<A>(end - begin, [&](int64_t e, auto n) FASTCNN_INLINE_LAMBDA {
         Maximum<A> best;
-        Vec<A> total{};
+        Seen total;
         for (int k = 0; k < count; ++k) {
           if (far) __builtin_prefetch(reinterpret_cast<const char*>(row[k] + e) + 2048);
-          const Vec<A> v = load_piece(row[k] + e, n);
-          total = k ? total + v : v;
+          const Vec<A> v = read(row[k] + e, n);
+          if (k) total.join(Seen::of(v));
+          else total = Seen::of(v);
           const Maximum<A> next{way == Way::values ? v : rectified(v), places<A>(place[k])};
           if (!k) best = next;
           else if (way == Way::places) best.replace(next.value > best.value, next);  // its place comes after
           else best.template take<way>(next);
         }
-        sum += total;
+        seen.join(total);
         if (way == Way::values) best.value = rectified(best.value);  // the same, sooner
         if (i > first) best.template take<way>(columns.template at<way, 1>(begin + e));
         columns.template store<way>(begin + e, best, n);
@@ -221,7 +267,7 @@ class PoolForward {
     }
     for (; i < last; ++i) some.template operator()<1>(i);
     for (int64_t e = begin; first >= last && e < end; ++e) columns.clear(e);  // windows step over the whole map
-    return sum;
+    return seen;
   }
 
   // Outputs first ... last-1 of a row, which is at `at` in the output.
@@ -231,7 +277,7 @@ class PoolForward {
     const Out out{static_cast<T*>(task_.out) + at, task_.argmax, at, task_.pool.wide_argmax()};
     // The maximum of the columns begin ... end-1 of windows; of so many, if not 0.
     const auto window = [&]<int count>(int64_t begin, int64_t end, auto column) FASTCNN_INLINE_LAMBDA {
-      Maximum<A> best{broadcast(-std::numeric_limits<A>::infinity()), places<A>(kOutside)};
+      Maximum<A> best{broadcast(lowest()), places<A>(kOutside)};
       if constexpr (count > 0) best = column(begin);
       for (int64_t i = begin + (count > 0); i < (count ? begin + count : end); ++i) best.template take<way>(column(i));
       return best;
@@ -281,8 +327,10 @@ class PoolForward {
 
     template <Way way, typename Count>
     FASTCNN_INLINE void store(int64_t i, const Maximum<A>& maximum, Count n) const {
-      store_piece(values + i, maximum.value, n);
-      if (!argmax || way == Way::values) return;
+      if constexpr (kNarrow) store_piece(reinterpret_cast<int16_t*>(values + i), ordered(maximum.value), n);
+      else store_piece(values + i, maximum.value, n);
+      if constexpr (way == Way::values) return;
+      if (!argmax) return;
       const IntVec<A> place = maximum.place & (kOutside - 1);
       if (way == Way::exact && is_wide) store_places(static_cast<int32_t*>(argmax) + at + i, place, n);
       else store_places(static_cast<uint8_t*>(argmax) + at + i, place, n);
@@ -324,8 +372,7 @@ struct UnitRows {
   static int64_t most(const TailTask& task) {
     constexpr int64_t kFew = 4;
     const Shape out = task.out_shape();
-    if (pools_in_place(task)) return kFew;
-    if (out.channels_last) return 1;
+    if (out.channels_last) return pools_in_place(task) ? kFew : 1;
     // In the compute type they should stay in the L2 cache.
     const int64_t row = std::max<int64_t>(1, task.shape.C * task.shape.W * (task.pool ? task.pool.h.stride : 1));
     return std::clamp(std::min((1 << 16) / row, out.N * out.H / 64), kFew, std::max(kFew, out.H));
@@ -349,6 +396,7 @@ class PooledRows {
   PooledRows(const Rows<T>& rows, Scratch& scratch)
       : rows_(rows),
         pool_(task_, scratch),
+        narrow_(task_, scratch),
         rows_made_(scratch.take<A>(lanes())),
         owners_(scratch.take<int64_t>(slots_)) {
     if (scratch.only_counts()) return;
@@ -361,8 +409,12 @@ class PooledRows {
     const UnitRows rows(task_, u);
     const int64_t pitch = task_.shape.W * (task_.shape.channels_last ? task_.shape.C : 1);
     if (pools_in_place(task_)) {
-      const T* const from = static_cast<const T*>(task_.x) + rows.n * h_.size * pitch;
-      pool_.write(rows.n, rows.begin, rows.end, PooledMap<T>{.data = from, .row_stride = pitch, .relu = task_.relu});
+      const T* const x = static_cast<const T*>(task_.x) + rows.n * h_.size * pitch;
+      const PooledMap<T> from{.data = x, .row_stride = pitch, .relu = task_.relu};
+      if constexpr (sizeof(T) == 2) {
+        if (!task_.argmax && narrow_.write_numbers(rows.n, rows.begin, rows.end, from)) return;
+      }
+      pool_.write(rows.n, rows.begin, rows.end, from);
     } else if (task_.shape.channels_last) {
       for (int64_t i = h_.first(rows.begin); i < h_.last(rows.begin); ++i) {
         const int64_t row = h_.element(rows.begin, i), slot = row % slots_, owner = rows.n * h_.size + row;
@@ -394,6 +446,10 @@ class PooledRows {
   const TailTask& task_ = rows_.task;
   const PoolAxis& h_ = task_.pool.h;
   const PoolForward<T> pool_;
+  struct Nothing {
+    Nothing(const TailTask&, Scratch&) {}
+  };
+  [[no_unique_address]] const std::conditional_t<sizeof(T) == 2, PoolForward<T, int16_t>, Nothing> narrow_;
   // In channels_last row r is in slot r % slots, if owners[slot] says so.
   const int64_t slots_ = std::min((h_.reach() - 1) * h_.dilation + 1, h_.size), slot_lanes_ = rows_.tile.lanes();
   A* const rows_made_;

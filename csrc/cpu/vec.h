@@ -35,7 +35,7 @@ struct BFloat16 {
 
 // 16-bit tensors are computed in float, others in themselves.
 template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using Compute = std::conditional_t<std::is_same_v<T, double> || std::is_same_v<T, int16_t>, T, float>;
 
 template <typename A>
 inline constexpr int64_t kLanes = kVectorBytes / sizeof(A);
@@ -48,7 +48,7 @@ template <typename A>
 using Vec = typename VectorOf<A, kLanes<A>>::type;
 // Integers as wide as the lanes of Vec<A>: what comparing two Vec<A> gives.
 template <typename A>
-using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+using Lane = std::conditional_t<sizeof(A) == 2, int16_t, std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
 template <typename A>
 using IntVec = typename VectorOf<Lane<A>, kLanes<A>>::type;
 using UInt16 = VectorOf<uint16_t, kLanes<float>>::type;
@@ -63,6 +63,7 @@ FASTCNN_INLINE V load_as(const T* p) {
 
 FASTCNN_INLINE Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
 FASTCNN_INLINE Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
+FASTCNN_INLINE Vec<int16_t> load(const int16_t* p) { return load_as<Vec<int16_t>>(p); }
 
 FASTCNN_INLINE Vec<float> load(const BFloat16* p) {
 #if defined(__AVX512F__)
@@ -141,6 +142,15 @@ template <typename T>
 FASTCNN_INLINE Compute<T> to_compute(const T& x) {
   if constexpr (sizeof(T) == 2) return load_first(&x, 1)[0];
   else return x;
+}
+
+// Whether any lane of a comparison's result is true.
+template <typename V>
+FASTCNN_INLINE bool any(V mask) {
+  uint64_t words[sizeof(V) / sizeof(uint64_t)], all = 0;
+  std::memcpy(words, &mask, sizeof mask);
+  for (const uint64_t word : words) all |= word;
+  return all;
 }
 
 template <typename A>
@@ -266,6 +276,9 @@ FASTCNN_INLINE void store_first(T* p, Vec<Compute<T>> v, int64_t n) {
   store(all, v);
   std::memcpy(p, all, n * sizeof(T));
 }
+
+// From the bits of 16-bit floats to integers in the same order, and back: NaN lies beyond the infinity of its sign.
+FASTCNN_INLINE Vec<int16_t> ordered(Vec<int16_t> bits) { return bits ^ ((bits >> 15) & 0x7fff); }
 
 // A vector of which n elements are in memory, which may be more than it has, or negative: none.
 template <typename T>

@@ -44,6 +44,34 @@ def test_zeros_keep_the_sign_that_torch_gives_them(backend, format, zeros):
     assert_bitwise(FF.max_pool2d(x, 3, 2).signbit(), F.max_pool2d(x, 3, 2, return_indices=True)[0].signbit())
 
 
+def every_value(dtype):
+    """All values of 16 bits, in random order: NaN of either sign with every payload too."""
+    order = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(0))
+    return order.to(torch.int32).to(torch.int16).view(dtype).view(2, 32, 32, 32)
+
+
+@pytest.mark.parametrize("numbers", ["all", "finite", "one NaN", "one negative NaN", "below zero"])
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+@pytest.mark.parametrize("pool", [POOL, PoolParams(5, 3, 2, 2)], ids=ident)
+@pytest.mark.parametrize("format", FORMATS, ids=ident)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ident)
+def test_16_bit_values_are_compared_as_the_numbers_they_are(backend, dtype, format, pool, relu, numbers):
+    x = every_value(dtype)
+    if numbers != "all":
+        x = torch.where(x.isfinite(), x, 0)
+    if numbers == "below zero":
+        x = -x.abs() - 1
+    if "NaN" in numbers:
+        x[1, 17, 5, 6] = float("nan")
+        x.view(torch.int16)[1, 17, 5, 6] |= -0x8000 if "negative" in numbers else 0
+    x = in_format(x, format)
+    y = FF.relu_lrn_max_pool2d(x, None, relu=relu, lrn=None, pool=pool)
+    expected = F.max_pool2d(F.relu(x.float()) if relu else x.float(), *pool.op_args())
+    assert_bitwise(y.float(), expected)
+    if numbers == "one NaN":
+        assert y.isnan().any()
+
+
 # -- every size -------------------------------------------------------------------------------------------------------
 
 
