@@ -170,9 +170,10 @@ def main(op: str) -> None:
             alone[op](at_end)
         return
     lrns = [LRNParams(1), LRNParams(5, 0.5), LRNParams(4, 0.5, 0.6), LRNParams(40, groups=1)]
-    pools = [PoolParams(3, 2), PoolParams(3, 2, 1, 1, True), PoolParams((2, 3), 1, (1, 0)), PoolParams(3, 1, 1, 2)]
+    pools = [PoolParams(3, 2), PoolParams(2), PoolParams(3, 2, 1, 1, True)]
+    pools += [PoolParams((2, 3), 1, (1, 0)), PoolParams(3, 1, 1, 2)]
     n = 2
-    for c, (h, w) in itertools.product((1, 3, 17, 32), ((7, 5), (5, 33))):
+    for c, (h, w) in itertools.product((1, 3, 17, 32), ((7, 5), (5, 33), (40, 9))):
         for dtype, format, at_end in itertools.product(DTYPES, FORMATS, (True, False)):
             guard_outputs(at_end)
             x, dy = (guarded(in_format(randn(n, c, h, w, dtype=dtype, seed=seed), format), at_end) for seed in range(2))

@@ -81,7 +81,7 @@ struct Rows {
 template <int stride, typename A>
 Vec<A> load_strided(const A* p, int64_t any) {
   if constexpr (stride == 1) return load(p);
-  if constexpr (stride == 2) return load_even(p);
+  if constexpr (stride == 2) return every_other<0>(load(p), load(p + kLanes<A>));
   Vec<A> v;
   for (int i = 0; i < kLanes<A>; ++i) v[i] = p[i * any];
   return v;
@@ -125,7 +125,7 @@ class PoolForward {
   // Rows begin ... end-1 of a map of the output: of an image, or in NCHW of one of its channels.
   template <typename E>
   void write(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
-    for (int64_t o = begin, next; o < end; o = next) {
+    for (int64_t o = write_directly(map, begin, end, from), next; o < end; o = next) {
       next = std::min(o + rows_, end);
       const int64_t at = map * h_.out * w_.out * pixel_;
       if (!task_.pool.wide_argmax()) {
@@ -140,7 +140,7 @@ class PoolForward {
   // The same of values alone; false where there may be NaN, which then is not where it should be.
   bool write_numbers(int64_t map, int64_t begin, int64_t end, const PooledMap<T>& from) const {
     bool are_numbers = true;
-    for (int64_t o = begin, next; o < end; o = next) {
+    for (int64_t o = write_directly(map, begin, end, from), next; o < end; o = next) {
       next = std::min(o + rows_, end);
       are_numbers &= write<Way::values>(map * h_.out * w_.out * pixel_, o, next, from).are_numbers();
     }
@@ -206,6 +206,71 @@ class PoolForward {
       if (places && way != Way::values) store_piece(places + i, (Vec<A>)maximum.place, n);
     }
   };
+
+  // Rows of a map in NCHW, from `begin` on, where windows are two or three columns wide, two apart and within the map:
+  // without the detour of columns by way of memory. Returns the first row that is left: all are where there may be NaN.
+  template <typename E>
+  int64_t write_directly(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
+    if (task_.shape.channels_last || task_.argmax || w_.stride != 2 || w_.padding || w_.dilation != 1) return begin;
+    if (w_.element(w_.out - 1, w_.kernel) > w_.size) return begin;
+    if (w_.kernel == 3) return write_directly<3>(map, begin, end, from);
+    return w_.kernel == 2 ? write_directly<2>(map, begin, end, from) : begin;
+  }
+
+  template <int width, typename E>
+  int64_t write_directly(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
+    // A row shorter than a vector is one vector with what follows it, which must be of the map, and done later.
+    const auto fits = [&](int64_t o, int64_t last_row) {
+      if (w_.out >= kLanes<A>) return true;
+      return (end - o) * w_.out >= kLanes<A> && (h_.size - last_row) * w_.size > 2 * kLanes<A>;
+    };
+    Seen seen;
+    int64_t o = begin;
+    for (; o < end; ++o) {
+      const int64_t first = h_.first(o), height = h_.last(o) - first;
+      if ((height != 3 && height != 2) || !fits(o, h_.element(o, first + height - 1))) break;
+      const E* const window = from.row(h_.element(o, first));
+      const int64_t step = h_.dilation * from.row_stride, at = (map * h_.out + o) * w_.out;
+      seen.join(height == 3 ? pool_row<width, 3>(window, step, from.relu, at)
+                            : pool_row<width, 2>(window, step, from.relu, at));
+    }
+    return seen.are_numbers() ? o : begin;
+  }
+
+  // A row of output, at `at`, of windows the first of which is at `window`, with `step` between its rows.
+  template <int width, int height, typename E>
+  FASTCNN_INLINE Seen pool_row(const E* window, int64_t step, bool relu, int64_t at) const {
+    const Vec<A> floor = broadcast(relu ? A(0) : lowest());
+    const auto larger = [](Vec<A> v, Vec<A> w) FASTCNN_INLINE_LAMBDA { return w > v ? w : v; };
+    T* const out = static_cast<T*>(task_.out) + at;
+    Seen seen;
+    for_each_vector<A>(w_.out, [&](int64_t o) FASTCNN_INLINE_LAMBDA {
+      const auto column_maxima = [&](int64_t e) FASTCNN_INLINE_LAMBDA {
+        Vec<A> best;
+        for (int r = 0; r < height; ++r) {
+          const Vec<A> v = read(window + r * step + e, WholeVector<A>{});
+          seen.join(Seen::of(v));
+          best = r ? larger(best, v) : v;
+        }
+        return best;
+      };
+      for (int r = 1; r < height; ++r) {  // the first row was the last of the windows above
+        const char* const ahead = reinterpret_cast<const char*>(window + r * step + 2 * o) + 2048;
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + kVectorBytes);
+      }
+      const Vec<A> left = column_maxima(2 * o), right = column_maxima(2 * o + kLanes<A>);
+      const Vec<A> even = every_other<0>(left, right);
+      Vec<A> best = larger(even, every_other<1>(left, right));
+      if constexpr (width == 3) {
+        best = larger(best, followed_by_last(even, column_maxima(2 * o + kLanes<A> + 1)));
+      }
+      best = floor > best ? floor : best;
+      if constexpr (kNarrow) store(reinterpret_cast<int16_t*>(out + o), ordered(best));
+      else store(out + o, best);
+    });
+    return seen;
+  }
 
   template <Way way, typename E>
   Seen write(int64_t at, int64_t begin, int64_t end, const PooledMap<E>& from) const {

@@ -230,16 +230,32 @@ class InverseRoot<Vec<float>> {
 #define FASTCNN_SHUFFLE 0
 #endif
 
-// Every other lane of the 2 * kLanes from p on.
-template <typename A>
-FASTCNN_INLINE Vec<A> load_even(const A* p) {
+// Every other one of the lanes of a and then b, from `first` on.
+template <int first, typename V>
+FASTCNN_INLINE V every_other(V a, V b) {
+  constexpr int kCount = sizeof a / sizeof a[0];
 #if FASTCNN_SHUFFLE
   return [&]<int... i>(std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(load(p), load(p + kLanes<A>), (2 * i)...);
-  }(std::make_integer_sequence<int, kLanes<A>>{});
+    return __builtin_shufflevector(a, b, (2 * i + first)...);
+  }(std::make_integer_sequence<int, kCount>{});
 #else
-  Vec<A> v;
-  for (int i = 0; i < kLanes<A>; ++i) v[i] = p[2 * i];
+  V v;
+  for (int i = 0; i < kCount; ++i) v[i] = 2 * i + first < kCount ? a[2 * i + first] : b[2 * i + first - kCount];
+  return v;
+#endif
+}
+
+// The lanes of v without the first, followed by the last of `other`.
+template <typename V>
+FASTCNN_INLINE V followed_by_last(V v, V other) {
+  constexpr int kCount = sizeof v / sizeof v[0];
+#if FASTCNN_SHUFFLE
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(v, other, (i + 1)..., 2 * kCount - 1);
+  }(std::make_integer_sequence<int, kCount - 1>{});
+#else
+  for (int i = 0; i < kCount - 1; ++i) v[i] = v[i + 1];
+  v[kCount - 1] = other[kCount - 1];
   return v;
 #endif
 }
@@ -261,6 +277,7 @@ template <typename T>
 FASTCNN_INLINE Vec<Compute<T>> load_first(const T* p, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>) return (Vec<float>)_mm512_maskz_loadu_ps((1 << n) - 1, p);
+  if constexpr (std::is_same_v<T, int16_t>) return (Vec<int16_t>)_mm512_maskz_loadu_epi16((1u << n) - 1, p);
 #endif
   T padded[kLanes<Compute<T>>] = {};
   std::memcpy(padded, p, n * sizeof(T));
@@ -271,6 +288,7 @@ template <typename T>
 FASTCNN_INLINE void store_first(T* p, Vec<Compute<T>> v, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, (1 << n) - 1, (__m512)v);
+  if constexpr (std::is_same_v<T, int16_t>) return _mm512_mask_storeu_epi16(p, (1u << n) - 1, (__m512i)v);
 #endif
   T all[kLanes<Compute<T>>];
   store(all, v);

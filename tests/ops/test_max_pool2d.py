@@ -1,6 +1,8 @@
 """What is special to max_pool2d; what it promises as every operator does is in test_promises.py."""
 
 import copy
+import itertools
+import math
 import pickle
 
 import pytest
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from operators import POOL, apart, max_pool2d
 from places import Place
 from promises import (
+    DTYPES,
     FORMATS,
     assert_bitwise,
     gradients,
@@ -70,6 +73,27 @@ def test_16_bit_values_are_compared_as_the_numbers_they_are(backend, dtype, form
     assert_bitwise(y.float(), expected)
     if numbers == "one NaN":
         assert y.isnan().any()
+
+
+@pytest.mark.parametrize("pool", [PoolParams(3, 2), PoolParams(2), PoolParams((2, 3), 2)], ids=ident)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+@pytest.mark.parametrize("part", ["alone", "bias", "relu"])
+def test_windows_two_apart_in_nchw_at_every_size(kernel, part, dtype, pool):
+    bias = integers(3, dtype=dtype) if part == "bias" else None
+    for height, width in itertools.product((3, 4, 7, 20), (*range(3, 19), 33, 34, 35, 67, 70)):
+        x = integers(2, 3, height, width, dtype=dtype, low=-99, high=100, seed=width)
+        y = FF.relu_lrn_max_pool2d(x, bias, relu=part == "relu", lrn=None, pool=pool)
+        z = x if bias is None else x + bias[:, None, None]
+        assert_bitwise(y, F.max_pool2d(F.relu(z) if part == "relu" else z, *pool.op_args()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+def test_nan_at_every_place_in_nchw(kernel, dtype):
+    for shape in ((1, 20, 7), (1, 3, 39), (1, 3, 70)):
+        for place in range(math.prod(shape)):
+            x = integers(2, *shape, dtype=dtype, low=-99, high=100, seed=place)
+            x[1].view(-1)[place] = NAN
+            assert_bitwise(FF.max_pool2d(x, 3, 2), F.max_pool2d(x, 3, 2))
 
 
 # -- every size -------------------------------------------------------------------------------------------------------
