@@ -207,8 +207,8 @@ class PoolForward {
     }
   };
 
-  // Rows of a map in NCHW, from `begin` on, where windows are two or three columns wide, two apart and within the map:
-  // without the detour of columns by way of memory. Returns the first row that is left: all are where there may be NaN.
+  // Rows of a map in NCHW, where windows are two or three columns wide, two apart and within the map: the maxima of
+  // columns are not stored. Returns the first row that is still to be done, `begin` where there may be NaN.
   template <typename E>
   int64_t write_directly(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
     if (task_.shape.channels_last || task_.argmax || w_.stride != 2 || w_.padding || w_.dilation != 1) return begin;
@@ -219,7 +219,7 @@ class PoolForward {
 
   template <int width, typename E>
   int64_t write_directly(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
-    // A row shorter than a vector is one vector with what follows it, which must be of the map, and done later.
+    // A row shorter than a vector is one vector, with what follows it in the map and in the output: rows done later.
     const auto fits = [&](int64_t o, int64_t last_row) {
       if (w_.out >= kLanes<A>) return true;
       return (end - o) * w_.out >= kLanes<A> && (h_.size - last_row) * w_.size > 2 * kLanes<A>;
@@ -237,7 +237,7 @@ class PoolForward {
     return seen.are_numbers() ? o : begin;
   }
 
-  // A row of output, at `at`, of windows the first of which is at `window`, with `step` between its rows.
+  // The row of the output at `at`. The first of its windows is at `window`, and the rows of the map are `step` apart.
   template <int width, int height, typename E>
   FASTCNN_INLINE Seen pool_row(const E* window, int64_t step, bool relu, int64_t at) const {
     const Vec<A> floor = broadcast(relu ? A(0) : lowest());
