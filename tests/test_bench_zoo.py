@@ -310,22 +310,25 @@ def test_table_is_readable_at_80_columns() -> None:
 
 def test_results_come_back_from_the_file(tmp_path: Path) -> None:
     results = {case: result_of(case, fastcnn=1.0, eager=2.0) for case in (zoo_case(), zoo_case(threads=2))}
+    results[zoo_case()].command = "fastcnn bench zoo --threads 1"
     write_results(tmp_path / "zoo.json", results, "fastcnn bench zoo")
     assert read_results(tmp_path / "zoo.json") == results
     assert read_results(tmp_path / "another.json") == {}
     document = json.loads((tmp_path / "zoo.json").read_text())
     assert [found["ratio"] for found in document["cases"]] == [2.0, 2.0]
+    assert [found["command"] for found in document["cases"]] == ["fastcnn bench zoo --threads 1", ""]
     assert document["header"]["torch"] == torch.__version__
     assert [path.name for path in tmp_path.iterdir()] == ["zoo.json"]
 
 
-def test_done_is_what_has_the_same_versions_and_every_provider() -> None:
+def test_done_is_what_has_the_same_versions_sources_and_every_provider() -> None:
     result = result_of(zoo_case(), fastcnn=1.0, eager=None)
     assert is_done(result, ["fastcnn", EAGER[0]])
     assert not is_done(result, ["fastcnn", EAGER[0], "torch.compile"])
     assert not is_done(None, [])
     assert not is_done(replace(result, torch="1.0"), ["fastcnn"])
     assert not is_done(replace(result, fastcnn="0"), ["fastcnn"])
+    assert not is_done(replace(result, sources="of another commit"), ["fastcnn"])
 
 
 def test_old_file_stays_where_the_new_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import __version__, backends, models
 from ..optimize import optimize
 from .cases import ANY_FORMAT, Case
+from .environment import sources_digest
 from .measure import Budget, measure
 from .network_workload import NetworkWorkload
 from .providers import NetworkProvider, optimized_for_inference
@@ -61,12 +62,14 @@ class ZooCase:
 
 @dataclass
 class ZooResult:
-    """Rows of a case, and the versions that they are of."""
+    """Rows of a case, the versions that they are of, and the command that measured them."""
 
     case: ZooCase
     rows: list[Row]
+    command: str = ""
     torch: str = torch.__version__
     fastcnn: str = __version__
+    sources: str | None = field(default_factory=sources_digest)
 
     def ratio(self, provider: str = "fastcnn") -> float | None:
         """How many times faster a provider is than the faster of PyTorch's two memory formats; None without a time."""
@@ -186,7 +189,9 @@ class ZooWorkload(NetworkWorkload):
         return {}
 
 
-def measure_zoo(case: ZooCase, network: ZooNetwork, providers: Iterable[NetworkProvider], budget: Budget) -> ZooResult:
+def measure_zoo(
+    case: ZooCase, network: ZooNetwork, providers: Iterable[NetworkProvider], budget: Budget, command: str = ""
+) -> ZooResult:
     """A row for each provider: checked, and if right then timed. Where the network itself fails, so do they all."""
     providers = list(providers)
     with _alone(case.threads):
@@ -194,7 +199,7 @@ def measure_zoo(case: ZooCase, network: ZooNetwork, providers: Iterable[NetworkP
             rows = measure([case.case], partial(ZooWorkload, network=network), providers, budget, why=_why)
         except Exception as error:
             rows = [Row(**asdict(case.case), provider=one.name, failure=_why(error)) for one in providers]
-        return ZooResult(case, rows)
+        return ZooResult(case, rows, command)
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:

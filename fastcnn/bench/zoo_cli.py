@@ -57,9 +57,9 @@ def zoo(
     Training is forward, loss and backward. What a network cannot do is shown so: images that are too small for it, or a
     view of channels_last maps.
 
-    zoo.json is written after every case. A case that it has of the same versions and threads is not run again, so that
-    a run that was interrupted goes on; changes to fastcnn's source or to the networks' file need --fresh. torchvision
-    is optional: `pip install 'fastcnn\\[zoo]'`.
+    zoo.json is written after every case. A case that it has of the same versions, sources and threads is not run again,
+    so that a run that was interrupted goes on; changes to the networks' file need --fresh. torchvision is optional:
+    `pip install 'fastcnn\\[zoo]'`.
     """
     here, skipped = _networks(networks or (), model)
     if skipped:
@@ -85,7 +85,7 @@ def zoo(
         for case in tracked(cases):
             providers = zoo_providers(case.case.mode, compile)
             if not is_done(results.get(case), [provider.name for provider in providers]):
-                results[case] = measure_zoo(case, here[case.case.op], providers, budget)
+                results[case] = measure_zoo(case, here[case.case.op], providers, budget, command)
                 write_results(file, results, command)
     except KeyboardInterrupt:
         interrupted = True

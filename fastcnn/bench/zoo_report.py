@@ -31,12 +31,13 @@ def read_results(file: Path) -> dict[ZooCase, ZooResult]:
     for found in json.loads(file.read_text())["cases"]:
         rows = [Row(**{**fields, "shape": tuple(fields["shape"])}) for fields in found["rows"]]
         case = ZooCase(rows[0].case, found["threads"])
-        results[case] = ZooResult(case, rows, found["torch"], found["fastcnn"])
+        result = ZooResult(case, rows, found.get("command", ""), found["torch"], found["fastcnn"], found.get("sources"))
+        results[case] = result
     return results
 
 
 def write_results(file: Path, results: dict[ZooCase, ZooResult], command: str) -> dict[str, Any]:
-    """Write them, with what they were taken on; the header is that of the last one."""
+    """Write them, each with the command that measured it, under a header of this one."""
     header = report([], command=command, source="photographs")["header"]
     cases = [
         {
@@ -44,6 +45,8 @@ def write_results(file: Path, results: dict[ZooCase, ZooResult], command: str) -
             "threads": result.case.threads,
             "torch": result.torch,
             "fastcnn": result.fastcnn,
+            "sources": result.sources,
+            "command": result.command,
             "ratio": result.ratio(),
             "rows": [{k: v for k, v in asdict(row).items() if v is not None} for row in result.rows],
         }
@@ -54,11 +57,11 @@ def write_results(file: Path, results: dict[ZooCase, ZooResult], command: str) -
 
 
 def is_done(result: ZooResult | None, providers: Sequence[str]) -> bool:
-    """Whether a result is of the versions that are here and has all these providers."""
+    """Whether a result is of the versions and sources that are here and has all these providers."""
     if result is None:
         return False
     here = ZooResult(result.case, [])
-    same = (result.torch, result.fastcnn) == (here.torch, here.fastcnn)
+    same = (result.torch, result.fastcnn, result.sources) == (here.torch, here.fastcnn, here.sources)
     return same and {row.provider for row in result.rows} >= set(providers)
 
 
