@@ -112,12 +112,14 @@ struct PooledMap {
 template <typename T, typename A = Compute<T>>
 class PoolForward {
   static constexpr bool kNarrow = std::is_same_v<A, int16_t>;
+  static constexpr int64_t kAhead = 2048;  // bytes
 
  public:
   PoolForward(const TailTask& task, Scratch& scratch)
       : task_(task),
         columns_{scratch.take<A>(rows_ * pitch_) + padding_,
-                 task_.argmax ? scratch.take<A>(rows_ * pitch_) + padding_ : nullptr} {
+                 task_.argmax ? scratch.take<A>(rows_ * pitch_) + padding_ : nullptr},
+        shared_(scratch.take<A>((task_.shape.channels_last ? pixel_ : w_.out) + kLanes<A>)) {
     if (scratch.only_counts() || task_.shape.channels_last) return;
     for (int64_t i = 0; i < rows_ * pitch_; ++i) columns_.clear(i - padding_);
   }
@@ -207,69 +209,136 @@ class PoolForward {
     }
   };
 
-  // Rows of a map in NCHW, where windows are two or three columns wide, two apart and within the map: the maxima of
-  // columns are not stored. Returns the first row that is still to be done, `begin` where there may be NaN.
+  // Rows whose windows are two or three rows and columns, two apart: the maxima of columns are not stored, only of what
+  // the next windows share. What windows see beyond the map is their element that is closest to it, which changes
+  // nothing. Returns the first row that is still to be done, `begin` where there may be NaN.
   template <typename E>
   int64_t write_directly(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
-    if (task_.shape.channels_last || task_.argmax || w_.stride != 2 || w_.padding || w_.dilation != 1) return begin;
-    if (w_.element(w_.out - 1, w_.kernel) > w_.size) return begin;
-    if (w_.kernel == 3) return write_directly<3>(map, begin, end, from);
-    return w_.kernel == 2 ? write_directly<2>(map, begin, end, from) : begin;
-  }
-
-  template <int width, typename E>
-  int64_t write_directly(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
-    // A row shorter than a vector is one vector, with what follows it in the map and in the output: rows done later.
-    const auto fits = [&](int64_t o, int64_t last_row) {
-      if (w_.out >= kLanes<A>) return true;
-      return (end - o) * w_.out >= kLanes<A> && (h_.size - last_row) * w_.size > 2 * kLanes<A>;
-    };
-    Seen seen;
-    int64_t o = begin;
-    for (; o < end; ++o) {
-      const int64_t first = h_.first(o), height = h_.last(o) - first;
-      if ((height != 3 && height != 2) || !fits(o, h_.element(o, first + height - 1))) break;
-      const E* const window = from.row(h_.element(o, first));
-      const int64_t step = h_.dilation * from.row_stride, at = (map * h_.out + o) * w_.out;
-      seen.join(height == 3 ? pool_row<width, 3>(window, step, from.relu, at)
-                            : pool_row<width, 2>(window, step, from.relu, at));
+    const PoolAxis h = h_, w = w_;
+    if (task_.argmax || h.kernel != w.kernel || h.stride != 2 || w.stride != 2 || h.dilation != 1 || w.dilation != 1) {
+      return begin;
     }
-    return seen.are_numbers() ? o : begin;
+    const auto with_kernel = [&]<int kernel>() {
+      return task_.shape.channels_last ? write_pixels<kernel>(map, begin, end, from)
+                                       : write_plane<kernel>(map, begin, end, from);
+    };
+    if (h.kernel == 3) return with_kernel.template operator()<3>();
+    return h.kernel == 2 ? with_kernel.template operator()<2>() : begin;
   }
 
-  // The row of the output at `at`. The first of its windows is at `window`, and the rows of the map are `step` apart.
-  template <int width, int height, typename E>
-  FASTCNN_INLINE Seen pool_row(const E* window, int64_t step, bool relu, int64_t at) const {
-    const Vec<A> floor = broadcast(relu ? A(0) : lowest());
-    const auto larger = [](Vec<A> v, Vec<A> w) FASTCNN_INLINE_LAMBDA { return w > v ? w : v; };
-    T* const out = static_cast<T*>(task_.out) + at;
+  // In channels_last: the maxima of columns, then of two or three of them.
+  template <int kernel, typename E>
+  int64_t write_pixels(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
+    const PoolAxis h = h_, w = w_;
+    const int64_t pixel = pixel_, ahead = from.slots ? 0 : kAhead;
+    if (pixel < kLanes<A>) return begin;
+    const Vec<A> floor = broadcast(from.relu ? A(0) : lowest());
     Seen seen;
-    for_each_vector<A>(w_.out, [&](int64_t o) FASTCNN_INLINE_LAMBDA {
+    for (int64_t o = begin; o < end; ++o) {
+      const E* row[kernel];
+      for (int i = 0; i < kernel; ++i) row[i] = from.row(inside(h, o, i));
       const auto column_maxima = [&](int64_t e) FASTCNN_INLINE_LAMBDA {
         Vec<A> best;
-        for (int r = 0; r < height; ++r) {
-          const Vec<A> v = read(window + r * step + e, WholeVector<A>{});
-          seen.join(Seen::of(v));
-          best = r ? larger(best, v) : v;
+        Seen total;
+        for (int i = 0; i < kernel; ++i) {
+          if (i || kernel == 2) __builtin_prefetch(reinterpret_cast<const char*>(row[i] + e) + ahead);
+          const Vec<A> v = read(row[i] + e, WholeVector<A>{});
+          best = i ? larger(best, v) : v;
+          if (i) total.join(Seen::of(v));
+          else total = Seen::of(v);
         }
+        seen.join(total);
         return best;
       };
-      for (int r = 1; r < height; ++r) {  // the first row was the last of the windows above
-        const char* const ahead = reinterpret_cast<const char*>(window + r * step + 2 * o) + 2048;
-        __builtin_prefetch(ahead);
-        __builtin_prefetch(ahead + kVectorBytes);
+      T* out = static_cast<T*>(task_.out) + (map * h.out + o) * w.out * pixel;
+      for (int64_t p = 0; p < w.out; ++p, out += pixel) {
+        A* shared = shared_;
+        const int64_t first = inside(w, p, 0) * pixel, middle = inside(w, p, kernel - 2) * pixel;
+        const int64_t last = inside(w, p, kernel - 1) * pixel;
+        for_each_vector<A>(pixel, [&](int64_t c) FASTCNN_INLINE_LAMBDA {
+          Vec<A> best = column_maxima(middle + c);
+          const Vec<A> next = column_maxima(last + c);
+          if constexpr (kernel == 3) {
+            best = larger(p ? load(shared) : column_maxima(first + c), best);
+            store(shared, next);
+            shared += kLanes<A>;
+          }
+          write_values(out + c, larger(best, next), floor);
+        });
       }
-      const Vec<A> left = column_maxima(2 * o), right = column_maxima(2 * o + kLanes<A>);
-      const Vec<A> even = every_other<0>(left, right);
-      Vec<A> best = larger(even, every_other<1>(left, right));
-      if constexpr (width == 3) {
-        best = larger(best, followed_by_last(even, column_maxima(2 * o + kLanes<A> + 1)));
-      }
-      best = floor > best ? floor : best;
-      if constexpr (kNarrow) store(reinterpret_cast<int16_t*>(out + o), ordered(best));
-      else store(out + o, best);
-    });
-    return seen;
+    }
+    return seen.are_numbers() ? end : begin;
+  }
+
+  // In NCHW: the maxima of two or three neighbors in a row, then of two or three rows.
+  template <int kernel, typename E>
+  int64_t write_plane(int64_t map, int64_t begin, int64_t end, const PooledMap<E>& from) const {
+    const PoolAxis h = h_, w = w_;
+    if (w.padding || w.element(w.out - 1, 1) >= w.size) return begin;
+    // A row shorter than a vector is one vector, with what follows it in the map and in the output: rows done later.
+    const auto fits = [&](int64_t o) {
+      if (w.element(w.out - 1, kernel) > w.size) return false;
+      return (end - o) * w.out >= kLanes<A> && (h.size - inside(h, o, kernel - 1)) * w.size > 2 * kLanes<A>;
+    };
+    int64_t stop = end;
+    while (w.out < kLanes<A> && stop > begin && !fits(stop - 1)) --stop;
+    if (stop == begin) return begin;
+    const Vec<A> floor = broadcast(from.relu ? A(0) : lowest());
+    Seen seen;
+    const auto row_maxima = [&](const E* row, int64_t o) FASTCNN_INLINE_LAMBDA {
+      const E* const p = row + 2 * o;
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+      __builtin_prefetch(reinterpret_cast<const char*>(p + kLanes<A>) + kAhead);
+      const Vec<A> left = read(p, WholeVector<A>{}), right = read(p + kLanes<A>, WholeVector<A>{});
+      seen.join(Seen::of(left));
+      seen.join(Seen::of(right));
+      const Vec<A> even = every_other<0>(left, right), best = larger(even, every_other<1>(left, right));
+      if constexpr (kernel == 2) return best;
+      const Vec<A> next = read_all(row[std::min(2 * (o + kLanes<A>), w.size - 1)]);
+      seen.join(Seen::of(next));
+      return larger(best, followed_by_last(even, next));
+    };
+    const auto row = [&](int64_t o, int64_t i) FASTCNN_INLINE_LAMBDA { return from.row(inside(h, o, i)); };
+    if constexpr (kernel == 3) {
+      A* shared = shared_;
+      for_each_vector<A>(w.out, [&](int64_t o) FASTCNN_INLINE_LAMBDA {
+        store(shared, row_maxima(row(begin, 0), o));
+        shared += kLanes<A>;
+      });
+    }
+    for (int64_t o = begin; o < stop; ++o) {
+      const E *const middle = row(o, kernel - 2), *const last = row(o, kernel - 1);
+      T* const out = static_cast<T*>(task_.out) + (map * h.out + o) * w.out;
+      A* shared = shared_;
+      for_each_vector<A>(w.out, [&](int64_t p) FASTCNN_INLINE_LAMBDA {
+        Vec<A> best = row_maxima(middle, p);
+        const Vec<A> next = row_maxima(last, p);
+        if constexpr (kernel == 3) {
+          best = larger(load(shared), best);
+          store(shared, next);
+          shared += kLanes<A>;
+        }
+        write_values(out + p, larger(best, next), floor);
+      });
+    }
+    return seen.are_numbers() ? stop : begin;
+  }
+
+  // Element i of window o, or that of the window closest to it.
+  static int64_t inside(const PoolAxis& axis, int64_t o, int64_t i) {
+    return std::clamp<int64_t>(axis.element(o, i), 0, axis.size - 1);
+  }
+  FASTCNN_INLINE static Vec<A> larger(Vec<A> v, Vec<A> w) { return w > v ? w : v; }
+  template <typename E>
+  FASTCNN_INLINE static Vec<A> read_all(const E& element) {
+    if constexpr (kNarrow) return ordered(broadcast<int16_t>(element.bits));
+    else return broadcast<A>(to_compute(element));
+  }
+  FASTCNN_INLINE static void write_values(T* to, Vec<A> v, Vec<A> floor) {
+    __builtin_prefetch(reinterpret_cast<const char*>(to) + kAhead, 1);
+    v = floor > v ? floor : v;
+    if constexpr (kNarrow) store(reinterpret_cast<int16_t*>(to), ordered(v));
+    else store(to, v);
   }
 
   template <Way way, typename E>
@@ -417,6 +486,7 @@ class PoolForward {
   const int64_t block_ = pixel_ > 1 ? std::max<int64_t>(1, 1024 / (w_.stride * pixel_)) : w_.out;
   const int64_t padding_ = task_.shape.channels_last ? 0 : w_.padding, pitch_ = padding_ + length_ + pool_slack(w_);
   const Columns columns_;
+  A* const shared_;
 };
 
 // The rows of the output that are a unit. In NCHW they are several, because pieces of channels are too short otherwise;
