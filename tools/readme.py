@@ -19,7 +19,7 @@ _R = TypeVar("_R")
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks/results/amd-epyc-2-threads"
+RESULTS = ROOT / "benchmarks/results/intel-xeon-2-threads"
 OPERATORS = {
     "relu_lrn_max_pool2d": "ReLU + LRN + pool",
     "lrn": "LRN",
